@@ -1,0 +1,349 @@
+"""Adapt a BERT to a GLUE task, or to your own texts: by pruning alone, by fine-tuning, or by training a head only.
+
+A task from the Hub (cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli), half of the masked weights pruned:
+
+    python run_glue.py --model_name_or_path google-bert/bert-base-uncased --task_name sst2 --do_train --do_eval \\
+        --final_sparsity 0.5 --num_train_epochs 3 --per_device_train_batch_size 32 --output_dir sst2-adaprune
+
+The same without a network, from glue/sst2/train.parquet and glue/sst2/validation.parquet:
+
+    python run_glue.py ... --task_name sst2 --data_dir glue
+
+Your own csv, json (lines) or parquet, with one or two text columns and `label` (float labels make it a regression):
+
+    python run_glue.py ... --train_file train.csv --validation_file validation.csv
+
+To compare, `--method finetune` trains all weights and `--method feature_extraction` the head only. Learning rates that
+suit: 5e-5 (the default) for adaprune, 5e-5 to 1e-4 for finetune, 1e-3 for feature_extraction. Every flag of
+`TrainingArguments` works too: --eval_strategy epoch, --bf16, --seed, --push_to_hub ...
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_adaprune import AdaPruneCallback, AdaPruneConfig, sparsity_report
+from hf_adaprune.analysis import plot_sparsity
+from hf_adaprune.errors import AdaPruneError
+from hf_adaprune.metrics import glue_metric
+
+
+logger = logging.getLogger("run_glue")
+
+TASK_COLUMNS = {
+    "cola": ["sentence"],
+    "mnli": ["premise", "hypothesis"],
+    "mrpc": ["sentence1", "sentence2"],
+    "qnli": ["question", "sentence"],
+    "qqp": ["question1", "question2"],
+    "rte": ["sentence1", "sentence2"],
+    "sst2": ["sentence"],
+    "stsb": ["sentence1", "sentence2"],
+    "wnli": ["sentence1", "sentence2"],
+}
+FILE_KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+SPLIT_OF_FLAG = {"do_train": "train", "do_eval": "validation", "do_predict": "test"}
+SPLITS = ("train", "validation", "validation_mismatched", "test", "test_mismatched")
+SPLITS = ("train", "validation", "validation_mismatched", "test", "test_mismatched")
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message says why, and what to do."""
+
+
+def flag(help: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(metadata={"help": "A pre-trained model: a name on the Hub, or a folder."})
+    method: Literal["adaprune", "finetune", "feature_extraction"] = flag(
+        "Train masks and head, everything, or the head only. Learning rates that suit: 5e-5, 5e-5 to 1e-4, 1e-3.",
+        "adaprune",
+    )
+    final_sparsity: float = flag("adaprune: the fraction of the masked weights to remove, in [0, 1).", 0.5)
+    preset: Literal["default", "paper"] = flag("adaprune: our recipe, or Algorithm 1 of arXiv 2105.03343.", "default")
+    tokenizer_name: str | None = flag("If not the model's own: a name or a folder.")
+    model_revision: str = flag("Branch, tag or commit of the model on the Hub.", "main")
+    cache_dir: str | None = flag("Where models and data sets are kept.")
+
+
+@dataclass
+class DataArguments:
+    task_name: str | None = flag(f"A GLUE task: {', '.join(TASK_COLUMNS)}.")
+    data_dir: str | None = flag("Folder with train.parquet and validation.parquet, or with such a folder a task.")
+    train_file: str | None = flag("Your own csv, json (lines) or parquet.")
+    validation_file: str | None = flag("The same, to evaluate on.")
+    test_file: str | None = flag("The same, to predict, labels not needed; works with a GLUE task too.")
+    max_seq_length: int = flag("Texts are cut to this many tokens.", 128)
+    pad_to_max_length: bool = flag("Pad to `max_seq_length`, not to the longest text of each batch.", False)
+    max_train_samples: int | None = flag("Train on so many examples, drawn at random.")
+    max_eval_samples: int | None = flag("Evaluate on so many examples, drawn at random.")
+    sample_seed: int = flag("Seed of these draws; `--seed` does not change them.", 42)
+
+    def __post_init__(self) -> None:
+        if self.task_name is not None and self.task_name not in TASK_COLUMNS:
+            raise InputError(f"`--task_name` must be one of {sorted(TASK_COLUMNS)}, got {self.task_name!r}.")
+        glue = [f"--{name}" for name in ("task_name", "data_dir") if getattr(self, name)]
+        own = [f"--{name}" for name in ("train_file", "validation_file") if getattr(self, name)]
+        if bool(glue) == bool(own) or own == ["--validation_file"]:
+            raise InputError(
+                "Give `--task_name`, `--data_dir` or both for a GLUE task, or else `--train_file` (from which label "
+                f"names are read, so to evaluate too) and `--validation_file` for your own, got {[*glue, *own]}."
+            )
+        for name in ("max_seq_length", "max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"`--{name}` must be at least 1, got {getattr(self, name)}.")
+
+
+@dataclass
+class Task:
+    """What there is to learn; `label_names` is `None` for a regression."""
+
+    name: str
+    splits: dict[str, datasets.Dataset]
+    columns: list[str]
+    label_names: list[str] | None
+
+
+def read_file(path: Path, cache_dir: str | None) -> datasets.Dataset:
+    kind = FILE_KINDS.get(path.suffix)
+    if kind is None or not path.is_file():
+        raise InputError(f"A data file must exist and end in one of {sorted(FILE_KINDS)}, got '{path}'.")
+    try:
+        return datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=cache_dir)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise InputError(f"'{path}' could not be read as {kind}: {error.__cause__}") from error
+
+
+def read_splits(args: DataArguments, cache_dir: str | None) -> dict[str, datasets.Dataset]:
+    """Read all there is, from files or from the Hub; MNLI's matched splits become `validation` and `test`."""
+    name, found = args.task_name, {}
+    if args.data_dir:
+        folder = Path(args.data_dir)
+        folder = folder / name if name and (folder / name).is_dir() else folder
+        found = {path.stem: read_file(path, cache_dir) for path in folder.glob("*.parquet")}
+    elif name:
+        try:
+            found = dict(datasets.load_dataset("nyu-mll/glue", name, cache_dir=cache_dir))
+        except OSError as error:
+            raise InputError(f"The Hub gave no {name}. Give its Parquet files as `--data_dir`. ({error})") from error
+    files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
+    found |= {split: read_file(Path(path), cache_dir) for split, path in files.items() if path}
+    found = {split.removesuffix("_matched"): dataset for split, dataset in found.items()}
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def find_text_columns(dataset: datasets.Dataset) -> list[str]:
+    kinds = {name: getattr(kind, "dtype", "") for name, kind in dataset.features.items() if name != "label"}
+    texts = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
+    if len(texts) not in (1, 2):
+        raise InputError(f"There must be one or two text columns beside `label`, got {texts}: add or remove some.")
+    return texts
+
+
+def check_columns(dataset: datasets.Dataset, split: str, columns: list[str]) -> None:
+    missing = [column for column in columns if column not in dataset.column_names]
+    if missing:
+        have = dataset.column_names
+        raise InputError(f"The {split} data must have the columns {columns}, got {have}: add or rename {missing}.")
+    for column in columns:
+        empty = dataset.data.column(column).null_count
+        if empty:
+            raise InputError(f"{empty} of {len(dataset)} rows of the {split} data have no `{column}`: remove them.")
+
+
+def number_labels(splits: dict[str, datasets.Dataset]) -> list[str] | None:
+    """Number the labels in all splits as in the first, and return their names; for a regression, return `None`."""
+    first = next(iter(splits.values()))
+    kind, values, names = first.features["label"], first.unique("label"), None
+    if not isinstance(kind, (datasets.Value, datasets.ClassLabel)) or len(values) < 2:
+        raise InputError(f"`label` must be one number or name a row, and not always the same, got {values[:5]}.")
+    if not kind.dtype.startswith("float"):
+        names = kind.names if isinstance(kind, datasets.ClassLabel) else [str(value) for value in sorted(values)]
+    target = datasets.Value("float32") if names is None else datasets.ClassLabel(names=names)
+    for split, dataset in splits.items():
+        kind, values = dataset.features["label"], dataset.unique("label")
+        name_of = kind.int2str if isinstance(kind, datasets.ClassLabel) else str
+        if names is None:
+            numbers = {value: value for value in values if not isinstance(value, str) and np.isfinite(value)}
+        else:
+            numbers = {value: names.index(name_of(value)) for value in values if name_of(value) in names}
+        unknown = [value for value in values if value not in numbers]
+        if unknown:
+            raise InputError(f"The {split} labels must be {names or 'finite numbers'}, got {unknown[:5]}.")
+        if kind != target:
+            labels = [numbers[value] for value in dataset["label"]]
+            splits[split] = dataset.remove_columns("label").add_column("label", labels, feature=target)
+    return names
+
+
+def load_task(args: DataArguments, asked: list[str], cache_dir: str | None) -> Task:
+    """Read the data, and find out what its text columns and labels are."""
+    splits = read_splits(args, cache_dir)
+    labelled = {split: dataset for split, dataset in splits.items() if not split.startswith("test")}
+    missing = [split for split in asked if split not in splits] or ([] if labelled else ["train"])
+    if missing:
+        raise InputError(
+            f"There must be {missing} data for what is asked, got {list(splits)}: add {missing[0]}.parquet to "
+            f"`--data_dir`, or give `--{missing[0]}_file`."
+        )
+    columns = TASK_COLUMNS.get(args.task_name or "") or find_text_columns(next(iter(splits.values())))
+    for split, dataset in splits.items():
+        check_columns(dataset, split, [*columns, "label"] if split in labelled else columns)
+    names = number_labels(labelled)
+    return Task(args.task_name or "custom", splits | labelled, columns, names)
+
+
+def tokenize(task: Task, split: str, tokenizer: Any, args: DataArguments) -> datasets.Dataset:
+    """Draw the sample, if one is asked for, and turn its texts into tokens."""
+    dataset = task.splits[split]
+    count = {"train": args.max_train_samples, "validation": args.max_eval_samples}.get(split.split("_")[0])
+    if count is not None and count < len(dataset):
+        dataset = dataset.shuffle(seed=args.sample_seed).select(range(count))
+    options = {"padding": "max_length" if args.pad_to_max_length else False, "truncation": True}
+    options["max_length"] = min(args.max_seq_length, tokenizer.model_max_length)
+    unused = [name for name in dataset.column_names if name != "label" or split.startswith("test")]
+    return dataset.map(
+        lambda batch: tokenizer(*(batch[column] for column in task.columns), **options),
+        batched=True,
+        remove_columns=unused,
+        desc=f"Tokenizing {split}",
+    )
+
+
+def load_model(args: ModelArguments, label_names: list[str] | None) -> tuple[Any, Any]:
+    hub = {"revision": args.model_revision, "cache_dir": args.cache_dir}
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or args.model_name_or_path, **hub)
+    labels: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
+    if label_names is not None:
+        labels = {"id2label": dict(enumerate(label_names)), "problem_type": "single_label_classification"}
+        labels["label2id"] = {name: number for number, name in enumerate(label_names)}
+    model = AutoModelForSequenceClassification.from_pretrained(args.model_name_or_path, **labels, **hub)
+    if args.method == "feature_extraction":
+        for name, parameter in model.base_model.named_parameters():
+            parameter.requires_grad_(name.startswith("pooler."))
+    return model, tokenizer
+
+
+def decide(logits: Any, task: Task) -> np.ndarray:
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return logits[:, 0] if task.label_names is None else logits.argmax(axis=1)
+
+
+def make_compute_metrics(task: Task) -> Callable[[Any], dict[str, float]]:
+    # Your own data are scored as these two are: by correlation, or by accuracy.
+    scored_as = task.name if task.name in TASK_COLUMNS else "stsb" if task.label_names is None else "sst2"
+    metric = glue_metric(scored_as, keep_in_memory=True)
+
+    def compute_metrics(output: Any) -> dict[str, float]:
+        scores = metric.compute(predictions=decide(output.predictions, task), references=output.label_ids)
+        return scores if len(scores) == 1 else {**scores, "combined_score": float(np.mean(list(scores.values())))}
+
+    return compute_metrics
+
+
+def train(trainer: Trainer, args: ModelArguments) -> None:
+    folder = Path(trainer.args.output_dir)
+    trainable = trainer.get_num_trainable_parameters()
+    metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
+    trainer.save_model()
+    metrics |= {"train_samples": len(trainer.train_dataset), "trainable_params": trainable}
+    files = "adapter_model*.safetensors" if args.method == "adaprune" else "model*.safetensors"
+    metrics["checkpoint_bytes"] = sum(path.stat().st_size for path in folder.glob(files))
+    if args.method == "adaprune":
+        report = sparsity_report(trainer.model)
+        metrics |= {"sparsity": report.sparsity, "sparsity_whole_model": report.sparsity_whole_model}
+        metrics["adapter_bytes"] = metrics["checkpoint_bytes"]
+        if trainer.is_world_process_zero():
+            plot_sparsity(report).savefig(folder / "sparsity.png", dpi=150)
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+
+
+def evaluate(trainer: Trainer, data: dict[str, datasets.Dataset]) -> None:
+    """Score each validation split; the names of MNLI's second, the mismatched one, end in `_mm`."""
+    metrics: dict[str, float] = {}
+    for split, ending in (("validation", ""), ("validation_mismatched", "_mm")):
+        if split in data:
+            scores = {**trainer.evaluate(data[split]), "eval_samples": len(data[split])}
+            metrics |= {name + ending: value for name, value in scores.items()}
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+
+
+def predict(trainer: Trainer, data: dict[str, datasets.Dataset], task: Task) -> None:
+    for split, ending in (("test", ""), ("test_mismatched", "-mm")):
+        if split in data:
+            answers = decide(trainer.predict(data[split], metric_key_prefix="predict").predictions, task)
+            if trainer.is_world_process_zero():
+                names = task.label_names
+                lines = [
+                    f"{i}\t{f'{answer:.3f}' if names is None else names[answer]}" for i, answer in enumerate(answers)
+                ]
+                path = Path(trainer.args.output_dir, f"predict_results_{task.name}{ending}.txt")
+                path.write_text("\n".join(["index\tprediction", *lines, ""]), encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script on `argv`, by default on the command line's flags."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__)
+    model_args, data_args, args = parser.parse_args_into_dataclasses(args=argv)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
+    asked = [split for flag, split in SPLIT_OF_FLAG.items() if getattr(args, flag)]
+    if not asked:
+        raise InputError("There is nothing to do: give `--do_train`, `--do_eval` or `--do_predict`.")
+    callbacks = []
+    if model_args.method == "adaprune" and args.do_train:
+        config = AdaPruneConfig.from_preset(model_args.preset, final_sparsity=model_args.final_sparsity)
+        callbacks.append(AdaPruneCallback(config))
+    set_seed(args.seed)
+    with args.main_process_first(desc="reading the data"):
+        task = load_task(data_args, asked, model_args.cache_dir)
+        model, tokenizer = load_model(model_args, task.label_names)
+        data = {
+            split: tokenize(task, split, tokenizer, data_args) for split in task.splits if split.split("_")[0] in asked
+        }
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=data.get("train"),
+        eval_dataset=data.get("validation"),
+        processing_class=tokenizer,
+        compute_metrics=make_compute_metrics(task),
+        callbacks=callbacks,
+    )
+    if args.do_train:
+        train(trainer, model_args)
+    if args.do_eval:
+        evaluate(trainer, data)
+    if args.do_predict:
+        predict(trainer, data, task)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    for path in sorted(Path(args.output_dir).iterdir()):
+        logger.info("Written: %s", path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, AdaPruneError) as error:
+        sys.exit(f"run_glue.py: error: {error}")

@@ -1,0 +1,17 @@
+"""Adapt a pre-trained BERT to a task by pruning alone, as a PEFT method. Importing the package registers it."""
+
+from .registration import register
+
+
+register()
+
+from .callback import AdaPruneCallback  # noqa: E402
+from .config import AdaPruneConfig  # noqa: E402
+from .fingerprint import skip_fingerprint_check  # noqa: E402
+from .model import AdaPruneModel  # noqa: E402
+from .pruner import Pruner  # noqa: E402
+
+
+__version__ = "0.1.0"
+
+__all__ = ["AdaPruneCallback", "AdaPruneConfig", "AdaPruneModel", "Pruner", "skip_fingerprint_check"]

@@ -1,0 +1,84 @@
+"""From scores to masked weights, and back with a gradient that a step function does not have."""
+
+from typing import Any
+
+import torch
+
+
+class _MaskWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: torch.Tensor,
+        scores: torch.Tensor,
+        mask: torch.Tensor,
+        slope: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight, mask, slope)
+        ctx.scores_dtype = scores.dtype
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grad_outputs
+        weight, mask, slope = ctx.saved_tensors
+        grad_weight = grad * mask if ctx.needs_input_grad[0] else None
+        grad_scores = None
+        if ctx.needs_input_grad[1]:
+            grad_scores = (grad * weight).to(ctx.scores_dtype)
+            if slope is not None:
+                grad_scores = grad_scores * slope
+        return grad_weight, grad_scores, None, None
+
+
+def straight_through(weight: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mask a weight; let the gradient reach the scores as if the mask were the scores.
+
+    The forward pass is `weight * mask` to the last bit. The gradient is `dloss/dscores = weight * dloss/dW`, the
+    straight-through estimator (Bengio et al., arXiv 1308.3432) as used for masks by Mallya et al. (arXiv 1801.06519).
+
+    Args:
+        weight (`torch.Tensor`): Frozen weight.
+        scores (`torch.Tensor`): Trainable scores, same shape.
+        mask (`torch.Tensor`): Boolean mask, same shape.
+
+    Returns:
+        `torch.Tensor`: The masked weight, in the dtype of `weight`.
+    """
+    return _MaskWeight.apply(weight, scores, mask, None)
+
+
+def sigmoid_relaxation(
+    weight: torch.Tensor,
+    scores: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    backward_temperature: float,
+    forward_temperature: float | None = None,
+    score_scale: float = 1.0,
+) -> torch.Tensor:
+    """Mask a weight; let the gradient reach the scores through the sigmoid of another temperature.
+
+    Eq. 4 of "Adapting by Pruning" (arXiv 2105.03343), with theta = `score_scale * scores`, `t_l` the forward and
+    `t_s` the backward temperature:
+
+        dloss/dtheta = weight * dloss/dW * t_s * s * (1 - s),    s = sigmoid(t_s * theta)
+
+    Args:
+        weight (`torch.Tensor`): Frozen weight.
+        scores (`torch.Tensor`): Trainable scores, same shape.
+        mask (`torch.Tensor`): Boolean mask, same shape; used where `forward_temperature` is `None`.
+        backward_temperature (`float`): `t_s` > 0.
+        forward_temperature (`float`, *optional*):
+            `t_l` > 0: the forward pass multiplies by `sigmoid(t_l * theta)`. `None` is its limit, the mask itself.
+        score_scale (`float`): What a unit of `scores` is worth in theta.
+
+    Returns:
+        `torch.Tensor`: The masked weight, in the dtype of `weight`.
+    """
+    theta = scores.detach() * score_scale
+    sigmoid = torch.sigmoid(backward_temperature * theta)
+    slope = backward_temperature * sigmoid * (1 - sigmoid)
+    if forward_temperature is not None:
+        mask = torch.sigmoid(forward_temperature * theta).to(weight.dtype)
+    return _MaskWeight.apply(weight, scores, mask, slope)

@@ -1,0 +1,156 @@
+"""Prunes in a stock `Trainer`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
+
+from .config import AdaPruneConfig
+from .errors import ConfigError, NotPrunedError
+from .model import adaprune_layers
+from .pruner import Pruner
+
+
+logger = logging.get_logger(__name__)
+
+# Beyond this a score crosses the whole range of its matrix in a few dozen steps, and masks are noise.
+_MAX_SCORE_STEP = 0.05
+
+
+class AdaPruneCallback(TrainerCallback):
+    """Adapt the model of a `Trainer` by pruning alone.
+
+    Puts masks on a plain model (one that `get_peft_model` has wrapped is taken as it is), moves them along their
+    schedule, logs sparsity and flip rate beside the loss, and saves with each checkpoint what a resumed run needs.
+    The Trainer's default learning rate of 5e-5 is right.
+
+    Args:
+        config (`AdaPruneConfig`, *optional*): For a plain model; by default `AdaPruneConfig()`.
+        adapter_name (`str`): The adapter's name in the model.
+
+    Example:
+
+        >>> Trainer(model, args, train_dataset=data, callbacks=[AdaPruneCallback]).train()
+        >>> model.push_to_hub("me/bert-base-uncased-sst2-adaprune")
+    """
+
+    def __init__(self, config: AdaPruneConfig | None = None, adapter_name: str = "default") -> None:
+        self.config, self.adapter_name = config, adapter_name
+        self.pruner: Pruner | None = None
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Put masks on the Trainer's model, before its optimizer is made."""
+        wrapped = isinstance(model, PeftModel) or any(True for _ in adaprune_layers(model))
+        if wrapped:
+            if self.config is not None:
+                raise ConfigError(
+                    "The model already has an adapter, with its own configuration: pass `AdaPruneCallback()` without "
+                    "one, or a plain model."
+                )
+            return
+        if not isinstance(model, PreTrainedModel):
+            raise NotPrunedError(
+                f"`AdaPruneCallback` puts masks on a transformers model, got a {type(model).__name__}. Wrap it first: "
+                "`peft.get_peft_model(model, AdaPruneConfig(target_modules=...))`."
+            )
+        loaded = model._hf_peft_config_loaded
+        try:
+            model.add_adapter(self.config or AdaPruneConfig(), self.adapter_name)
+        except Exception:
+            model._hf_peft_config_loaded = loaded
+            raise
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Start, or go on, at the point of the schedule where training is."""
+        self.pruner = Pruner(model, state.max_steps, self.adapter_name)
+        self.pruner.num_steps = state.global_step
+        score_step = self.pruner.config.score_lr_ratio * args.learning_rate
+        if score_step > _MAX_SCORE_STEP:
+            logger.warning(
+                f"`learning_rate={args.learning_rate}` moves a score by {score_step:.2g} a step, of a range of 2: "
+                "expect a poor mask. 5e-5, the Trainer's default, is right for AdaPrune."
+            )
+        self._forget_best(state)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop before a step that would ruin the model."""
+        # Under a gradient scaler an overflow is ordinary: it skips the step by itself.
+        if not args.fp16:
+            self._running.check_gradients()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make the next masks."""
+        self._running.step()
+        if self._running.finished:
+            control.should_training_stop = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add sparsity and flip rate to the training loss's entry."""
+        if self.pruner is not None and logs is not None and "loss" in logs:
+            measured = {"sparsity": self.pruner.sparsity, "flip_rate": self.pruner.pop_flip_rate()}
+            logs.update(measured)
+            state.log_history[-1].update(measured)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Save, with the checkpoint, the scores that its adapter does not hold."""
+        if args.should_save and not args.save_only_model:
+            folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            _save_training_state(model, folder)
+        self._forget_best(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End at exactly the sparsity that was asked for."""
+        self._running.finalize()
+
+    @property
+    def _running(self) -> Pruner:
+        if self.pruner is None:
+            raise NotPrunedError("`AdaPruneCallback` was added after training had begun: give it to the Trainer itself.")
+        return self.pruner
+
+    def _forget_best(self, state: TrainerState) -> None:
+        # A model that is not pruned as asked is no candidate for `load_best_model_at_end`.
+        if self._running.num_steps < self._running.config.pruning_end * self._running.total_steps:
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+
+def _save_training_state(model: nn.Module, folder: Path) -> None:
+    """Write everything trainable, and the masks, under the model's own names.
+
+    The Trainer, when it resumes, loads a checkpoint's `model.safetensors` into the model in training in preference to
+    its adapter: that is where the scores go, for plain and for wrapped models alike.
+    """
+    state = model.state_dict()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    masks = {f"{name}.adaprune_mask.{adapter}" for name, layer in adaprune_layers(model) for adapter in layer.adaprune_mask}
+    path = folder / SAFE_WEIGHTS_NAME
+    aside = path.with_suffix(".tmp")
+    save_file({name: state[name].contiguous() for name in sorted(trained | masks)}, aside, metadata={"format": "pt"})
+    os.replace(aside, path)

@@ -1,0 +1,228 @@
+"""The configuration of the method, and of each adapter that is saved."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, PeftType
+
+from .errors import ConfigError
+from .masks import PACKED_BITS
+
+
+FORMAT_VERSION = 1
+
+ESTIMATORS = ("straight_through", "sigmoid")
+SCORE_INITS = ("magnitude", "normal", "constant")
+SCOPES = ("module", "kind", "global")
+SELECTIONS = ("topk", "threshold")
+HEADS = ("model", "layer_average")
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "selection": "threshold",
+        "scope": "global",
+        "estimator": "sigmoid",
+        "forward_temperature": 1e5,
+        "backward_temperature": 1.0,
+        "score_init": "normal",
+        "score_lr_ratio": 1.0,
+        "head_lr_ratio": 1.0,
+        "drift": 2e-7,
+        "mask_embeddings": True,
+        "head": "layer_average",
+    },
+}
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class AdaPruneConfig(PeftConfig):
+    """Configure how a frozen model is adapted to a task by pruning alone.
+
+    The default prunes exactly `final_sparsity` of the masked weights: the lowest scores of each matrix go, by a cubic
+    ramp over the first part of training. `AdaPruneConfig.from_preset("paper")` is Algorithm 1 of "Adapting by Pruning:
+    A Case Study on BERT" (arXiv 2105.03343).
+
+    Args:
+        final_sparsity (`float`): The fraction of the masked weights to remove, in [0, 1).
+        target_modules (`list[str]` or `str`, *optional*):
+            Names (or name endings) of the modules to mask, or a regular expression. `None` masks every linear layer of
+            the body; see `modules_to_save` for where the body ends.
+        exclude_modules (`list[str]` or `str`, *optional*): Names, endings or a regular expression of modules to spare.
+        layers_to_transform (`list[int]` or `int`, *optional*):
+            Mask these layers only. Needs `target_modules` as a list.
+        layers_pattern (`list[str]` or `str`, *optional*): Name of the module that numbers the layers.
+        mask_embeddings (`bool`): Whether to mask the input (word) embeddings too.
+        modules_to_save (`list[str]`, *optional*):
+            Modules that are trained and saved whole. The task head is always added: everything outside
+            `model.base_model`, and the pooler, which many checkpoints lack. A language model's output layer is
+            pre-trained: it is neither trained nor masked.
+        head (`str`):
+            `"model"`: the model's own head. `"layer_average"`: the paper's, a learned average of all layers' first
+            ([CLS]) vectors, a ReLU layer, and an output layer, in place of the model's `classifier`.
+        selection (`str`):
+            `"topk"`: keep the highest scores, exactly as many as the schedule wants. `"threshold"`: keep positive
+            scores and end training when more than `final_sparsity` are pruned (Algorithm 1).
+        scope (`str`):
+            What shares one threshold under `"topk"`: each `"module"`, each `"kind"` of matrix over all layers, or
+            the `"global"` whole.
+        pruning_start (`float`): The fraction of training after which the ramp begins, in [0, 1).
+        pruning_end (`float`): The fraction of training after which the target is reached, in (`pruning_start`, 1].
+        score_init (`str`):
+            `"magnitude"`: the ranks of |w| in the matrix, spread evenly over [0, 2]. `"normal"`: N(0.01, 0.001^2).
+            `"constant"`: 0.01 everywhere (ties are broken by |w|).
+        estimator (`str`):
+            How the gradient reaches the scores: `"straight_through"`, or `"sigmoid"` with the two temperatures (Eq. 4).
+        forward_temperature (`float`, *optional*):
+            `t_l` > 0 of Eq. 4, in training only. `None` is its limit, a step; evaluation always uses the step.
+        backward_temperature (`float`): `t_s` > 0 of Eq. 4.
+        score_lr_ratio (`float`):
+            The learning rate of the scores over the optimizer's, > 0. Under Adam a score moves by about
+            `score_lr_ratio * learning_rate` a step: 5e-3 at the Trainer's default of 5e-5.
+        head_lr_ratio (`float`): The learning rate of `modules_to_save` over the optimizer's, > 0: 1e-3 at 5e-5.
+        drift (`float`): Subtracted from every score after each step, >= 0 (gamma of Eq. 5).
+
+        base_fingerprint (`str`, *optional*): Written when an adapter is made; which weights the masks belong to.
+        adapter_fingerprint (`str`, *optional*): Written when an adapter is saved; what its masks and head are.
+        model_config (`dict`, *optional*): Written when an adapter is made; the model's own configuration.
+        num_weights (`int`, *optional*): Written when an adapter is saved; how many weights are masked.
+        num_pruned (`int`, *optional*): Written when an adapter is saved; how many of them are pruned.
+        mask_codec (`str`): How masks are stored.
+        format_version (`int`): Version of the stored format.
+
+    Raises:
+        ConfigError: If a field has a value that it cannot have; the message lists every such field.
+    """
+
+    final_sparsity: float = _option(0.5, "Fraction of the masked weights to remove, in [0, 1).")
+    target_modules: list[str] | str | None = _option(None, "Modules to mask; None is every linear layer of the body.")
+    exclude_modules: list[str] | str | None = _option(None, "Modules to spare.")
+    layers_to_transform: list[int] | int | None = _option(None, "Layers to mask; needs target_modules as a list.")
+    layers_pattern: list[str] | str | None = _option(None, "Name of the module that numbers the layers.")
+    mask_embeddings: bool = _option(False, "Whether to mask the input embeddings too.")
+    modules_to_save: list[str] | None = _option(None, "Modules to train and save whole, besides the task head.")
+    head: str = _option("model", f"One of {HEADS}.")
+    selection: str = _option("topk", f"One of {SELECTIONS}.")
+    scope: str = _option("module", f"What shares one threshold; one of {SCOPES}.")
+    pruning_start: float = _option(0.0, "Fraction of training after which the ramp begins.")
+    pruning_end: float = _option(0.6, "Fraction of training after which the target is reached.")
+    score_init: str = _option("magnitude", f"One of {SCORE_INITS}.")
+    estimator: str = _option("straight_through", f"One of {ESTIMATORS}.")
+    forward_temperature: float | None = _option(None, "t_l of Eq. 4; None is a step.")
+    backward_temperature: float = _option(1.0, "t_s of Eq. 4.")
+    score_lr_ratio: float = _option(100.0, "Learning rate of the scores over the optimizer's.")
+    head_lr_ratio: float = _option(20.0, "Learning rate of the head over the optimizer's.")
+    drift: float = _option(0.0, "Subtracted from every score after each step (gamma of Eq. 5).")
+
+    base_fingerprint: str | None = _option(None, "Which weights the masks belong to.")
+    adapter_fingerprint: str | None = _option(None, "What the saved masks and head are.")
+    model_config: dict[str, Any] | None = _option(None, "The model's own configuration.")
+    num_weights: int | None = _option(None, "How many weights are masked.")
+    num_pruned: int | None = _option(None, "How many of them are pruned.")
+    mask_codec: str = _option(PACKED_BITS, "How masks are stored.")
+    format_version: int = _option(FORMAT_VERSION, "Version of the stored format.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("ADAPRUNE")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
+        if isinstance(self.modules_to_save, (set, tuple)):
+            self.modules_to_save = sorted(self.modules_to_save)
+        problems = self._problems()
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> AdaPruneConfig:
+        """Make one of the named configurations, with some fields changed.
+
+        Args:
+            name (`str`): `"default"`, or `"paper"` for Algorithm 1.
+            overrides: Fields to set otherwise.
+
+        Returns:
+            `AdaPruneConfig`: The configuration.
+
+        Raises:
+            ConfigError: If there is no preset of this name.
+
+        Example:
+
+            >>> AdaPruneConfig.from_preset("paper", final_sparsity=0.7)
+        """
+        if name not in _PRESETS:
+            raise ConfigError(f"The preset must be one of {sorted(_PRESETS)}, got {name!r}.")
+        return cls(**{**_PRESETS[name], **overrides})
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, as any PEFT configuration, but whole or not at all and in a stable order."""
+        auto_mapping = kwargs.pop("auto_mapping_dict", None)
+        output = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
+        # A stored adapter is opened for inference unless its reader says otherwise: PEFT's convention.
+        output.update({"inference_mode": True, "auto_mapping": auto_mapping or self.auto_mapping})
+        os.makedirs(save_directory, exist_ok=True)
+        path = Path(save_directory, CONFIG_NAME)
+        aside = path.with_suffix(".json.tmp")
+        aside.write_text(json.dumps(output, indent=2, sort_keys=True), encoding="utf-8")
+        aside.replace(path)
+
+    def _problems(self) -> list[str]:
+        problems = [
+            f"`{name}` must be of type {'number' if kind is float else kind.__name__}, got {value!r}."
+            for name, kind, value in self._mistyped()
+        ]
+        if problems:
+            return problems
+        if not 0 <= self.final_sparsity < 1:
+            problems.append(f"`final_sparsity` must be in [0, 1), got {self.final_sparsity}.")
+        if not 0 <= self.pruning_start < self.pruning_end <= 1:
+            problems.append(
+                "`pruning_start` and `pruning_end` are fractions of training and must satisfy "
+                f"0 <= pruning_start < pruning_end <= 1, got {self.pruning_start} and {self.pruning_end}."
+            )
+        for name in ("score_lr_ratio", "head_lr_ratio", "backward_temperature", "forward_temperature"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                problems.append(f"`{name}` must be positive and finite, got {value}.")
+        if not 0 <= self.drift < float("inf"):
+            problems.append(f"`drift` must be finite and >= 0, got {self.drift}.")
+        choices = {"estimator": ESTIMATORS, "score_init": SCORE_INITS, "scope": SCOPES, "selection": SELECTIONS}
+        choices |= {"head": HEADS, "mask_codec": (PACKED_BITS,)}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                problems.append(f"`{name}` must be one of {list(allowed)}, got {getattr(self, name)!r}.")
+        if self.format_version > FORMAT_VERSION:
+            problems.append(
+                f"The adapter has format version {self.format_version}, this hf_adaprune reads up to {FORMAT_VERSION}: "
+                "upgrade hf_adaprune to open it."
+            )
+        if self.layers_to_transform is not None and not isinstance(self.target_modules, set):
+            problems.append("`layers_to_transform` needs `target_modules` as a list of names.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            problems.append("`layers_pattern` needs `layers_to_transform`.")
+        return problems
+
+    def _mistyped(self) -> list[tuple[str, type, Any]]:
+        kinds = {"float": float, "int": int, "str": str, "bool": bool}
+        found = []
+        for spec in fields(self):
+            value, (first, *rest) = getattr(self, spec.name), str(spec.type).split(" | ")
+            kind = kinds.get(first)
+            if kind is None or (value is None and rest == ["None"]):
+                continue
+            accepted = (int, float) if kind is float else kind
+            if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+                found.append((spec.name, kind, value))
+        return found

@@ -1,0 +1,1 @@
+"""Everything a demonstration needs that is not the method itself."""

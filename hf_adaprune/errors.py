@@ -1,0 +1,35 @@
+"""What can go wrong, as types: each is an `AdaPruneError` and the builtin error a caller would expect."""
+
+from peft.utils.error import NoMatchingPeftModuleError
+
+
+class AdaPruneError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class ConfigError(AdaPruneError, ValueError):
+    """A field of the configuration has a value that it cannot have."""
+
+
+class NoMatchingModuleError(AdaPruneError, NoMatchingPeftModuleError):
+    """No module, or not every named one, is there to be masked."""
+
+
+class BaseMismatchError(AdaPruneError, ValueError):
+    """The adapter belongs to another base model than the one it is being put on."""
+
+
+class AdapterFileError(AdaPruneError, ValueError):
+    """The stored adapter is not what was saved: entries are missing, of the wrong size, or altered."""
+
+
+class MergeError(AdaPruneError, ValueError):
+    """The masks cannot be merged into the weights without changing what the model computes."""
+
+
+class NonFiniteError(AdaPruneError, FloatingPointError):
+    """Training met a NaN or an infinity."""
+
+
+class NotPrunedError(AdaPruneError, RuntimeError):
+    """There is nothing to drive: the model has no trainable masks of the given name."""

@@ -1,0 +1,186 @@
+"""Where a model's body ends and its head begins, and how a head that belongs to an adapter is put in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper, TaskType
+from torch import nn
+from transformers import PreTrainedModel
+
+from .config import AdaPruneConfig
+from .errors import BaseMismatchError, ConfigError
+
+
+_TASK_TYPES = {
+    "ForSequenceClassification": TaskType.SEQ_CLS,
+    "ForTokenClassification": TaskType.TOKEN_CLS,
+    "ForQuestionAnswering": TaskType.QUESTION_ANS,
+    "ForCausalLM": TaskType.CAUSAL_LM,
+    "LMHeadModel": TaskType.CAUSAL_LM,
+    "ForMaskedLM": None,
+    "Model": TaskType.FEATURE_EXTRACTION,
+}
+_LABEL_FIELDS = ("id2label", "label2id", "problem_type")
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Return the names of the modules that make up a model's task head.
+
+    The head is everything with parameters outside of `model.base_model`, and the pooler inside it: a task layer by
+    use, and one that many checkpoints lack. A model without a head has no pooler to train, and the output layer of a
+    language model is pre-trained: both give an empty list.
+    """
+    body = getattr(model, "base_model", model)
+    if body is model or output_embeddings(model) is not None:
+        return []
+    outside = [name for name, child in model.named_children() if child is not body and _has_parameters(child)]
+    pooler = getattr(body, "pooler", None)
+    if pooler is None or not _has_parameters(pooler):
+        return outside
+    return [f"{model.base_model_prefix}.pooler", *outside]
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """Return a language model's output layer, or `None` for every other model."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def body_name(model: nn.Module) -> str:
+    """Return the name prefix of the modules of the body: `"bert."`, say, or `""` for a model without a head."""
+    return "" if getattr(model, "base_model", model) is model else f"{model.base_model_prefix}."
+
+
+def prepare_head(model: nn.Module, config: AdaPruneConfig) -> None:
+    """Give a model the head that an adapter has, or the adapter the head that a model has.
+
+    A fresh adapter records the model's configuration. One that was saved brings its own: where a door rebuilt the base
+    with other labels, the head is rebuilt with the adapter's.
+
+    Args:
+        model (`torch.nn.Module`): The model that the adapter is about to be put on; changed in place.
+        config (`AdaPruneConfig`): The adapter's configuration; changed in place.
+
+    Raises:
+        BaseMismatchError: If the model is of another class than the adapter's.
+        ConfigError: If the model cannot have the head that was asked for.
+    """
+    if isinstance(model, PreTrainedModel):
+        if config.model_config is None:
+            _record(model, config)
+        else:
+            _adapt_labels(model, config)
+    head = [_install_layer_average(model)] if config.head == "layer_average" else head_modules(model)
+    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *head])) or None
+
+
+def _record(model: PreTrainedModel, config: AdaPruneConfig) -> None:
+    name = type(model).__name__
+    config.model_config = model.config.to_diff_dict() | {"architectures": [name], "model_type": model.config.model_type}
+    if config.task_type is None:
+        config.task_type = next((task for ending, task in _TASK_TYPES.items() if name.endswith(ending)), None)
+    if config.task_type is None:
+        config.auto_mapping = {"base_model_class": name, "parent_library": type(model).__module__}
+
+
+def _adapt_labels(model: PreTrainedModel, config: AdaPruneConfig) -> None:
+    stored = dict(config.model_config or {})
+    architecture = (stored.get("architectures") or [type(model).__name__])[0]
+    if architecture not in {cls.__name__ for cls in type(model).__mro__}:
+        raise BaseMismatchError(
+            f"The adapter was made for a {architecture}, the model is a {type(model).__name__}: their heads and module "
+            f"names differ. Open the adapter with {architecture}, or the Auto class that gives it."
+        )
+    saved = type(model.config).from_dict(stored)
+    if saved.num_labels != model.config.num_labels:
+        _rebuild_head(model, type(model)._from_config, saved)
+    for field in _LABEL_FIELDS:
+        setattr(model.config, field, getattr(saved, field, None))
+    if hasattr(model, "num_labels"):
+        model.num_labels = saved.num_labels
+
+
+def _rebuild_head(model: PreTrainedModel, build: Any, saved: Any) -> None:
+    with torch.device("meta"):
+        template = build(saved)
+    reference = next(model.parameters())
+    for name in head_modules(model):
+        parent, _, child = name.rpartition(".")
+        owner, fresh = model.get_submodule(parent), template.get_submodule(name)
+        current = getattr(owner, child)
+        if isinstance(current, ModulesToSaveWrapper):
+            owner, child, current = current, "original_module", current.original_module
+        if [p.shape for p in fresh.parameters()] == [p.shape for p in current.parameters()]:
+            continue
+        fresh.to_empty(device=reference.device).to(reference.dtype)
+        fresh.apply(model._init_weights)
+        setattr(owner, child, fresh)
+
+
+class LayerAverageHead(nn.Module):
+    """The head of "Adapting by Pruning" (arXiv 2105.03343): a learned average of every layer's first vector, a ReLU
+    layer of the hidden size, and an output layer.
+
+    Args:
+        num_states (`int`): How many hidden states there are: the embeddings and one a layer.
+        hidden_size (`int`): Their width.
+        num_labels (`int`): The width of the output.
+    """
+
+    def __init__(self, num_states: int, hidden_size: int, num_labels: int) -> None:
+        super().__init__()
+        self.layer_weights = nn.Parameter(torch.zeros(num_states))
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.out_proj = nn.Linear(hidden_size, num_labels)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Map hidden states of shape `(num_states, batch, hidden_size)` to logits of shape `(batch, num_labels)`."""
+        average = torch.einsum("l,lbh->bh", self.layer_weights.softmax(0), states)
+        return self.out_proj(torch.relu(self.dense(average)))
+
+
+class _FirstVectors:
+    """Carry the first vector of every hidden state from the body's output to the head's input."""
+
+    def __init__(self) -> None:
+        self.states: torch.Tensor | None = None
+
+    def ask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "output_hidden_states": True, "return_dict": True}
+
+    def take(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.states = torch.stack([state[:, 0] for state in output.hidden_states])
+
+    def give(self, module: nn.Module, args: Any) -> tuple[torch.Tensor | None]:
+        states, self.states = self.states, None
+        return (states,)
+
+    def __deepcopy__(self, memo: Any) -> _FirstVectors:
+        # PEFT copies the head for each adapter: the copies are fed by the same body.
+        return self
+
+
+def _install_layer_average(model: nn.Module) -> str:
+    if not isinstance(model, PreTrainedModel) or not hasattr(model, "classifier"):
+        raise ConfigError(
+            '`head="layer_average"` replaces the `classifier` of a transformers model for sequence classification; '
+            f"{type(model).__name__} has none. Use `head=\"model\"`."
+        )
+    current = model.classifier
+    if isinstance(current, LayerAverageHead) or isinstance(
+        getattr(current, "original_module", None), LayerAverageHead
+    ):
+        return "classifier"
+    body, courier = model.base_model, _FirstVectors()
+    head = LayerAverageHead(model.config.num_hidden_layers + 1, model.config.hidden_size, model.config.num_labels)
+    head.apply(model._init_weights)
+    model.classifier = head.to(next(model.parameters()))
+    body.register_forward_pre_hook(courier.ask, with_kwargs=True)
+    body.register_forward_hook(courier.take)
+    head.register_forward_pre_hook(courier.give)
+    return "classifier"

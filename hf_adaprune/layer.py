@@ -1,0 +1,263 @@
+"""The layers that multiply a frozen weight by a mask."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .binarize import sigmoid_relaxation, straight_through
+from .config import AdaPruneConfig
+from .masks import pack_mask, unpack_mask
+from .scores import initial_scores, scores_from_mask
+
+
+class _Effective(NamedTuple):
+    """A masked weight, and what it was built from: as long as that is unchanged, it is not built again."""
+
+    weight: torch.Tensor
+    base: torch.Tensor
+    masks: list[torch.Tensor]
+    versions: list[int]
+
+
+class AdaPruneLayer(nn.Module, BaseTunerLayer):
+    """Hold the masks of one frozen weight, one per adapter.
+
+    A mask is one bit a weight: `adaprune_mask[adapter]`, a `uint8` buffer of shape `(ceil(weights / 8),)`, is what is
+    saved and loaded. `adaprune_scores[adapter]`, real and of the weight's shape, exists only while an adapter is
+    trained. What `forward` computes depends on the mask alone: scores only receive a gradient, and `Pruner` turns
+    them into the next mask.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("adaprune_scores",)
+    other_param_names: tuple[str, ...] = ("adaprune_mask", "_unpacked", "_configs")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: AdaPruneConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adaprune_scores = nn.ParameterDict()
+        self.adaprune_mask = BufferDict(persistent=True)
+        # The masks of adapters in training, unpacked: newer than the buffer, which is only packed to be saved.
+        self._unpacked: dict[str, torch.Tensor] = {}
+        self._configs: dict[str, AdaPruneConfig] = {}
+        self._effective: _Effective | None = None
+        self._removed: dict[str, torch.Tensor] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        self.in_features, self.out_features = self._features(base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    @staticmethod
+    def _features(base_layer: Any) -> tuple[int, int]:
+        return base_layer.in_features, base_layer.out_features
+
+    def update_layer(self, adapter_name: str, config: AdaPruneConfig) -> None:
+        """Add an adapter that keeps every weight, with scores if it is to be trained."""
+        weight = self.get_base_layer().weight
+        self.adaprune_mask[adapter_name] = pack_mask(torch.ones_like(weight, dtype=torch.bool, device="cpu")).to(
+            weight.device
+        )
+        self._configs[adapter_name] = config
+        if not config.inference_mode:
+            self.adaprune_scores[adapter_name] = nn.Parameter(initial_scores(weight.detach(), config))
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def mask(self, adapter_name: str) -> torch.Tensor:
+        """Return the adapter's mask: boolean, of the weight's shape, True = kept."""
+        if adapter_name in self._unpacked:
+            return self._unpacked[adapter_name].to(self.weight.device)
+        return unpack_mask(self.adaprune_mask[adapter_name], self.weight.shape)
+
+    def config(self, adapter_name: str) -> AdaPruneConfig:
+        """Return the adapter's configuration."""
+        return self._configs[adapter_name]
+
+    def set_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
+        """Replace the mask of an adapter in training."""
+        self._unpacked[adapter_name] = mask
+
+    def match_scores_to_mask(self, adapter_name: str) -> bool:
+        """Make scores that stand for the adapter's mask where its own do not; return whether they were made anew.
+
+        The scores of an adapter are not saved with it. One that is loaded to be trained on has a mask, and the scores
+        of a fresh adapter.
+        """
+        mask = self.mask(adapter_name)
+        scores, config = self.adaprune_scores[adapter_name], self._configs[adapter_name]
+        if not scores.is_meta and _stand_for(scores.detach(), mask, config):
+            return False
+        made = scores_from_mask(self.weight.detach(), mask, config)
+        if scores.is_meta:
+            self.adaprune_scores[adapter_name] = nn.Parameter(made, requires_grad=scores.requires_grad)
+        else:
+            scores.data.copy_(made)
+        return True
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Zero the pruned weights in the base layer; what was there is kept for `unmerge`."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.adaprune_mask:
+                continue
+            weight, pruned = self.get_base_layer().weight.data, ~self.mask(name)
+            if safe_merge and not torch.isfinite(weight).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            self._removed[name] = weight[pruned]
+            weight[pruned] = 0
+            self.merged_adapters.append(name)
+        self._effective = None
+
+    def unmerge(self) -> None:
+        """Put back what `merge` zeroed, to the last bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            self.get_base_layer().weight.data[~self.mask(name)] = self._removed.pop(name)
+
+    def effective_weight(self) -> torch.Tensor:
+        """Return the weight times the product of the active masks.
+
+        With gradients enabled and an active adapter in training the result carries the gradient to its scores.
+        Otherwise it is built once and reused until a mask or the weight changes.
+        """
+        if self.merged and self.disable_adapters:
+            self.unmerge()
+        weight = self.get_base_layer().weight
+        if self.merged or self.disable_adapters:
+            return weight
+        names = [name for name in self.active_adapters if name in self.adaprune_mask]
+        if torch.is_grad_enabled() and any(self._is_trained(name) for name in names):
+            self._effective = None
+            return self._trained_weight(weight, names)
+        return self._built_weight(weight, names) if names else weight
+
+    def _is_trained(self, adapter_name: str) -> bool:
+        return adapter_name in self.adaprune_scores and self.adaprune_scores[adapter_name].requires_grad
+
+    def _trained_weight(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
+        for name in names:
+            mask = self.mask(name)
+            if not self._is_trained(name):
+                weight = weight * mask
+                continue
+            config, scores = self._configs[name], self.adaprune_scores[name]
+            if config.estimator == "straight_through":
+                weight = straight_through(weight, scores, mask)
+            else:
+                weight = sigmoid_relaxation(
+                    weight,
+                    scores,
+                    mask,
+                    backward_temperature=config.backward_temperature,
+                    forward_temperature=config.forward_temperature if self.training else None,
+                    score_scale=config.score_lr_ratio,
+                )
+        return weight
+
+    def _built_weight(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
+        masks = [self._unpacked.get(name, self.adaprune_mask[name]) for name in names]
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in (weight, *masks)]
+        built = self._effective
+        if (
+            built is None
+            or built.base is not weight
+            or built.versions != versions
+            or any(old is not new for old, new in zip(built.masks, masks, strict=True))
+            or (built.weight.dtype, built.weight.device) != (weight.dtype, weight.device)
+        ):
+            # Built outside of inference mode, so that it may take part in a later backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                product = weight.detach().clone()
+                for name in names:
+                    product *= self.mask(name)
+            self._effective = built = _Effective(product, weight, masks, versions)
+        return built.weight
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._effective = None
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.adaprune_mask.keys())
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Only moved, never cast: scores in half precision would stand still under small steps.
+        device = device or self.weight.device
+        if adapter_name in self.adaprune_mask and device.type != "meta":
+            self.adaprune_mask[adapter_name] = self.adaprune_mask[adapter_name].to(device)
+        if adapter_name in self.adaprune_scores and not self.adaprune_scores[adapter_name].is_meta:
+            self.adaprune_scores[adapter_name].data = self.adaprune_scores[adapter_name].data.to(device)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, mask in self._unpacked.items():
+            self.adaprune_mask[name] = pack_mask(mask)
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self.adaprune_mask:
+            if f"{prefix}adaprune_mask.{name}" not in state_dict:
+                continue
+            self._unpacked.pop(name, None)
+            scores_key = f"{prefix}adaprune_scores.{name}"
+            if name in self.adaprune_scores and scores_key not in state_dict:
+                # An adapter's file has no scores; those at hand stay until `match_scores_to_mask` is called.
+                state_dict[scores_key] = self.adaprune_scores[name]
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
+
+def _stand_for(scores: torch.Tensor, mask: torch.Tensor, config: AdaPruneConfig) -> bool:
+    if config.selection == "threshold":
+        return torch.equal(scores > 0, mask)
+    return bool(mask.all()) or not bool(mask.any()) or bool(scores[mask].min() >= scores[~mask].max())
+
+
+class Linear(AdaPruneLayer):
+    """A masked `torch.nn.Linear`."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        weight = self.effective_weight()
+        return F.linear(self._cast_input_dtype(x, weight.dtype), weight, self.bias)
+
+
+class Conv1DLinear(AdaPruneLayer):
+    """A masked `transformers` `Conv1D`: a linear layer whose weight is stored transposed, `(in, out)`."""
+
+    @staticmethod
+    def _features(base_layer: Any) -> tuple[int, int]:
+        return tuple(base_layer.weight.shape)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        weight = self.effective_weight()
+        x = self._cast_input_dtype(x, weight.dtype)
+        return torch.addmm(self.bias, x.reshape(-1, self.in_features), weight).view(*x.shape[:-1], self.out_features)
+
+
+class Embedding(AdaPruneLayer):
+    """A masked `torch.nn.Embedding`."""
+
+    @staticmethod
+    def _features(base_layer: Any) -> tuple[int, int]:
+        return base_layer.num_embeddings, base_layer.embedding_dim
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        embedded = F.embedding(x, self.effective_weight(), self.get_base_layer().padding_idx)
+        scale = self._get_embed_scale()
+        return embedded if scale is None else embedded * scale.to(embedded.dtype)
+
+
+def wrap(module: nn.Module, adapter_name: str, config: AdaPruneConfig) -> AdaPruneLayer | None:
+    """Return the masked layer for a module, or `None` if there is none for its type."""
+    for base_cls, layer_cls in ((nn.Linear, Linear), (Conv1D, Conv1DLinear), (nn.Embedding, Embedding)):
+        if isinstance(module, base_cls):
+            return layer_cls(module, adapter_name, config)
+    return None

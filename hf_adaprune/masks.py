@@ -1,0 +1,99 @@
+"""Pure functions on masks. A mask is boolean and **True means kept**."""
+
+from collections.abc import Iterable
+from typing import Final
+
+import numpy as np
+import torch
+
+
+# The name under which `adapter_config.json` records how masks are stored. Entry `i` of the flattened mask is bit
+# `i % 8`, counted from the least significant, of byte `i // 8`; the unused bits of the last byte are zero.
+PACKED_BITS: Final = "packed-bits-lsb"
+
+
+def pack_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Pack a mask into bytes, eight entries each.
+
+    Args:
+        mask (`torch.Tensor`): Boolean tensor of any shape, with `n` entries.
+
+    Returns:
+        `torch.Tensor`: `uint8` tensor of shape `(ceil(n / 8),)`, in the order of `PACKED_BITS`.
+    """
+    flat = mask.reshape(-1)
+    if flat.device.type == "cpu":
+        return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    return (padded << torch.arange(8, device=flat.device, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Undo `pack_mask`.
+
+    Args:
+        packed (`torch.Tensor`): `uint8` tensor of shape `(ceil(n / 8),)`.
+        shape (`torch.Size`): The mask's shape, with `n` entries.
+
+    Returns:
+        `torch.Tensor`: Boolean tensor of the given shape.
+
+    Raises:
+        ValueError: If `packed` has not one bit for each entry.
+    """
+    if packed.numel() != -(-shape.numel() // 8):
+        raise ValueError(f"A mask of {shape.numel()} entries takes {-(-shape.numel() // 8)} bytes, got {packed.numel()}.")
+    if packed.device.type == "cpu":
+        bits = torch.from_numpy(np.unpackbits(packed.numpy(), count=shape.numel(), bitorder="little"))
+        return bits.view(torch.bool).view(shape)
+    shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    bits = (packed.unsqueeze(1) >> shifts) & 1
+    return bits.view(-1)[: shape.numel()].view(torch.bool).view(shape)
+
+
+def sparsity_of(masks: Iterable[torch.Tensor]) -> float:
+    """Return the fraction of entries that the masks remove, in [0, 1], all masks taken together."""
+    pruned = total = 0
+    for mask in masks:
+        total += mask.numel()
+        pruned += mask.numel() - int(mask.count_nonzero())
+    return pruned / total if total else 0.0
+
+
+def topk_mask(scores: torch.Tensor, num_kept: int, tie_breaker: torch.Tensor) -> torch.Tensor:
+    """Keep exactly the `num_kept` entries of highest score.
+
+    Args:
+        scores (`torch.Tensor`): Finite scores of any shape.
+        num_kept (`int`): How many entries to keep, in `[0, scores.numel()]`.
+        tie_breaker (`torch.Tensor`):
+            Same shape as `scores`. Of entries with equal scores those with the larger tie breaker are kept first, and
+            of those equal in both the ones that come first: the mask is the same on every machine.
+
+    Returns:
+        `torch.Tensor`: Boolean tensor of the shape of `scores` with exactly `num_kept` True entries.
+
+    Raises:
+        ValueError: If `num_kept` is out of range.
+    """
+    if not 0 <= num_kept <= scores.numel():
+        raise ValueError(f"`num_kept` must be in [0, {scores.numel()}], got {num_kept}.")
+    if num_kept == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    flat = scores.detach().reshape(-1)
+    threshold = _kth_largest(flat, num_kept)
+    kept = flat >= threshold
+    if int(kept.count_nonzero()) != num_kept:
+        kept = flat > threshold
+        tied = (flat == threshold).nonzero().squeeze(1)
+        order = tie_breaker.detach().reshape(-1)[tied].sort(descending=True, stable=True).indices
+        kept[tied[order[: num_kept - int(kept.count_nonzero())]]] = True
+    return kept.view(scores.shape)
+
+
+def _kth_largest(flat: torch.Tensor, k: int) -> torch.Tensor:
+    if flat.device.type == "cpu" and flat.dtype == torch.float32:
+        # An order of magnitude faster than torch's own selection on a CPU, and the same value.
+        index = flat.numel() - k
+        return torch.tensor(np.partition(flat.numpy(), index)[index])
+    return flat.kthvalue(flat.numel() - k + 1).values

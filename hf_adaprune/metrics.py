@@ -1,0 +1,118 @@
+"""GLUE's metrics for `evaluate`, without the network.
+
+`evaluate.load("glue", "mrpc")` downloads the metric's code from the Hub at run time. [`glue_metric`] needs no download
+and returns the same keys and values, with one exception: a correlation with a constant does not exist, and is 0.0 here
+rather than NaN. So a run's logs stay valid JSON, and the best checkpoint can be told from the others.
+"""
+
+import logging
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import f1_score, matthews_corrcoef
+
+
+logger = logging.getLogger(__name__)
+
+GLUE_METRICS: dict[str, tuple[str, ...]] = {
+    "cola": ("matthews_correlation",),
+    "hans": ("accuracy",),
+    "mnli": ("accuracy",),
+    "mnli_matched": ("accuracy",),
+    "mnli_mismatched": ("accuracy",),
+    "mrpc": ("accuracy", "f1"),
+    "qnli": ("accuracy",),
+    "qqp": ("accuracy", "f1"),
+    "rte": ("accuracy",),
+    "sst2": ("accuracy",),
+    "stsb": ("pearson", "spearmanr"),
+    "wnli": ("accuracy",),
+}
+"""What each task is scored by."""
+
+_INPUTS = """
+Args:
+    predictions (`list` of `int`, or of `float` for stsb): What the model says, one an example.
+    references (`list` of `int`, or of `float` for stsb): The labels, in the same order.
+Returns:
+    `dict[str, float]`: The scores of the task.
+"""
+
+
+class GlueMetric(evaluate.Metric):
+    """Score predictions on a GLUE task (Wang et al., ICLR 2019) as the Hub's `glue` metric does, without a download.
+
+    Two scores can fail to exist, and are then 0.0, with one line in the log: a correlation, when all predictions or
+    all references are the same; F1, when neither holds a positive. A regression's predictions that hold NaN or
+    infinity score NaN, with one line in the log: the model has diverged, and no number would be true.
+
+    Args:
+        config_name (`str`): The task, one of `GLUE_METRICS`.
+        kwargs: What `evaluate.Metric` takes: `keep_in_memory`, `cache_dir`, `num_process`, `process_id`,
+            `experiment_id` and so on.
+
+    Raises:
+        ValueError: There is no such task, or (by `compute`) there is nothing to score.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        if self.config_name not in GLUE_METRICS:
+            raise ValueError(f"The task must be one of {sorted(GLUE_METRICS)}, got {self.config_name!r}.")
+        value = datasets.Value("float32" if self.config_name == "stsb" else "int64")
+        return evaluate.MetricInfo(
+            description=f"Scores of GLUE's {self.config_name}: {', '.join(GLUE_METRICS[self.config_name])}.",
+            citation="Wang et al., GLUE: A Multi-Task Benchmark and Analysis Platform, ICLR 2019",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": value, "references": value}),
+            homepage="https://gluebenchmark.com/",
+            format="numpy",
+        )
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        predictions, references = np.asarray(predictions), np.asarray(references)
+        if len(references) == 0:
+            raise ValueError("At least one prediction and one reference are needed, got none.")
+        return {name: _score(name, predictions, references) for name in GLUE_METRICS[self.config_name]}
+
+
+def glue_metric(task_name: str, **kwargs: Any) -> GlueMetric:
+    """Build the metric of a GLUE task; use it in place of `evaluate.load("glue", task_name)`.
+
+    Args:
+        task_name (`str`): One of `GLUE_METRICS`: `"cola"`, `"mrpc"`, `"sst2"`, `"stsb"` and so on.
+        kwargs: What `evaluate.Metric` takes. With `keep_in_memory=True`, predictions are not written to its cache.
+
+    Returns:
+        [`GlueMetric`]: Its `compute(predictions=..., references=...)` returns a `dict[str, float]`.
+
+    Raises:
+        ValueError: There is no such task.
+
+    Example:
+        >>> glue_metric("sst2").compute(predictions=[0, 1, 1, 0], references=[0, 1, 0, 0])
+        {'accuracy': 0.75}
+    """
+    return GlueMetric(config_name=task_name, **kwargs)
+
+
+def _score(name: str, predictions: np.ndarray, references: np.ndarray) -> float:
+    if name == "accuracy":
+        return float((predictions == references).mean())
+    if name == "f1":
+        if not (predictions == 1).any() and not (references == 1).any():
+            logger.warning("f1 does not exist, since no prediction and no reference is positive: 0.0 is reported.")
+        return float(f1_score(references, predictions, zero_division=0.0))
+    sides = {"predictions": predictions.astype(np.float64), "references": references.astype(np.float64)}
+    if not all(np.isfinite(side).all() for side in sides.values()):
+        logger.warning("%s is NaN, since the predictions or the references hold NaN or infinity.", name)
+        return float("nan")
+    if any(np.ptp(side) == 0 for side in sides.values()):
+        logger.warning("%s does not exist, since all predictions or references are the same: 0.0 is reported.", name)
+        return 0.0
+    if name == "matthews_correlation":
+        return float(matthews_corrcoef(references, predictions))
+    correlation = pearsonr if name == "pearson" else spearmanr
+    return float(correlation(sides["predictions"], sides["references"]).statistic)

@@ -1,0 +1,203 @@
+"""The tuner: puts masks on a model, takes them off, and says what of them is stored."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import nn
+
+from .config import AdaPruneConfig
+from .errors import AdapterFileError, BaseMismatchError, MergeError, NoMatchingModuleError
+from .fingerprint import fingerprint, fingerprints_are_checked
+from .head import prepare_head
+from .layer import AdaPruneLayer, Embedding, wrap
+from .masks import unpack_mask
+from .targets import linear_endings, no_match, resolve_targets
+
+
+def adaprune_layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, AdaPruneLayer]]:
+    """Yield the names and masked layers of a model, all or those that have an adapter of the given name."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdaPruneLayer) and (adapter_name is None or adapter_name in module.adaprune_mask):
+            yield name, module
+
+
+class AdaPruneModel(BaseTuner):
+    """Adapt a frozen model by masks over its weights (arXiv 2105.03343). Made by `peft.get_peft_model`."""
+
+    prefix = "adaprune_"
+    tuner_layer_cls = AdaPruneLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Put an adapter on the model: PEFT's own injection, on a checked configuration and a checked base."""
+        config = self.peft_config[adapter_name]
+        prepare_head(model, config)
+        if state_dict is not None:
+            config.target_modules = {key.rpartition(f".{self.prefix}")[0] for key in state_dict if self.prefix in key}
+        resolve_targets(model, config)
+        stored = config.adapter_fingerprint is not None
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except NoMatchingPeftModuleError as error:
+            message = no_match(config.target_modules, linear_endings(model))
+            raise NoMatchingModuleError(f"{message} ({error})") from None
+        _check_base(model, adapter_name, config)
+        if stored and fingerprints_are_checked():
+            model.register_forward_pre_hook(_CheckOnce(adapter_name, config.adapter_fingerprint))
+
+    def _create_and_replace(
+        self,
+        peft_config: AdaPruneConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, AdaPruneLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        layer = wrap(target, adapter_name, peft_config)
+        if layer is None:
+            raise NoMatchingModuleError(
+                f"`target_modules` matched {current_key!r}, a {type(target).__name__}. Only `torch.nn.Linear`, "
+                "`torch.nn.Embedding` and transformers' `Conv1D` can be masked: list it in `exclude_modules`."
+            )
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            # PEFT would hand over `weight` and `bias`, which a head of several layers does not have.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _check_merge_allowed(self) -> None:
+        for name, layer in adaprune_layers(self.model):
+            shared = [key for key, parameter in self.model.named_parameters(remove_duplicate=False)
+                      if parameter is layer.weight and not key.startswith(f"{name}.")]
+            if isinstance(layer, Embedding) and shared:
+                raise MergeError(
+                    f"{name!r} shares its weight with {shared}, which is not masked: merging would prune both. "
+                    "Load the base with `tie_word_embeddings=False` and copy the weight, or leave the masks unmerged."
+                )
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: AdaPruneConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        masks = {}
+        num_weights = num_pruned = 0
+        for name, layer in adaprune_layers(model, adapter_name):
+            key = f"{name}.adaprune_mask.{adapter_name}"
+            masks[key] = state_dict[key]
+            mask = unpack_mask(masks[key], layer.weight.shape)
+            num_weights += mask.numel()
+            num_pruned += mask.numel() - int(mask.count_nonzero())
+        config.num_weights, config.num_pruned = num_weights, num_pruned
+        head = [state_dict[key] for key in _head_keys(model, adapter_name)]
+        config.adapter_fingerprint = fingerprint([*masks.values(), *head])
+        return masks
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: AdaPruneConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        problems = []
+        for name, layer in adaprune_layers(model, adapter_name):
+            key, size = f"{name}.adaprune_mask.{adapter_name}", -(-layer.weight.numel() // 8)
+            mask = remapped.get(key)
+            if mask is None:
+                problems.append(f"no mask for {name!r}")
+            elif mask.dtype != torch.uint8 or tuple(mask.shape) != (size,):
+                problems.append(f"the mask for {name!r} is {tuple(mask.shape)} {mask.dtype}, not ({size},) torch.uint8")
+        if problems:
+            raise AdapterFileError(
+                f"The adapter's file does not fit the model: {'; '.join(problems)}. "
+                "Fetch the adapter again, or open it on the base that it was made for."
+            )
+        return remapped
+
+
+def _head_keys(model: nn.Module, adapter_name: str) -> list[str]:
+    return [
+        f"{name}.modules_to_save.{adapter_name}.{key}"
+        for name, wrapper in model.named_modules()
+        if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save
+        for key in wrapper.modules_to_save[adapter_name].state_dict()
+    ]
+
+
+def _check_base(model: nn.Module, adapter_name: str, config: AdaPruneConfig) -> None:
+    weights = [layer.weight for _, layer in adaprune_layers(model, adapter_name)]
+    if any(weight.is_meta for weight in weights):
+        return
+    if config.base_fingerprint is not None and any(weight.dtype == torch.float16 for weight in weights):
+        warnings.warn(
+            "The base model is in float16, where its fingerprint cannot be checked: make sure that it is "
+            f"{config.base_model_name_or_path!r}.",
+            stacklevel=2,
+        )
+        return
+    found = fingerprint(weights)
+    if config.base_fingerprint is None:
+        config.base_fingerprint = found
+    elif found != config.base_fingerprint and fingerprints_are_checked():
+        raise BaseMismatchError(
+            f"The masks of adapter {adapter_name!r} were made for other weights: those of "
+            f"{config.base_model_name_or_path!r} have the fingerprint {config.base_fingerprint}, the model's have "
+            f"{found}. Load the adapter's own base, in float32 or bfloat16; or, to open it here all the same, do so "
+            "inside `hf_adaprune.skip_fingerprint_check()`."
+        )
+
+
+class _CheckOnce:
+    """At the first forward pass after loading, hold what was loaded against what was saved.
+
+    Not every door tells when it has finished loading; but none can lead to a forward pass unseen.
+    """
+
+    def __init__(self, adapter_name: str, expected: str) -> None:
+        self.adapter_name = adapter_name
+        self.expected: str | None = expected
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        if self.expected is None or torch.compiler.is_compiling():
+            return
+        expected, self.expected = self.expected, None
+        if self.adapter_name not in getattr(model, "peft_config", {}):
+            return
+        state = model.state_dict()
+        head = [state[key] for key in _head_keys(model, self.adapter_name)]
+        if any(tensor.dtype == torch.float16 for tensor in head):
+            return
+        masks = [layer.adaprune_mask[self.adapter_name] for _, layer in adaprune_layers(model, self.adapter_name)]
+        if fingerprint([*masks, *head]) != expected:
+            raise AdapterFileError(
+                f"The masks or the head of adapter {self.adapter_name!r} are not those that were saved: its files are "
+                "damaged, incomplete or edited by hand, or a head of the wrong size was skipped. Fetch it again."
+            )

@@ -1,0 +1,54 @@
+"""Where scores start: from nothing but the weights, or from a mask."""
+
+import torch
+
+from .config import AdaPruneConfig
+
+
+def magnitude_ranks(weight: torch.Tensor) -> torch.Tensor:
+    """Return the ranks of |w|, ties in order of position, spread evenly over [0, 2] (float32, the weight's shape)."""
+    flat = weight.detach().reshape(-1).abs()
+    ranks = torch.empty(flat.numel(), dtype=torch.float32, device=flat.device)
+    ranks[flat.argsort(stable=True)] = torch.linspace(0, 2, flat.numel(), device=flat.device)
+    return ranks.view(weight.shape)
+
+
+def initial_scores(weight: torch.Tensor, config: AdaPruneConfig) -> torch.Tensor:
+    """Return the scores that an adapter starts from, as they are stored: divided by `config.score_lr_ratio`.
+
+    Adam moves every parameter by about the learning rate whatever the size of its gradient, so the smaller the stored
+    scores, the larger the step in their own unit.
+
+    Args:
+        weight (`torch.Tensor`): The weight to be masked.
+        config (`AdaPruneConfig`): Names the start (`score_init`).
+
+    Returns:
+        `torch.Tensor`: float32, of the weight's shape.
+    """
+    if weight.is_meta:
+        return torch.empty(weight.shape, dtype=torch.float32, device="meta")
+    if config.score_init == "magnitude":
+        scores = magnitude_ranks(weight)
+    elif config.score_init == "constant":
+        scores = torch.full(weight.shape, 0.01, device=weight.device)
+    else:
+        scores = torch.normal(0.01, 0.001, weight.shape, device=weight.device)
+    return scores / config.score_lr_ratio
+
+
+def scores_from_mask(weight: torch.Tensor, mask: torch.Tensor, config: AdaPruneConfig) -> torch.Tensor:
+    """Return scores that stand for a mask: every kept weight above every pruned one, as far apart as fresh scores are.
+
+    Args:
+        weight (`torch.Tensor`): The masked weight.
+        mask (`torch.Tensor`): Boolean, of the weight's shape.
+        config (`AdaPruneConfig`): Names the start (`score_init`).
+
+    Returns:
+        `torch.Tensor`: float32, of the weight's shape, divided by `config.score_lr_ratio`.
+    """
+    fresh = initial_scores(weight, config)
+    if config.selection == "threshold":
+        return fresh.abs() * torch.where(mask, 1.0, -1.0)
+    return fresh / 2 + mask / config.score_lr_ratio

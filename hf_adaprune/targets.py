@@ -1,0 +1,87 @@
+"""Which modules of a model are masked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import AdaPruneConfig
+from .errors import NoMatchingModuleError
+from .head import body_name, output_embeddings
+from .layer import AdaPruneLayer
+
+
+def resolve_targets(model: nn.Module, config: AdaPruneConfig) -> None:
+    """Write into the configuration the full names of the modules to mask, where the user left that open.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        config (`AdaPruneConfig`): The configuration; `target_modules` is changed in place.
+
+    Raises:
+        NoMatchingModuleError: If nothing is to be masked, or one of the names matches no module.
+    """
+    names = config.target_modules
+    if names is None or (isinstance(names, str) and names.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND):
+        found = {name for name, module in _maskable(model) if not _is_under(name, config.modules_to_save)}
+        names = {name for name in found if name.startswith(body_name(model))} - _headless_pooler(model)
+    if config.mask_embeddings:
+        embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        named = [name for name, module in model.named_modules() if module is embeddings]
+        if not named:
+            raise NoMatchingModuleError(
+                f"`mask_embeddings=True` needs a model with input embeddings, {type(model).__name__} tells of none. "
+                "Name the module in `target_modules` instead."
+            )
+        names = names | set(named) if isinstance(names, set) else f"(?:{names})|{re.escape(named[0])}"
+    endings = sorted({name.rpartition(".")[2] for name, _ in _maskable(model)})
+    if isinstance(names, set):
+        modules = [name for name, _ in model.named_modules()]
+        unmatched = sorted(name for name in names if not any(_ends_with(module, name) for module in modules))
+        if unmatched or not names:
+            raise NoMatchingModuleError(no_match(unmatched, endings))
+    config.target_modules = names
+
+
+def no_match(names: object, endings: list[str]) -> str:
+    """Return the message for names that match no module of a model whose linear modules have these endings."""
+    there = f"Linear modules end in: {', '.join(map(repr, endings))}." if endings else "The model has no linear module."
+    return f"No module matched `target_modules={names!r}`. {there}"
+
+
+def linear_endings(model: nn.Module) -> list[str]:
+    """Return the last parts of the names of all modules that could be masked by default."""
+    return sorted({name.rpartition(".")[2] for name, _ in _maskable(model)})
+
+
+def _maskable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    head = output_embeddings(model)
+    wrapped: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(wrapped) and wrapped:
+            continue
+        if isinstance(module, AdaPruneLayer):
+            wrapped += (f"{name}.",)
+        elif not isinstance(module, (nn.Linear, Conv1D)):
+            continue
+        if module is not head and name:
+            yield name, module
+
+
+def _headless_pooler(model: nn.Module) -> set[str]:
+    # The pooler of a model without a head gets no gradient from most losses: it is left as it is.
+    if body_name(model):
+        return set()
+    return {name for name, _ in _maskable(model) if name == "pooler" or name.startswith("pooler.")}
+
+
+def _ends_with(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
+
+
+def _is_under(module: str, parents: list[str] | None) -> bool:
+    return any(module == parent or module.startswith(f"{parent}.") for parent in parents or [])
