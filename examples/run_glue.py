@@ -20,6 +20,7 @@ suit: 5e-5 (the default) for adaprune, 5e-5 to 1e-4 for finetune, 1e-3 for featu
 
 import logging
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,11 +59,14 @@ TASK_COLUMNS = {
 FILE_KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SPLIT_OF_FLAG = {"do_train": "train", "do_eval": "validation", "do_predict": "test"}
 SPLITS = ("train", "validation", "validation_mismatched", "test", "test_mismatched")
-SPLITS = ("train", "validation", "validation_mismatched", "test", "test_mismatched")
 
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message says why, and what to do."""
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Show defaults, and the examples above as they are."""
 
 
 def flag(help: str, default: Any = None) -> Any:
@@ -127,8 +131,8 @@ def read_file(path: Path, cache_dir: str | None) -> datasets.Dataset:
         raise InputError(f"A data file must exist and end in one of {sorted(FILE_KINDS)}, got '{path}'.")
     try:
         return datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=cache_dir)
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise InputError(f"'{path}' could not be read as {kind}: {error.__cause__}") from error
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        raise InputError(f"'{path}' could not be read as {kind}: {error.__cause__ or error}") from error
 
 
 def read_splits(args: DataArguments, cache_dir: str | None) -> dict[str, datasets.Dataset]:
@@ -188,7 +192,7 @@ def number_labels(splits: dict[str, datasets.Dataset]) -> list[str] | None:
         if unknown:
             raise InputError(f"The {split} labels must be {names or 'finite numbers'}, got {unknown[:5]}.")
         if kind != target:
-            labels = [numbers[value] for value in dataset["label"]]
+            labels = [numbers[value] for value in dataset["label"][:]]
             splits[split] = dataset.remove_columns("label").add_column("label", labels, feature=target)
     return names
 
@@ -261,6 +265,7 @@ def make_compute_metrics(task: Task) -> Callable[[Any], dict[str, float]]:
 def train(trainer: Trainer, args: ModelArguments) -> None:
     folder = Path(trainer.args.output_dir)
     trainable = trainer.get_num_trainable_parameters()
+    (folder / "all_results.json").unlink(missing_ok=True)  # an earlier run's
     metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
     trainer.save_model()
     metrics |= {"train_samples": len(trainer.train_dataset), "trainable_params": trainable}
@@ -294,16 +299,17 @@ def predict(trainer: Trainer, data: dict[str, datasets.Dataset], task: Task) -> 
             answers = decide(trainer.predict(data[split], metric_key_prefix="predict").predictions, task)
             if trainer.is_world_process_zero():
                 names = task.label_names
-                lines = [
-                    f"{i}\t{f'{answer:.3f}' if names is None else names[answer]}" for i, answer in enumerate(answers)
-                ]
+                texts = [f"{answer:.3f}" if names is None else names[answer] for answer in answers]
+                lines = ["index\tprediction", *(f"{index}\t{text}" for index, text in enumerate(texts)), ""]
                 path = Path(trainer.args.output_dir, f"predict_results_{task.name}{ending}.txt")
-                path.write_text("\n".join(["index\tprediction", *lines, ""]), encoding="utf-8")
+                path.write_text("\n".join(lines), encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script on `argv`, by default on the command line's flags."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__)
+    kinds = (ModelArguments, DataArguments, TrainingArguments)
+    usage = "%(prog)s --model_name_or_path MODEL --output_dir FOLDER [flags]"
+    parser = HfArgumentParser(kinds, description=__doc__, formatter_class=HelpFormatter, usage=usage)
     model_args, data_args, args = parser.parse_args_into_dataclasses(args=argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
@@ -318,9 +324,8 @@ def main(argv: list[str] | None = None) -> None:
     with args.main_process_first(desc="reading the data"):
         task = load_task(data_args, asked, model_args.cache_dir)
         model, tokenizer = load_model(model_args, task.label_names)
-        data = {
-            split: tokenize(task, split, tokenizer, data_args) for split in task.splits if split.split("_")[0] in asked
-        }
+        wanted = [split for split in task.splits if split.split("_")[0] in asked]
+        data = {split: tokenize(task, split, tokenizer, data_args) for split in wanted}
     trainer = Trainer(
         model=model,
         args=args,
@@ -338,8 +343,8 @@ def main(argv: list[str] | None = None) -> None:
         predict(trainer, data, task)
     if args.push_to_hub:
         trainer.push_to_hub()
-    for path in sorted(Path(args.output_dir).iterdir()):
-        logger.info("Written: %s", path)
+    names = sorted(path.name for path in Path(args.output_dir).iterdir())
+    logger.info("All of it is in %s: %s", args.output_dir, ", ".join(names))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from .registration import register
 
 register()
 
+from .analysis import sparsity_report  # noqa: E402
 from .callback import AdaPruneCallback  # noqa: E402
 from .config import AdaPruneConfig  # noqa: E402
 from .fingerprint import skip_fingerprint_check  # noqa: E402
@@ -14,4 +15,11 @@ from .pruner import Pruner  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["AdaPruneCallback", "AdaPruneConfig", "AdaPruneModel", "Pruner", "skip_fingerprint_check"]
+__all__ = [
+    "AdaPruneCallback",
+    "AdaPruneConfig",
+    "AdaPruneModel",
+    "Pruner",
+    "skip_fingerprint_check",
+    "sparsity_report",
+]

@@ -132,7 +132,9 @@ class AdaPruneCallback(TrainerCallback):
     @property
     def _running(self) -> Pruner:
         if self.pruner is None:
-            raise NotPrunedError("`AdaPruneCallback` was added after training had begun: give it to the Trainer itself.")
+            raise NotPrunedError(
+                "`AdaPruneCallback` was added after training had begun: give it to the Trainer itself."
+            )
         return self.pruner
 
     def _forget_best(self, state: TrainerState) -> None:
@@ -149,7 +151,9 @@ def _save_training_state(model: nn.Module, folder: Path) -> None:
     """
     state = model.state_dict()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    masks = {f"{name}.adaprune_mask.{adapter}" for name, layer in adaprune_layers(model) for adapter in layer.adaprune_mask}
+    masks = {
+        f"{name}.adaprune_mask.{adapter}" for name, layer in adaprune_layers(model) for adapter in layer.adaprune_mask
+    }
     path = folder / SAFE_WEIGHTS_NAME
     aside = path.with_suffix(".tmp")
     save_file({name: state[name].contiguous() for name in sorted(trained | masks)}, aside, metadata={"format": "pt"})

@@ -95,8 +95,9 @@ class AdaPruneConfig(PeftConfig):
         base_fingerprint (`str`, *optional*): Written when an adapter is made; which weights the masks belong to.
         adapter_fingerprint (`str`, *optional*): Written when an adapter is saved; what its masks and head are.
         model_config (`dict`, *optional*): Written when an adapter is made; the model's own configuration.
-        num_weights (`int`, *optional*): Written when an adapter is saved; how many weights are masked.
-        num_pruned (`int`, *optional*): Written when an adapter is saved; how many of them are pruned.
+        num_parameters (`int`, *optional*): Written when an adapter is made; how many the whole model has.
+        module_counts (`dict[str, list[int]]`, *optional*):
+            Written when an adapter is saved; for each masked module how many weights are pruned, and how many it has.
         mask_codec (`str`): How masks are stored.
         format_version (`int`): Version of the stored format.
 
@@ -127,8 +128,8 @@ class AdaPruneConfig(PeftConfig):
     base_fingerprint: str | None = _option(None, "Which weights the masks belong to.")
     adapter_fingerprint: str | None = _option(None, "What the saved masks and head are.")
     model_config: dict[str, Any] | None = _option(None, "The model's own configuration.")
-    num_weights: int | None = _option(None, "How many weights are masked.")
-    num_pruned: int | None = _option(None, "How many of them are pruned.")
+    num_parameters: int | None = _option(None, "How many parameters the whole model has.")
+    module_counts: dict[str, list[int]] | None = _option(None, "Pruned and all weights of each masked module.")
     mask_codec: str = _option(PACKED_BITS, "How masks are stored.")
     format_version: int = _option(FORMAT_VERSION, "Version of the stored format.")
 

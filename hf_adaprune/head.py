@@ -81,7 +81,10 @@ def prepare_head(model: nn.Module, config: AdaPruneConfig) -> None:
 
 def _record(model: PreTrainedModel, config: AdaPruneConfig) -> None:
     name = type(model).__name__
-    config.model_config = model.config.to_diff_dict() | {"architectures": [name], "model_type": model.config.model_type}
+    config.model_config = model.config.to_diff_dict() | {
+        "architectures": [name],
+        "model_type": model.config.model_type,
+    }
     if config.task_type is None:
         config.task_type = next((task for ending, task in _TASK_TYPES.items() if name.endswith(ending)), None)
     if config.task_type is None:
@@ -169,7 +172,7 @@ def _install_layer_average(model: nn.Module) -> str:
     if not isinstance(model, PreTrainedModel) or not hasattr(model, "classifier"):
         raise ConfigError(
             '`head="layer_average"` replaces the `classifier` of a transformers model for sequence classification; '
-            f"{type(model).__name__} has none. Use `head=\"model\"`."
+            f'{type(model).__name__} has none. Use `head="model"`.'
         )
     current = model.classifier
     if isinstance(current, LayerAverageHead) or isinstance(

@@ -85,6 +85,11 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         """Replace the mask of an adapter in training."""
         self._unpacked[adapter_name] = mask
 
+    def count(self, adapter_name: str) -> tuple[int, int]:
+        """Return how many weights the adapter prunes here, and how many there are."""
+        mask = self.mask(adapter_name)
+        return mask.numel() - int(mask.count_nonzero()), mask.numel()
+
     def match_scores_to_mask(self, adapter_name: str) -> bool:
         """Make scores that stand for the adapter's mask where its own do not; return whether they were made anew.
 

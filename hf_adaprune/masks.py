@@ -42,7 +42,9 @@ def unpack_mask(packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         ValueError: If `packed` has not one bit for each entry.
     """
     if packed.numel() != -(-shape.numel() // 8):
-        raise ValueError(f"A mask of {shape.numel()} entries takes {-(-shape.numel() // 8)} bytes, got {packed.numel()}.")
+        raise ValueError(
+            f"A mask of {shape.numel()} entries takes {-(-shape.numel() // 8)} bytes, got {packed.numel()}."
+        )
     if packed.device.type == "cpu":
         bits = torch.from_numpy(np.unpackbits(packed.numpy(), count=shape.numel(), bitorder="little"))
         return bits.view(torch.bool).view(shape)

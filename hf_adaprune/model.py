@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import AdaPruneConfig
@@ -18,7 +18,6 @@ from .errors import AdapterFileError, BaseMismatchError, MergeError, NoMatchingM
 from .fingerprint import fingerprint, fingerprints_are_checked
 from .head import prepare_head
 from .layer import AdaPruneLayer, Embedding, wrap
-from .masks import unpack_mask
 from .targets import linear_endings, no_match, resolve_targets
 
 
@@ -46,6 +45,8 @@ class AdaPruneModel(BaseTuner):
     ) -> None:
         """Put an adapter on the model: PEFT's own injection, on a checked configuration and a checked base."""
         config = self.peft_config[adapter_name]
+        if config.num_parameters is None:
+            config.num_parameters = _count_parameters(model)
         prepare_head(model, config)
         if state_dict is not None:
             config.target_modules = {key.rpartition(f".{self.prefix}")[0] for key in state_dict if self.prefix in key}
@@ -92,8 +93,11 @@ class AdaPruneModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         for name, layer in adaprune_layers(self.model):
-            shared = [key for key, parameter in self.model.named_parameters(remove_duplicate=False)
-                      if parameter is layer.weight and not key.startswith(f"{name}.")]
+            shared = [
+                key
+                for key, parameter in self.model.named_parameters(remove_duplicate=False)
+                if parameter is layer.weight and not key.startswith(f"{name}.")
+            ]
             if isinstance(layer, Embedding) and shared:
                 raise MergeError(
                     f"{name!r} shares its weight with {shared}, which is not masked: merging would prune both. "
@@ -109,15 +113,9 @@ class AdaPruneModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        masks = {}
-        num_weights = num_pruned = 0
-        for name, layer in adaprune_layers(model, adapter_name):
-            key = f"{name}.adaprune_mask.{adapter_name}"
-            masks[key] = state_dict[key]
-            mask = unpack_mask(masks[key], layer.weight.shape)
-            num_weights += mask.numel()
-            num_pruned += mask.numel() - int(mask.count_nonzero())
-        config.num_weights, config.num_pruned = num_weights, num_pruned
+        layers = dict(adaprune_layers(model, adapter_name))
+        masks = {key: state_dict[key] for key in (f"{name}.adaprune_mask.{adapter_name}" for name in layers)}
+        config.module_counts = {_plain(name): list(layer.count(adapter_name)) for name, layer in layers.items()}
         head = [state_dict[key] for key in _head_keys(model, adapter_name)]
         config.adapter_fingerprint = fingerprint([*masks.values(), *head])
         return masks
@@ -134,13 +132,24 @@ class AdaPruneModel(BaseTuner):
             if mask is None:
                 problems.append(f"no mask for {name!r}")
             elif mask.dtype != torch.uint8 or tuple(mask.shape) != (size,):
-                problems.append(f"the mask for {name!r} is {tuple(mask.shape)} {mask.dtype}, not ({size},) torch.uint8")
+                problems.append(
+                    f"the mask for {name!r} is {tuple(mask.shape)} {mask.dtype}, not ({size},) torch.uint8"
+                )
         if problems:
             raise AdapterFileError(
                 f"The adapter's file does not fit the model: {'; '.join(problems)}. "
                 "Fetch the adapter again, or open it on the base that it was made for."
             )
         return remapped
+
+
+def _count_parameters(model: nn.Module) -> int:
+    added = {"adaprune_scores", "modules_to_save"}
+    return sum(p.numel() for name, p in model.named_parameters() if not added & set(name.split(".")))
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("base_model.model.")
 
 
 def _head_keys(model: nn.Module, adapter_name: str) -> list[str]:

@@ -57,8 +57,9 @@ class Pruner:
         self.adapter_name, self.total_steps, self.num_steps = adapter_name, total_steps, 0
         self.config: AdaPruneConfig = next(iter(self.layers.values())).config(adapter_name)
         if sum(layer.match_scores_to_mask(adapter_name) for layer in self.layers.values()):
-            warnings.warn("The scores behind the loaded masks are not stored: training goes on from the masks.",
-                          stacklevel=2)
+            warnings.warn(
+                "The scores behind the loaded masks are not stored: training goes on from the masks.", stacklevel=2
+            )
         self._head = [
             parameter
             for module in model.modules()

@@ -49,7 +49,9 @@ def resolve_targets(model: nn.Module, config: AdaPruneConfig) -> None:
 
 def no_match(names: object, endings: list[str]) -> str:
     """Return the message for names that match no module of a model whose linear modules have these endings."""
-    there = f"Linear modules end in: {', '.join(map(repr, endings))}." if endings else "The model has no linear module."
+    there = (
+        f"Linear modules end in: {', '.join(map(repr, endings))}." if endings else "The model has no linear module."
+    )
     return f"No module matched `target_modules={names!r}`. {there}"
 
 

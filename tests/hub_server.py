@@ -182,7 +182,7 @@ class HubServer:
         """Fail the next requests whose `"METHOD /path"` contains `request`, and change nothing.
 
         With a `status` the answer is that error. Without, the connection drops: half way through the answer to a GET,
-        before any answer to the rest. The client repeats an upload of its own accord up to five times, a commit never.
+        before any answer to the rest. After a drop or a 5xx the client repeats an upload five times, a commit never.
         """
         self._failures += [(request, status)] * times
 

@@ -8,10 +8,8 @@ tells the label, only the opinion and its modifier together do.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
-
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 
 LABELS = ("negative", "positive")
@@ -85,7 +83,8 @@ def _foursomes(vocabulary: Vocabulary, rng: random.Random) -> Iterator[list[tupl
         things, aspects = rng.choice(list(THINGS.items()))
         thing, aspect = rng.choice(things), rng.choice(aspects)
         opinions = ((rng.choice(vocabulary.negative), 0), (rng.choice(vocabulary.positive), 1))
-        modifiers = ((rng.choice(vocabulary.affirming), False), (rng.choice(vocabulary.negating), True))
+        modifiers = [(modifier, False) for modifier in rng.sample(vocabulary.affirming, 2)]
+        modifiers.append((rng.choice(vocabulary.negating), True))
         yield [
             (template.format(thing=thing, aspect=aspect, opinion=f"{modifier} {word}"), label ^ negated)
             for word, label in opinions

@@ -1,0 +1,174 @@
+"""How much of a model is pruned, by component and by layer."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..config import AdaPruneConfig
+from ..errors import NotPrunedError
+from ..model import adaprune_layers
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class ModuleSparsity:
+    """How much of one module is pruned.
+
+    Args:
+        name (`str`): The module's full name.
+        num_weights (`int`): How many weights are masked.
+        num_pruned (`int`): How many of them are pruned.
+    """
+
+    name: str
+    num_weights: int
+    num_pruned: int
+
+    @property
+    def layer(self) -> str:
+        """The number of the layer that the module is in, or `"embeddings"` outside of the numbered layers."""
+        number = re.search(r"\.(\d+)\.", self.name)
+        return number[1] if number else "embeddings"
+
+    @property
+    def component(self) -> str:
+        """What the module is in its layer: `"attention.self.query"`, say."""
+        return re.split(r"\.\d+\.", self.name, maxsplit=1)[-1] if self.layer != "embeddings" else self.name
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the module's weights that is pruned, in [0, 1]."""
+        return self.num_pruned / self.num_weights
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """How much of a model is pruned.
+
+    Args:
+        modules (`tuple[ModuleSparsity, ...]`): The masked modules, in the order of the model.
+        num_parameters (`int`): How many parameters the whole model has, head and embeddings included.
+    """
+
+    modules: tuple[ModuleSparsity, ...]
+    num_parameters: int
+
+    @property
+    def num_weights(self) -> int:
+        """How many weights are masked."""
+        return sum(module.num_weights for module in self.modules)
+
+    @property
+    def num_pruned(self) -> int:
+        """How many weights are pruned."""
+        return sum(module.num_pruned for module in self.modules)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the masked weights that is pruned, in [0, 1]."""
+        return self.num_pruned / self.num_weights
+
+    @property
+    def sparsity_whole_model(self) -> float:
+        """The fraction of all parameters that is pruned, in [0, 1]."""
+        return self.num_pruned / self.num_parameters
+
+    def by_component(self) -> dict[str, float]:
+        """Return the sparsity of each component, over all layers."""
+        return self._by(lambda module: module.component)
+
+    def by_layer(self) -> dict[str, float]:
+        """Return the sparsity of each layer, over all components."""
+        return self._by(lambda module: module.layer)
+
+    def _by(self, key: Callable[[ModuleSparsity], str]) -> dict[str, float]:
+        groups: dict[str, list[ModuleSparsity]] = defaultdict(list)
+        for module in self.modules:
+            groups[key(module)].append(module)
+        return {
+            name: sum(module.num_pruned for module in group) / sum(module.num_weights for module in group)
+            for name, group in groups.items()
+        }
+
+
+def sparsity_report(model: nn.Module | AdaPruneConfig, adapter_name: str = "default") -> SparsityReport:
+    """Count what is pruned.
+
+    Args:
+        model (`torch.nn.Module` or `AdaPruneConfig`):
+            A model with an AdaPrune adapter, or the configuration of a saved adapter: that one is enough, and no
+            weight needs to be loaded.
+        adapter_name (`str`): Which adapter of the model.
+
+    Returns:
+        `SparsityReport`: The counts.
+
+    Raises:
+        NotPrunedError: If the model has no such adapter, or the configuration was never saved with one.
+
+    Example:
+
+        >>> sparsity_report(AdaPruneConfig.from_pretrained("me/my-adapter")).by_layer()
+    """
+    if isinstance(model, AdaPruneConfig):
+        counts, num_parameters = model.module_counts or {}, model.num_parameters or 0
+    else:
+        counts = {name: layer.count(adapter_name) for name, layer in adaprune_layers(model, adapter_name)}
+        num_parameters = model.peft_config[adapter_name].num_parameters if counts else 0
+    if not counts:
+        raise NotPrunedError(f"There are no masks to count under the adapter name {adapter_name!r}.")
+    modules = tuple(ModuleSparsity(name, total, pruned) for name, (pruned, total) in counts.items())
+    return SparsityReport(modules, num_parameters)
+
+
+def plot_sparsity(report: SparsityReport) -> Figure:
+    """Draw the sparsity of each component in each layer.
+
+    Args:
+        report (`SparsityReport`): What to draw.
+
+    Returns:
+        `matplotlib.figure.Figure`: A figure that belongs to no window; save it with `savefig`.
+    """
+    from matplotlib.figure import Figure
+
+    layers = list(report.by_layer())
+    components = list(report.by_component())
+    figure = Figure(figsize=(3.5 + 0.62 * len(layers), 1.6 + 0.42 * len(components)), layout="constrained")
+    axes = figure.add_subplot()
+    grid = [[float("nan")] * len(layers) for _ in components]
+    for module in report.modules:
+        row, column = components.index(module.component), layers.index(module.layer)
+        grid[row][column] = module.sparsity
+        axes.text(
+            column,
+            row,
+            f"{100 * module.sparsity:.0f}",
+            ha="center",
+            va="center",
+            fontsize=9,
+            color="white" if module.sparsity > 0.6 else "black",
+        )
+    image = axes.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(layers)), layers)
+    axes.set_yticks(range(len(components)), components)
+    axes.set_xlabel("layer")
+    axes.set_title(
+        f"Pruned, in per cent: {100 * report.sparsity:.1f} of the masked weights,\n"
+        f"{100 * report.sparsity_whole_model:.1f} of the whole model",
+        fontsize=11,
+        loc="left",
+    )
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    figure.colorbar(image, ax=axes, label="share pruned", shrink=0.9)
+    return figure

@@ -1,0 +1,438 @@
+"""`examples/run_glue.py` from end to end, on a few made-up rows and a BERT of a few thousand weights."""
+
+import importlib.util
+import json
+import runpy
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer, TrainingArguments
+
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "run_glue.py"
+WORDS = ["the", "film", "meal", "trip", "was", "is", "very", "not", "good", "bad", "fine", "dull", "great", "and"]
+TEXTS = [f"the {thing} was {much} {how}" for thing in WORDS[1:4] for much in WORDS[6:8] for how in WORDS[8:13]]
+NAMES = ["positive" if ("good" in text or "great" in text) else "negative" for text in TEXTS]
+SCORES = [round(0.25 * (number % 7), 2) for number in range(len(TEXTS))]
+PAIRS: dict[str, list[Any]] = {"sentence1": TEXTS, "sentence2": TEXTS[::-1]}
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("run_glue", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["run_glue"] = module  # where `HfArgumentParser` looks the types of the flags up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["run_glue"]
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny-bert")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    BertTokenizer(vocab={word: number for number, word in enumerate(vocabulary)}, model_max_length=32).save_pretrained(
+        path
+    )
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
+    BertModel(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def run(script: Any, model_path: Path, tmp_path: Path) -> Any:
+    """Run the script; return its output folder and its `all_results.json`."""
+
+    def run(*flags: Any, model: Path = model_path, out: str = "out") -> tuple[Path, dict[str, Any]]:
+        given = ["--model_name_or_path", model, "--output_dir", tmp_path / out, "--cache_dir", tmp_path / "cache"]
+        quick = ["--max_steps", 2, "--save_strategy", "no", "--report_to", "none", "--no_dataloader_pin_memory"]
+        script.main([str(flag) for flag in (*given, *quick, "--disable_tqdm", "True", *flags)])
+        results = tmp_path / out / "all_results.json"
+        return tmp_path / out, json.loads(results.read_text()) if results.exists() else {}
+
+    return run
+
+
+def write(path: Path, columns: Mapping[str, Any]) -> Path:
+    """Write rows in the format that the path's ending says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dataset = datasets.Dataset.from_dict(dict(columns))
+    rows = dataset.to_list()
+    if path.suffix == ".csv":
+        lines = [",".join(columns), *(",".join("" if x is None else str(x) for x in row.values()) for row in rows)]
+        path.write_text("\n".join(lines) + "\n")
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        dataset.to_parquet(path)
+    return path
+
+
+def own_files(folder: Path, columns: Mapping[str, Any], ending: str = "csv") -> list[Any]:
+    train = write(folder / f"train.{ending}", columns)
+    validation = write(folder / f"validation.{ending}", {name: values[::-1] for name, values in columns.items()})
+    return ["--train_file", train, "--validation_file", validation]
+
+
+def glue_folder(folder: Path, columns: Mapping[str, Any], splits: tuple[str, ...] = ("train", "validation")) -> Path:
+    for split in splits:
+        write(folder / f"{split}.parquet", columns)
+    return folder
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "jsonl", "parquet"])
+def test_own_files_of_each_kind_are_learnt_from(run: Any, tmp_path: Path, ending: str) -> None:
+    files = own_files(tmp_path, {"text": TEXTS, "label": NAMES}, ending)
+    out, results = run("--method", "finetune", "--do_train", "--do_eval", *files)
+    assert {"eval_accuracy", "eval_loss", "train_loss", "train_runtime", "trainable_params"} <= set(results)
+    assert results["train_samples"] == results["eval_samples"] == len(TEXTS)
+    for name in (
+        "train_results.json",
+        "eval_results.json",
+        "trainer_state.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ):
+        assert (out / name).is_file()
+    config = json.loads((out / "config.json").read_text())
+    assert config["id2label"] == {"0": "negative", "1": "positive"}
+    assert config["label2id"] == {"negative": 0, "positive": 1}
+
+
+def test_float_labels_make_a_regression(run: Any, tmp_path: Path) -> None:
+    out, results = run(
+        "--method", "finetune", "--do_train", "--do_eval", *own_files(tmp_path, {**PAIRS, "label": SCORES})
+    )
+    assert {"eval_pearson", "eval_spearmanr", "eval_combined_score"} <= set(results)
+    assert results["eval_combined_score"] == pytest.approx((results["eval_pearson"] + results["eval_spearmanr"]) / 2)
+    assert load_file(out / "model.safetensors")["classifier.weight"].shape == (1, 16)
+    assert json.loads((out / "config.json").read_text())["problem_type"] == "regression"
+
+
+def test_finetuning_trains_everything_and_counts_it(run: Any, tmp_path: Path, model_path: Path) -> None:
+    files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
+    out, results = run("--method", "finetune", "--do_train", *files)
+    model = BertForSequenceClassification.from_pretrained(model_path)
+    assert results["trainable_params"] == sum(parameter.numel() for parameter in model.parameters())
+    assert results["checkpoint_bytes"] == (out / "model.safetensors").stat().st_size
+
+
+def test_feature_extraction_changes_pooler_and_classifier_only(run: Any, tmp_path: Path, model_path: Path) -> None:
+    files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
+    out, results = run("--method", "feature_extraction", "--do_train", "--learning_rate", "1e-3", *files)
+    before, after = load_file(model_path / "model.safetensors"), load_file(out / "model.safetensors")
+    changed = {name for name, weight in before.items() if not torch.equal(weight, after[f"bert.{name}"])}
+    assert changed == {"pooler.dense.weight", "pooler.dense.bias"}
+    assert results["trainable_params"] == 16 * 16 + 16 + 16 * 2 + 2
+
+
+def test_adaprune_writes_an_adapter_its_card_a_picture_and_its_sparsity(run: Any, tmp_path: Path) -> None:
+    files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
+    out, results = run("--do_train", "--do_eval", "--final_sparsity", 0.25, "--max_steps", 5, *files)
+    assert results["sparsity"] == pytest.approx(0.25, abs=0.01)
+    assert 0 < results["sparsity_whole_model"] < results["sparsity"]
+    assert results["adapter_bytes"] == (out / "adapter_model.safetensors").stat().st_size
+    assert not (out / "model.safetensors").exists()
+    assert (out / "sparsity.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "README.md").is_file()
+
+
+def test_a_trained_model_is_evaluated_again_to_the_same_score(run: Any, tmp_path: Path) -> None:
+    files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
+    for method in ("finetune", "adaprune"):
+        out, first = run("--method", method, "--do_train", "--do_eval", "--learning_rate", "5e-4", *files, out=method)
+        _, again = run("--method", method, "--do_eval", *files, model=out, out=f"{method}-again")
+        assert again["eval_loss"] == pytest.approx(first["eval_loss"], abs=1e-6)
+
+
+def test_a_pushed_adapter_keeps_its_own_card(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: list[dict[str, str]] = []
+
+    class Hub:
+        def create_repo(self, name: str, **options: Any) -> Any:
+            return SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, folder_path: str, **options: Any) -> None:
+            pushed.append({path.name: path.read_text(errors="replace") for path in Path(folder_path).iterdir()})
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
+    run("--do_train", "--do_eval", "--max_steps", 5, "--push_to_hub", "--hub_model_id", "me/adapter", *files)
+    assert {"README.md", "adapter_model.safetensors", "adapter_config.json", "all_results.json"} <= set(pushed[-1])
+    assert "adaprune" in pushed[-1]["README.md"].lower()
+    assert "generated automatically according to the information the Trainer" not in pushed[-1]["README.md"]
+
+
+def test_the_papers_preset_runs(run: Any, tmp_path: Path) -> None:
+    files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
+    with pytest.warns(UserWarning, match="nothing was trained after that"):  # two steps prune nothing yet
+        out, results = run("--preset", "paper", "--do_train", "--do_eval", *files)
+    assert results["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert json.loads((out / "adapter_config.json").read_text())["selection"] == "threshold"
+
+
+@pytest.mark.parametrize("folder", ["glue/stsb", "glue"])
+def test_a_glue_task_is_found_in_a_folder_or_below_it(run: Any, tmp_path: Path, folder: str) -> None:
+    glue_folder(tmp_path / "glue" / "stsb", {**PAIRS, "label": SCORES, "idx": list(range(len(TEXTS)))})
+    data = ["--task_name", "stsb", "--data_dir", tmp_path / folder]
+    _, results = run("--method", "feature_extraction", "--do_train", "--do_eval", *data)
+    assert {"eval_pearson", "eval_spearmanr"} <= set(results)
+
+
+def test_both_validation_sets_of_mnli_are_scored_and_both_test_sets_predicted(run: Any, tmp_path: Path) -> None:
+    columns = {"premise": TEXTS, "hypothesis": TEXTS[::-1], "label": [number % 3 for number in range(len(TEXTS))]}
+    splits = ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
+    data = ["--task_name", "mnli", "--data_dir", glue_folder(tmp_path / "mnli", columns, splits)]
+    out, results = run("--method", "finetune", "--do_train", "--do_eval", "--do_predict", *data)
+    assert {"eval_accuracy", "eval_accuracy_mm"} <= set(results)
+    assert results["eval_accuracy"] == results["eval_accuracy_mm"]  # here they are the same rows
+    matched, mismatched = ((out / f"predict_results_{name}.txt").read_text() for name in ("mnli", "mnli-mm"))
+    assert matched == mismatched
+
+
+def test_predictions_are_names_in_the_order_of_the_rows(run: Any, script: Any, tmp_path: Path) -> None:
+    files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
+    test_file = write(tmp_path / "test.jsonl", {"text": TEXTS})
+    flags = ["--method", "finetune", "--learning_rate", "1e-2", "--max_steps", 30]
+    out, _ = run(*flags, "--do_train", "--do_predict", "--test_file", test_file, *files)
+    header, *lines = (out / "predict_results_custom.txt").read_text().splitlines()
+    assert header == "index\tprediction"
+    assert [line.split("\t")[0] for line in lines] == [str(number) for number in range(len(TEXTS))]
+    assert [line.split("\t")[1] for line in lines] == NAMES  # so easy a task is learnt whole
+
+
+def test_predictions_of_a_regression_have_three_decimals(run: Any, tmp_path: Path) -> None:
+    files = own_files(tmp_path, {**PAIRS, "label": SCORES})
+    out, _ = run("--method", "finetune", "--do_predict", *files, "--test_file", files[-1])
+    lines = (out / "predict_results_custom.txt").read_text().splitlines()[1:]
+    assert all(len(line.split("\t")[1].split(".")[1]) == 3 for line in lines)
+
+
+def task_of(script: Any, tmp_path: Path, **flags: Any) -> Any:
+    arguments = script.DataArguments(**{name: str(value) for name, value in flags.items()})
+    return script.load_task(arguments, ["train", "validation"], str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [([5, 1, 3], ["1", "3", "5"]), (["b", "c", "a"], ["a", "b", "c"]), ([10, 9, 1], ["1", "9", "10"])],
+)
+def test_labels_are_numbered_in_their_order_and_alike_in_all_splits(
+    script: Any, tmp_path: Path, labels: list[Any], names: list[str]
+) -> None:
+    train = write(tmp_path / "train.jsonl", {"text": TEXTS[:3], "label": labels})
+    validation = write(tmp_path / "validation.jsonl", {"text": TEXTS[:2], "label": labels[1:]})
+    task = task_of(script, tmp_path, train_file=train, validation_file=validation)
+    assert task.label_names == names
+    assert task.splits["train"]["label"][:] == [names.index(str(label)) for label in labels]
+    assert task.splits["validation"]["label"][:] == [names.index(str(label)) for label in labels[1:]]
+
+
+def test_two_text_columns_keep_the_order_of_the_file(script: Any, tmp_path: Path) -> None:
+    columns = {"question": TEXTS, "label": NAMES, "answer": TEXTS[::-1], "number": list(range(len(TEXTS)))}
+    files = own_files(tmp_path, columns)
+    task = task_of(script, tmp_path, train_file=files[1], validation_file=files[3])
+    assert task.columns == ["question", "answer"]
+
+
+def test_texts_are_padded_by_batch_or_to_the_length_asked_for(script: Any, tmp_path: Path, model_path: Path) -> None:
+    files = own_files(tmp_path, {"text": ["good", *TEXTS[:3]], "label": NAMES[:4]})
+    task = task_of(script, tmp_path, train_file=files[1], validation_file=files[3])
+    tokenizer = BertTokenizer.from_pretrained(model_path)
+
+    def lengths(**flags: Any) -> list[int]:
+        arguments = script.DataArguments(train_file="train.csv", **flags)
+        return [len(ids) for ids in script.tokenize(task, "train", tokenizer, arguments)["input_ids"]]
+
+    assert lengths() == [3, 7, 7, 7]
+    assert lengths(max_seq_length=5) == [3, 5, 5, 5]
+    assert lengths(max_seq_length=9, pad_to_max_length=True) == [9, 9, 9, 9]
+    assert lengths(pad_to_max_length=True) == [32, 32, 32, 32]  # no more than the model takes
+
+
+def test_samples_are_drawn_at_random_and_fixed_by_their_own_seed(
+    script: Any, tmp_path: Path, model_path: Path
+) -> None:
+    files = own_files(tmp_path, {"text": TEXTS, "label": SCORES})
+    task = task_of(script, tmp_path, train_file=files[1], validation_file=files[3])
+    tokenizer = BertTokenizer.from_pretrained(model_path)
+
+    def sample(**flags: Any) -> list[list[int]]:
+        arguments = script.DataArguments(train_file="train.csv", **flags)
+        return script.tokenize(task, "train", tokenizer, arguments)["input_ids"][:]
+
+    everything = sample()
+    ten = sample(max_train_samples=10)
+    assert len(ten) == 10
+    assert ten != everything[:10]
+    assert all(row in everything for row in ten)
+    torch.manual_seed(1)
+    assert sample(max_train_samples=10) == ten
+    assert sample(max_train_samples=10, sample_seed=1) != ten
+    assert sample(max_train_samples=1000) == everything
+    assert sample(max_eval_samples=10) == everything
+
+
+def test_a_task_by_name_comes_from_the_hub(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*arguments: Any, **options: Any) -> datasets.DatasetDict:
+        asked.append(arguments)
+        labels = datasets.Features(
+            {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["negative", "positive"])}
+        )
+        labelled = datasets.Dataset.from_dict({"sentence": TEXTS[:2], "label": [1, 0]}, features=labels)
+        hidden = datasets.Dataset.from_dict({"sentence": TEXTS[:2], "label": [-1, -1]}, features=labels)
+        return datasets.DatasetDict(train=labelled, validation=labelled, test=hidden)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    task = task_of(script, tmp_path, task_name="sst2")
+    assert asked == [("nyu-mll/glue", "sst2")]
+    assert (task.label_names, list(task.splits)) == (["negative", "positive"], ["train", "validation", "test"])
+
+
+def test_without_a_network_the_error_says_what_to_do(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(*arguments: Any, **options: Any) -> None:
+        raise ConnectionError("Couldn't reach 'nyu-mll/glue' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(script.InputError, match=r"Give its Parquet files as `--data_dir`.*Couldn't reach"):
+        task_of(script, tmp_path, task_name="rte")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--do_train", "--task_name", "sts-b"], r"`--task_name` must be one of \['cola', .*got 'sts-b'"),
+        (["--do_train", "--task_name", "rte", "--train_file", "a.csv"], r"got \['--task_name', '--train_file'\]"),
+        (
+            ["--do_train", "--data_dir", "a", "--validation_file", "a.csv"],
+            r"got \['--data_dir', '--validation_file'\]",
+        ),
+        (["--do_eval", "--validation_file", "a.csv"], r"`--train_file` \(from which label names are read"),
+        (["--do_train"], r"Give `--task_name`, .* got \[\]"),
+        (["--task_name", "rte"], "There is nothing to do: give `--do_train`"),
+        (
+            ["--do_train", "--task_name", "rte", "--max_train_samples", 0],
+            "`--max_train_samples` must be at least 1, got 0",
+        ),
+        (
+            ["--do_train", "--train_file", "a.txt"],
+            r"end in one of \['.csv', '.json', '.jsonl', '.parquet'\], got 'a.txt'",
+        ),
+        (["--do_train", "--train_file", "nowhere.csv"], "must exist .* got 'nowhere.csv'"),
+        (["--do_train", "--task_name", "rte", "--data_dir", "nowhere"], r"must be \['train'\] data .* got \[\]"),
+    ],
+)
+def test_flags_that_cannot_be_met_are_refused(run: Any, script: Any, flags: list[Any], message: str) -> None:
+    with pytest.raises(script.InputError, match=message):
+        run(*flags)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": TEXTS, "labels": NAMES}, r"must have the columns \['text', 'labels', 'label'\]"),
+        (
+            {"text": TEXTS, "target": SCORES},
+            r"columns \['text', 'label'\], got \['text', 'target'\]: add or rename \['label'\]",
+        ),
+        ({"a": TEXTS, "b": TEXTS, "c": TEXTS, "label": NAMES}, r"one or two text columns .* got \['a', 'b', 'c'\]"),
+        ({"number": SCORES, "label": NAMES}, r"one or two text columns beside `label`, got \[\]"),
+        ({"text": TEXTS, "label": ["same"] * len(TEXTS)}, r"not always the same, got \['same'\]"),
+        ({"text": [None, *TEXTS[1:]], "label": NAMES}, "1 of 30 rows of the train data have no `text`"),
+        ({"text": TEXTS, "label": [None, *NAMES[1:]]}, "1 of 30 rows of the train data have no `label`"),
+    ],
+)
+def test_files_that_cannot_be_learnt_from_are_refused(
+    run: Any, script: Any, tmp_path: Path, columns: dict[str, list[Any]], message: str
+) -> None:
+    with pytest.raises(script.InputError, match=message):
+        run("--do_train", "--do_eval", *own_files(tmp_path, columns))
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "message"),
+    [
+        (["a", "b"], ["a", "z"], r"validation labels must be \['a', 'b'\], got \['z'\]"),
+        ([1, 5], [5, 0], r"validation labels must be \['1', '5'\], got \[0\]"),  # 0 is no number of a class here
+        ([0.5, 1.5], ["a", "b"], r"validation labels must be finite numbers, got \['a', 'b'\]"),
+        ([0.5, 1.5], [0.5, float("nan")], r"validation labels must be finite numbers, got \[nan\]"),
+    ],
+)
+def test_labels_that_the_training_data_lack_are_refused(
+    script: Any, tmp_path: Path, train: list[Any], validation: list[Any], message: str
+) -> None:
+    files = [write(tmp_path / "train.parquet", {"text": TEXTS[:2], "label": train})]
+    files.append(write(tmp_path / "validation.parquet", {"text": TEXTS[:2], "label": validation}))
+    with pytest.raises(script.InputError, match=message):
+        task_of(script, tmp_path, train_file=files[0], validation_file=files[1])
+
+
+def test_a_file_that_is_not_what_its_name_says_is_refused(script: Any, tmp_path: Path) -> None:
+    (tmp_path / "train.parquet").write_text("text,label\n")
+    with pytest.raises(script.InputError, match=r"train.parquet' could not be read as parquet"):
+        task_of(script, tmp_path, train_file=tmp_path / "train.parquet")
+
+
+def test_a_split_that_is_asked_for_but_missing_is_named(run: Any, script: Any, tmp_path: Path) -> None:
+    files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
+    with pytest.raises(script.InputError, match=r"There must be \['test'\] data .* give `--test_file`"):
+        run("--do_predict", *files)
+
+
+def test_an_impossible_sparsity_is_refused_before_any_data_are_read(run: Any) -> None:
+    with pytest.raises(ValueError, match=r"`final_sparsity` must be in \[0, 1\), got 1.0"):
+        run("--do_train", "--train_file", "nowhere.csv", "--final_sparsity", 1.0)
+
+
+def test_the_command_line_shows_a_plain_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--model_name_or_path", "x", "--output_dir", str(tmp_path / "out"), "--do_train", "--task_name", "x"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
+    with pytest.raises(SystemExit, match=r"run_glue.py: error: `--task_name` must be one of") as caught:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert isinstance(caught.value.code, str)
+
+
+def test_an_earlier_runs_results_do_not_mix_with_a_new_ones(run: Any, tmp_path: Path) -> None:
+    files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "all_results.json").write_text('{"sparsity": 0.9}')
+    _, results = run("--method", "finetune", "--do_train", *files)
+    assert "sparsity" not in results
+
+
+def test_the_flags_that_users_know_are_there(script: Any) -> None:
+    known = {"model_name_or_path", "task_name", "max_seq_length", "pad_to_max_length", "max_train_samples"}
+    known |= {
+        "max_eval_samples",
+        "train_file",
+        "validation_file",
+        "test_file",
+        "output_dir",
+        "do_train",
+        "push_to_hub",
+    }
+    kinds = (script.ModelArguments, script.DataArguments, TrainingArguments)
+    assert known <= {name for kind in kinds for name in kind.__dataclass_fields__}
