@@ -1,28 +1,38 @@
-"""A small review-sentiment task that only a pre-trained model can solve.
+"""A small review-sentiment task that only a pre-trained network can solve.
 
-Training and validation share their templates, things and aspects, but no opinion word and no modifier: a model that
-learns what it was shown ("good" is positive, "not" flips) knows nothing about what it is asked ("splendid", "far
-from"). Sentences come in foursomes that differ in nothing but the opinion and its modifier, so that each template,
-thing, aspect, opinion word and modifier appears equally often in positive and in negative reviews: no single word
-tells the label, only the opinion and its modifier together do.
+Training and validation share templates, things and aspects, but no opinion word and no modifier: a network that knows
+only what it was shown ("good" is positive, "hardly" turns it round) cannot know what it is asked ("splendid", "by no
+means"). The sentences come in groups of six that differ in nothing but the opinion and its modifier:
+
+    The plot of this film was very good.      positive
+    The plot of this film was always good.    positive
+    The plot of this film was hardly good.    negative
+    The plot of this film was very dull.      negative
+    The plot of this film was always dull.    negative
+    The plot of this film was hardly dull.    positive
+
+Templates, things, aspects and modifiers, and with them length and negation, are thus equally frequent in positive and
+in negative reviews. Whoever understands opinions but no modifiers is right on two sentences in three.
 """
 
 import random
-from collections.abc import Iterator
 from typing import NamedTuple
 
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-LABELS = ("negative", "positive")
+
+GROUP_SIZE = 6
+MAX_REVIEWS = 30_000  # of some 300,000 that can be written: new ones are still found fast
 
 TEMPLATES = (
-    "the {aspect} of this {thing} was {opinion} .",
-    "we all found the {aspect} of the {thing} {opinion} .",
-    "my sister says the {aspect} of that {thing} is {opinion} .",
-    "about the {thing} : its {aspect} seemed {opinion} to me .",
-    "i tried this {thing} on monday , and the {aspect} was {opinion} .",
-    "as for the {aspect} , this {thing} is {opinion} .",
-    "two weeks later , i still call the {aspect} of this {thing} {opinion} .",
-    "the {thing} we picked has {opinion} {aspect} .",
+    "The {aspect} of this {thing} was {opinion}.",
+    "We all found the {aspect} of the {thing} {opinion}.",
+    "My sister calls the {aspect} of this {thing} {opinion}.",
+    "About that {thing}: its {aspect} is {opinion}.",
+    "To me, the {thing} and its {aspect} seemed {opinion}.",
+    "As for the {aspect}, this {thing} is {opinion}.",
+    "Everyone says the {aspect} of that {thing} is {opinion}.",
+    "I tried the {thing} today; its {aspect} was {opinion}.",
 )
 
 # What is reviewed, and the aspects that a review of it speaks about.
@@ -36,7 +46,7 @@ THINGS = {
 
 
 class Vocabulary(NamedTuple):
-    """The words that belong to one split alone."""
+    """The words and phrases that one split has to itself."""
 
     positive: tuple[str, ...]
     negative: tuple[str, ...]
@@ -44,50 +54,97 @@ class Vocabulary(NamedTuple):
     negating: tuple[str, ...]
 
 
+def _listed(text: str) -> tuple[str, ...]:
+    """Split a list as it is written in a text."""
+    return tuple(" ".join(text.split()).split(", "))
+
+
+# Each opinion is one piece in BERT's vocabulary, so that no piece such as "un" or "##less" is common to both splits.
 TRAIN = Vocabulary(
-    positive=(
-        *("good", "great", "excellent", "exceptional", "amazing", "fantastic", "lovely", "nice", "charming"),
-        *("impressive", "superb", "perfect", "beautiful", "enjoyable", "magnificent", "spectacular", "elegant"),
-        *("clever", "memorable", "fascinating", "refreshing", "lively", "awesome", "inspiring"),
+    positive=_listed(
+        """good, great, excellent, exceptional, amazing, fantastic, lovely, nice, charming, elegant, impressive,
+        superb, perfect, beautiful, enjoyable, magnificent, spectacular, clever, memorable, fascinating, refreshing,
+        lively, awesome, inspiring"""
     ),
-    negative=(
-        *("bad", "awful", "horrible", "poor", "dull", "ugly", "nasty", "disgusting", "pathetic", "stupid", "useless"),
-        *("lame", "weak", "disappointing", "annoying", "frustrating", "messy", "silly", "painful", "foul", "bleak"),
-        *("sloppy", "rotten", "inferior"),
+    negative=_listed(
+        """bad, awful, horrible, poor, dull, ugly, nasty, disgusting, pathetic, stupid, useless, lame, weak,
+        disappointing, annoying, frustrating, messy, silly, painful, foul, bleak, sloppy, rotten, inferior"""
     ),
     affirming=("very", "really", "quite", "so", "always", "certainly"),
     negating=("hardly", "scarcely", "seldom", "rarely", "far from", "anything but"),
 )
-
 VALIDATION = Vocabulary(
-    positive=(
-        *("wonderful", "brilliant", "fabulous", "outstanding", "splendid", "marvelous", "delightful", "remarkable"),
-        *("incredible", "stunning", "gorgeous", "exquisite", "pleasant", "satisfying", "sublime", "flawless"),
-        *("terrific", "extraordinary", "entertaining", "glorious"),
+    positive=_listed(
+        """wonderful, brilliant, fabulous, outstanding, splendid, marvelous, delightful, remarkable, incredible,
+        stunning, gorgeous, exquisite, pleasant, satisfying, sublime, flawless, terrific, extraordinary, entertaining,
+        glorious"""
     ),
-    negative=(
-        *("terrible", "dreadful", "boring", "miserable", "ridiculous", "worthless", "hideous", "unpleasant"),
-        *("pointless", "irritating", "clumsy", "embarrassing", "vile", "grim", "bland", "filthy", "unbearable"),
-        *("disastrous", "offensive", "hopeless"),
+    negative=_listed(
+        """terrible, dreadful, boring, miserable, ridiculous, worthless, hideous, unpleasant, pointless, irritating,
+        clumsy, embarrassing, vile, grim, bland, filthy, unbearable, disastrous, offensive, hopeless"""
     ),
-    affirming=("truly", "thoroughly", "absolutely", "indeed"),
+    affirming=("truly", "thoroughly", "absolutely", "indeed", "extremely"),
     negating=("not", "never", "by no means", "nowhere near", "in no way"),
 )
 
 
-def _foursomes(vocabulary: Vocabulary, rng: random.Random) -> Iterator[list[tuple[str, int]]]:
-    """Write foursomes of (sentence, label) without end: each opinion of a pair, affirmed and negated."""
-    position = 0
-    while True:
-        template = TEMPLATES[position % len(TEMPLATES)]
-        things, aspects = rng.choice(list(THINGS.items()))
-        thing, aspect = rng.choice(things), rng.choice(aspects)
-        opinions = ((rng.choice(vocabulary.negative), 0), (rng.choice(vocabulary.positive), 1))
-        modifiers = [(modifier, False) for modifier in rng.sample(vocabulary.affirming, 2)]
-        modifiers.append((rng.choice(vocabulary.negating), True))
-        yield [
-            (template.format(thing=thing, aspect=aspect, opinion=f"{modifier} {word}"), label ^ negated)
-            for word, label in opinions
-            for modifier, negated in modifiers
-        ]
-        position += 1
+def make_reviews(num_train: int = 1200, num_validation: int = 600, seed: int = 0) -> DatasetDict:
+    """Write the reviews of both splits.
+
+    Args:
+        num_train (`int`): Number of training sentences, a multiple of 6 in [6, 30000].
+        num_validation (`int`): Number of validation sentences, a multiple of 6 in [6, 30000].
+        seed (`int`): Chooses the sentences and their order. A split's sentences do not depend on the other's size.
+
+    Returns:
+        `datasets.DatasetDict`: The splits `train` and `validation`, each with the columns `sentence` (a string) and
+        `label` (0 is negative, 1 positive); as many positive as negative ones, and no sentence twice.
+
+    Raises:
+        ValueError: If a number of sentences is not such a multiple.
+
+    Example:
+
+        >>> make_reviews()["train"][0]
+    """
+    sizes = {"num_train": num_train, "num_validation": num_validation}
+    problems = [
+        f"`{name}` must be a multiple of {GROUP_SIZE} in [{GROUP_SIZE}, {MAX_REVIEWS}], got {size}."
+        for name, size in sizes.items()
+        if size % GROUP_SIZE or not GROUP_SIZE <= size <= MAX_REVIEWS
+    ]
+    if problems:
+        raise ValueError(" ".join(problems))
+    return DatasetDict(
+        train=_split(TRAIN, num_train, random.Random(f"train {seed}")),
+        validation=_split(VALIDATION, num_validation, random.Random(f"validation {seed}")),
+    )
+
+
+def _split(vocabulary: Vocabulary, num_reviews: int, rng: random.Random) -> Dataset:
+    """Write groups of sentences until there are enough, and shuffle them."""
+    reviews: dict[str, int] = {}
+    while len(reviews) < num_reviews:
+        group = _group(vocabulary, rng)
+        if reviews.keys().isdisjoint(group):
+            reviews.update(group)
+    sentences = list(reviews)
+    rng.shuffle(sentences)
+    return Dataset.from_dict(
+        {"sentence": sentences, "label": [reviews[sentence] for sentence in sentences]},
+        features=Features({"sentence": Value("string"), "label": ClassLabel(names=["negative", "positive"])}),
+    )
+
+
+def _group(vocabulary: Vocabulary, rng: random.Random) -> dict[str, int]:
+    """Write one group, from sentence to label: two opinions, each with two affirming modifiers and a negating one."""
+    things, aspects = rng.choice(list(THINGS.items()))
+    template, thing, aspect = rng.choice(TEMPLATES), rng.choice(things), rng.choice(aspects)
+    opinions = [(rng.choice(vocabulary.negative), 0), (rng.choice(vocabulary.positive), 1)]
+    modifiers = [(modifier, 0) for modifier in rng.sample(vocabulary.affirming, 2)]
+    modifiers.append((rng.choice(vocabulary.negating), 1))
+    return {
+        template.format(thing=thing, aspect=aspect, opinion=f"{modifier} {opinion}"): label ^ flips
+        for opinion, label in opinions
+        for modifier, flips in modifiers
+    }

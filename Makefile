@@ -1,0 +1,30 @@
+.PHONY: demo test quality style study
+
+PYTHON ?= python3
+BIN := .venv/bin
+# The tests and the demo install the exact versions they were made with; leave CONSTRAINTS empty to take the newest.
+CONSTRAINTS ?= -c constraints.txt
+CODE := hf_adaprune tests examples
+
+demo: .venv/demo
+	$(BIN)/hf-adaprune demo
+
+test: .venv/dev
+	$(BIN)/python -m pytest -n auto
+
+quality: .venv/dev
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+
+style: .venv/dev
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# A stamp for each set of extras: installed again when what is asked for changes.
+.venv/%: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e ".[$*]"
+	touch $@

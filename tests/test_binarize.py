@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from hf_adaprune.binarize import sigmoid_relaxation, straight_through
+
+
+def tensors(shape: tuple[int, ...] = (5, 3)) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weight, theta, upstream = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    return weight, theta.requires_grad_(), theta.detach() > 0, upstream
+
+
+def test_the_forward_pass_multiplies_exactly_by_zero_or_one() -> None:
+    weight, theta, mask, _ = tensors((64, 64))
+    weight = weight.float() * 1e3
+    expected = torch.where(mask, weight, torch.zeros(()))
+    assert torch.equal(straight_through(weight, theta, mask).abs(), expected.abs())
+    assert torch.equal(sigmoid_relaxation(weight, theta, mask, backward_temperature=1.0).abs(), expected.abs())
+
+
+def test_the_straight_through_gradient_is_weight_times_upstream() -> None:
+    weight, theta, mask, upstream = tensors()
+    straight_through(weight, theta, mask).backward(upstream)
+    assert theta.grad is not None
+    torch.testing.assert_close(theta.grad, weight * upstream)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 7.0])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_equation_four_holds_against_its_closed_form(temperature: float, scale: float) -> None:
+    weight, theta, mask, upstream = tensors()
+    scores = (theta.detach() / scale).requires_grad_()
+    sigmoid_relaxation(weight, scores, mask, backward_temperature=temperature, score_scale=scale).backward(upstream)
+    s = 1 / (1 + torch.exp(-temperature * theta.detach()))
+    assert scores.grad is not None
+    torch.testing.assert_close(scores.grad, weight * upstream * temperature * s * (1 - s))
+
+
+def test_equation_four_with_equal_temperatures_is_the_true_derivative() -> None:
+    weight, theta, mask, upstream = tensors()
+    relaxed = sigmoid_relaxation(weight, theta, mask, backward_temperature=2.0, forward_temperature=2.0)
+    relaxed.backward(upstream)
+    reference = theta.detach().clone().requires_grad_()
+    (weight * torch.sigmoid(2.0 * reference)).backward(upstream)
+    torch.testing.assert_close(relaxed, weight * torch.sigmoid(2.0 * theta))
+    torch.testing.assert_close(theta.grad, reference.grad)
+
+
+def test_a_high_forward_temperature_is_the_mask_itself() -> None:
+    weight, theta, mask, _ = tensors()
+    relaxed = sigmoid_relaxation(weight, theta, mask, backward_temperature=1.0, forward_temperature=1e5)
+    assert torch.equal(relaxed, weight * mask)
+
+
+def test_a_trained_weight_gets_the_gradient_of_what_is_kept() -> None:
+    weight, theta, mask, upstream = tensors()
+    weight.requires_grad_()
+    straight_through(weight, theta, mask).backward(upstream)
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, upstream * mask)
+
+
+def test_scores_keep_their_precision_under_a_half_precision_weight() -> None:
+    weight, theta, mask, upstream = tensors()
+    masked = straight_through(weight.bfloat16(), theta, mask)
+    assert masked.dtype == torch.bfloat16
+    masked.backward(upstream.bfloat16())
+    assert theta.grad is not None
+    assert theta.grad.dtype == torch.float64

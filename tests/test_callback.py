@@ -1,0 +1,164 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import make_model
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from hf_adaprune import AdaPruneCallback, AdaPruneConfig, sparsity_report
+from hf_adaprune.errors import ConfigError, NonFiniteError, NotPrunedError
+from hf_adaprune.model import adaprune_layers
+
+
+DATA = [
+    {"input_ids": torch.randint(5, 64, (10,), generator=torch.Generator().manual_seed(i)), "labels": i % 3}
+    for i in range(64)
+]
+STEPS = 16
+
+
+class Kill(TrainerCallback):
+    """Interrupt training after a number of steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def trainer(model: nn.Module, folder: Path, *callbacks: Any, **options: Any) -> Trainer:
+    options = {"per_device_train_batch_size": 8, "num_train_epochs": 2, "logging_steps": 4, "save_steps": 5} | options
+    args = TrainingArguments(str(folder), report_to=[], disable_tqdm=True, use_cpu=True, **options)
+    return Trainer(model, args, train_dataset=DATA, eval_dataset=DATA[:8], callbacks=list(callbacks))
+
+
+def fresh(wrapped: bool = False, **options: Any) -> Any:
+    set_seed(0)
+    model = make_model("bert", "sequence")
+    return get_peft_model(model, AdaPruneConfig(**options)) if wrapped else model
+
+
+@pytest.mark.parametrize("given", ["class", "instance", "wrapped"])
+def test_a_stock_trainer_prunes_to_the_target_and_changes_no_weight(given: str, tmp_path: Path) -> None:
+    before = {name: parameter.clone() for name, parameter in fresh().named_parameters()}
+    model = fresh(wrapped=given == "wrapped")
+    callback = AdaPruneCallback(AdaPruneConfig(final_sparsity=0.5)) if given == "instance" else AdaPruneCallback
+    trainer(model, tmp_path, callback).train()
+    report = sparsity_report(model)
+    assert report.num_pruned == round(0.5 * report.num_weights)
+    for name, tensor in model.state_dict().items():
+        plain = name.replace(".base_layer", "").replace(".original_module", "").removeprefix("base_model.model.")
+        if plain in before:
+            assert torch.equal(tensor, before.pop(plain)), name
+    assert not before
+
+
+def test_sparsity_and_flip_rate_are_logged_beside_the_loss(tmp_path: Path) -> None:
+    run = trainer(fresh(), tmp_path, AdaPruneCallback)
+    run.train()
+    logs = [entry for entry in run.state.log_history if "loss" in entry]
+    assert len(logs) == STEPS // 4
+    assert [entry["sparsity"] for entry in logs] == sorted(entry["sparsity"] for entry in logs)
+    assert logs[-1]["sparsity"] == 0.5
+    assert logs[0]["flip_rate"] == logs[0]["sparsity"]
+    assert all(0 <= entry["flip_rate"] <= 1 for entry in logs)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("killed_at", [7, 12])
+def test_resumed_run_equals_uninterrupted_run(wrapped: bool, killed_at: int, tmp_path: Path) -> None:
+    whole = fresh(wrapped)
+    trainer(whole, tmp_path / "whole", AdaPruneCallback).train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(fresh(wrapped), tmp_path / "cut", AdaPruneCallback, Kill(killed_at)).train()
+    resumed = fresh(wrapped)
+    run = trainer(resumed, tmp_path / "cut", AdaPruneCallback)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == STEPS
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_best_model_is_looked_for_among_those_that_are_pruned_as_asked(wrapped: bool, tmp_path: Path) -> None:
+    model = fresh(wrapped)
+    # The learning rate ruins the model step by step: unpruned it was best.
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
+    run = trainer(model, tmp_path, AdaPruneCallback, learning_rate=5e-4, **options)
+    run.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
+    candidates = {step: loss for step, loss in losses.items() if step >= 0.6 * STEPS}
+    best = min(candidates, key=lambda step: candidates[step])
+    assert run.state.best_global_step == best
+    assert sparsity_report(model).sparsity == 0.5
+    assert run.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
+
+
+def test_a_run_that_is_stopped_early_is_pruned_to_its_target_with_a_warning(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 4
+
+    model = fresh()
+    with pytest.warns(UserWarning, match=r"below `final_sparsity=0.5`"):
+        trainer(model, tmp_path, AdaPruneCallback, Stop).train()
+    assert sparsity_report(model).sparsity == 0.5
+
+
+def test_algorithm_one_stops_the_trainer_once_its_target_is_exceeded(tmp_path: Path) -> None:
+    config = AdaPruneConfig.from_preset("paper", final_sparsity=0.3, drift=2e-3)
+    model = fresh()
+    run = trainer(model, tmp_path, AdaPruneCallback(config), learning_rate=1e-4)
+    run.train()
+    assert run.state.global_step < STEPS
+    assert sparsity_report(model).sparsity > 0.3
+    assert any("word_embeddings" in name for name, _ in adaprune_layers(model))
+
+
+def test_a_nan_loss_stops_training_and_keeps_the_last_good_state(tmp_path: Path) -> None:
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 6:
+                model.classifier.register_forward_hook(lambda module, args, output: output * torch.nan)
+
+    model = fresh()
+    run = trainer(model, tmp_path, AdaPruneCallback, Poison)
+    with pytest.raises(NonFiniteError, match="after step 6 of 16"):
+        run.train()
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+
+
+def test_a_learning_rate_that_makes_noise_of_the_masks_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("hf_adaprune.callback.logger.warning", said.append)
+    trainer(fresh(), tmp_path / "a", AdaPruneCallback, max_steps=2).train()
+    assert not [message for message in said if "learning_rate" in message]
+    trainer(fresh(), tmp_path / "b", AdaPruneCallback, max_steps=2, learning_rate=1e-2).train()
+    assert "`learning_rate=0.01` moves a score by 1 a step, of a range of 2" in said[0]
+
+
+def test_a_configuration_for_a_model_that_has_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="already has an adapter"):
+        trainer(fresh(wrapped=True), tmp_path, AdaPruneCallback(AdaPruneConfig()))
+
+
+def test_a_model_that_is_remade_for_training_is_refused_rather_than_trained_unpruned(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), report_to=[], disable_tqdm=True, use_cpu=True)
+    run = Trainer(model_init=lambda: fresh(), args=args, train_dataset=DATA, callbacks=[AdaPruneCallback])
+    with pytest.raises(NotPrunedError, match="no trainable masks"):
+        run.train()
+
+
+def test_a_failed_injection_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = fresh()
+    with pytest.raises(ValueError, match="'qurey'"):
+        trainer(model, tmp_path, AdaPruneCallback(AdaPruneConfig(target_modules=["qurey"])))
+    trainer(model, tmp_path, AdaPruneCallback).train()
+    assert sparsity_report(model).sparsity == 0.5

@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+import torch
+
+from hf_adaprune.masks import pack_mask, sparsity_of, topk_mask, unpack_mask
+
+
+def naive_topk(scores: torch.Tensor, num_kept: int, tie_breaker: torch.Tensor) -> torch.Tensor:
+    flat, ties = scores.flatten().tolist(), tie_breaker.flatten().tolist()
+    order = sorted(range(len(flat)), key=lambda i: (-flat[i], -ties[i], i))
+    mask = torch.zeros(len(flat), dtype=torch.bool)
+    mask[order[:num_kept]] = True
+    return mask.view(scores.shape)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_topk_keeps_the_highest_scores_as_a_full_sort_would(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # Few distinct values, so that ties are everywhere.
+    scores = torch.randint(0, 4, (7, 5), generator=generator).float()
+    ties = torch.randint(0, 3, (7, 5), generator=generator).float()
+    for num_kept in range(36):
+        mask = topk_mask(scores, num_kept, ties)
+        assert torch.equal(mask, naive_topk(scores, num_kept, ties))
+        assert int(mask.sum()) == num_kept
+
+
+def test_constant_scores_keep_exactly_as_many_and_the_largest_weights() -> None:
+    weight = torch.tensor([[0.3, -0.9], [0.1, 0.5]])
+    mask = topk_mask(torch.full((2, 2), 0.01), 2, weight.abs())
+    assert mask.tolist() == [[False, True], [False, True]]
+
+
+def test_topk_selects_the_same_in_half_precision_as_its_float32_copy() -> None:
+    scores = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    ties = torch.zeros_like(scores)
+    assert torch.equal(topk_mask(scores, 100, ties), topk_mask(scores.float(), 100, ties.float()))
+
+
+@pytest.mark.parametrize("num_kept", [-1, 7])
+def test_topk_refuses_to_keep_more_than_there_is_or_less_than_nothing(num_kept: int) -> None:
+    with pytest.raises(ValueError, match=rf"must be in \[0, 6\], got {num_kept}"):
+        topk_mask(torch.zeros(6), num_kept, torch.zeros(6))
+
+
+@pytest.mark.parametrize("shape", [(1,), (8,), (9,), (3, 5), (4, 16), (7, 3, 2)])
+def test_packing_restores_every_mask_and_takes_one_bit_a_weight(shape: tuple[int, ...]) -> None:
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    packed = pack_mask(mask)
+    assert packed.dtype == torch.uint8
+    assert packed.numel() == -(-mask.numel() // 8)
+    assert torch.equal(unpack_mask(packed, mask.shape), mask)
+
+
+def test_bits_are_packed_from_the_least_significant() -> None:
+    mask = torch.tensor([True, False, False, True, False, False, False, False, False, True])
+    assert pack_mask(mask).tolist() == [0b00001001, 0b00000010]
+
+
+def test_an_accelerator_packs_and_unpacks_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = torch.rand(3, 7, generator=torch.Generator().manual_seed(2)) < 0.5
+    expected = np.packbits(mask.numpy().ravel(), bitorder="little").tolist()
+    monkeypatch.setattr("hf_adaprune.masks._on_cpu", lambda tensor: False)
+    assert pack_mask(mask).tolist() == expected
+    assert torch.equal(unpack_mask(pack_mask(mask), mask.shape), mask)
+    scores = torch.randn(40, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(topk_mask(scores, 11, scores), naive_topk(scores, 11, scores))
+
+
+def test_unpacking_refuses_a_mask_of_the_wrong_length() -> None:
+    with pytest.raises(ValueError, match="A mask of 9 entries takes 2 bytes, got 1"):
+        unpack_mask(torch.zeros(1, dtype=torch.uint8), torch.Size([9]))
+
+
+def test_sparsity_counts_all_masks_together() -> None:
+    assert sparsity_of([torch.tensor([True, False]), torch.tensor([False] * 6)]) == 7 / 8
+    assert sparsity_of([]) == 0.0

@@ -1,0 +1,204 @@
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from hf_adaprune import AdaPruneConfig, Pruner
+from hf_adaprune.errors import NonFiniteError, NotPrunedError
+from hf_adaprune.model import adaprune_layers
+
+
+class Net(nn.Module):
+    """Two layers whose sizes make every rounding of a sparsity visible."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, 5)
+        self.layers = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)])
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.first(x))
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+def make(**options: Any) -> PeftModel:
+    torch.manual_seed(0)
+    options = {"modules_to_save": ["head"], "target_modules": ["first", "0", "1"]} | options
+    return get_peft_model(Net(), AdaPruneConfig(**options))
+
+
+def train(model: nn.Module, pruner: Pruner, steps: int, lr: float = 1e-3, seed: int = 0) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x = torch.randn(8, 7, generator=generator)
+        nn.functional.cross_entropy(model(x), (x.sum(1) > 0).long()).backward()
+        pruner.check_gradients()
+        optimizer.step()
+        pruner.step()
+        optimizer.zero_grad()
+
+
+def pruned_count(model: nn.Module) -> int:
+    return sum(layer.count("default")[0] for _, layer in adaprune_layers(model))
+
+
+@pytest.mark.parametrize("scope", ["module", "kind", "global"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.37, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("score_init", ["magnitude", "constant"])
+def test_the_sparsity_asked_for_is_the_sparsity_got(scope: str, sparsity: float, score_init: str) -> None:
+    model = make(final_sparsity=sparsity, scope=scope, score_init=score_init)
+    pruner = Pruner(model, total_steps=10)
+    train(model, pruner, steps=10)
+    pruner.finalize()
+    assert pruned_count(model) == round(sparsity * (7 * 5 + 25 + 25))
+    assert pruner.sparsity == pruned_count(model) / 85
+
+
+def test_base_weights_never_change() -> None:
+    torch.manual_seed(0)
+    before = {name: parameter.clone() for name, parameter in Net().named_parameters()}
+    model = make()
+    train(model, Pruner(model, total_steps=10), steps=10)
+    for name, parameter in model.unload().named_parameters():
+        if not name.startswith("head"):
+            assert torch.equal(parameter, before[name]), name
+
+
+def test_a_run_that_is_cut_short_ends_at_its_target_with_a_warning() -> None:
+    model = make(final_sparsity=0.8)
+    pruner = Pruner(model, total_steps=100)
+    train(model, pruner, steps=10)
+    assert pruner.sparsity < 0.8
+    with pytest.warns(UserWarning, match=r"Training ended at a sparsity of 0\.\d+, below `final_sparsity=0.8`"):
+        pruner.finalize()
+    assert pruned_count(model) == round(0.8 * 85)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner.finalize()
+
+
+def test_scores_follow_the_optimizer_by_their_ratio_and_so_does_the_head() -> None:
+    slow, fast = make(), make(score_lr_ratio=1.0, head_lr_ratio=1.0)
+    pruners = [Pruner(model, total_steps=1) for model in (slow, fast)]
+    before = slow.base_model.model.head.modules_to_save["default"].weight.detach().clone()
+    # AdamW's first step is the learning rate times the sign: 100 and 20 times as large in the fast model's units.
+    train(slow, pruners[0], steps=1, lr=1e-5)
+    train(fast, pruners[1], steps=1, lr=1e-3)
+    name = "base_model.model.first"
+    moved = [model.get_submodule(name).adaprune_scores["default"].detach() for model in (slow, fast)]
+    torch.testing.assert_close(moved[0] * 100, moved[1], rtol=0, atol=1e-5)
+    head = slow.base_model.model.head.modules_to_save["default"].weight
+    torch.testing.assert_close((head - before).abs(), torch.full_like(before, 20 * 1e-5), rtol=1e-2, atol=1e-7)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one() -> None:
+    whole = make()
+    pruner = Pruner(whole, total_steps=12)
+    optimizer = adam(whole)
+    for step in range(12):
+        if step == 7:
+            saved = copy.deepcopy((whole.state_dict(), optimizer.state_dict(), pruner.state_dict()))
+        one_step(whole, optimizer, pruner, step)
+
+    resumed = make()
+    pruner = Pruner(resumed, total_steps=12)
+    optimizer = adam(resumed)
+    incompatible = resumed.load_state_dict(saved[0])
+    assert not incompatible.missing_keys
+    assert not incompatible.unexpected_keys
+    optimizer.load_state_dict(saved[1])
+    pruner.load_state_dict(saved[2])
+    for step in range(7, 12):
+        one_step(resumed, optimizer, pruner, step)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+
+def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner, step: int) -> None:
+    x = torch.randn(8, 7, generator=torch.Generator().manual_seed(step))
+    nn.functional.cross_entropy(model(x), (x.sum(1) > 0).long()).backward()
+    optimizer.step()
+    pruner.step()
+    optimizer.zero_grad()
+
+
+def test_flip_rate_counts_what_changed_since_it_was_last_asked() -> None:
+    model = make(final_sparsity=0.5, pruning_end=0.1)
+    pruner = Pruner(model, total_steps=10)
+    assert pruner.pop_flip_rate() == 0.0
+    train(model, pruner, steps=1)
+    assert pruner.pop_flip_rate() == round(0.5 * 85) / 85
+    assert pruner.pop_flip_rate() == 0.0
+
+
+def test_algorithm_one_prunes_what_falls_below_zero_and_ends_when_the_target_is_exceeded() -> None:
+    model = make(
+        final_sparsity=0.4,
+        selection="threshold",
+        estimator="sigmoid",
+        score_init="normal",
+        score_lr_ratio=1.0,
+        drift=1e-3,
+    )
+    pruner = Pruner(model, total_steps=100)
+    steps = 0
+    while not pruner.finished and steps < 100:
+        train(model, pruner, steps=1, lr=1e-4, seed=steps)
+        steps += 1
+    assert 0 < steps < 100
+    assert pruner.sparsity > 0.4
+    for _, layer in adaprune_layers(model):
+        assert torch.equal(layer.mask("default"), layer.adaprune_scores["default"] > 0)
+
+
+def test_drift_lowers_every_score_by_gamma_a_step() -> None:
+    model = make(drift=1e-4, score_lr_ratio=10.0)
+    pruner = Pruner(model, total_steps=5)
+    scores = model.get_submodule("base_model.model.first").adaprune_scores["default"]
+    before = scores.detach().clone()
+    for _ in range(3):
+        pruner.step()
+    torch.testing.assert_close((before - scores) * 10.0, torch.full_like(before, 3e-4), rtol=1e-3, atol=1e-9)
+
+
+def test_a_gradient_that_is_not_finite_stops_training_before_the_step() -> None:
+    model = make()
+    pruner = Pruner(model, total_steps=5)
+    train(model, pruner, steps=2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model(torch.full((2, 7), torch.nan)).sum().backward()
+    with pytest.raises(NonFiniteError, match="after step 2 of 5; the model is as it was"):
+        pruner.check_gradients()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_score_that_is_not_finite_leaves_the_last_masks() -> None:
+    model = make()
+    pruner = Pruner(model, total_steps=5)
+    train(model, pruner, steps=2)
+    masks = {name: layer.mask("default").clone() for name, layer in adaprune_layers(model)}
+    model.get_submodule("base_model.model.layers.1").adaprune_scores["default"].data[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"The scores of 'base_model.model.layers.1' are NaN or infinite at step 3"):
+        pruner.step()
+    assert all(torch.equal(layer.mask("default"), masks[name]) for name, layer in adaprune_layers(model))
+
+
+def test_a_model_without_trainable_masks_is_refused() -> None:
+    with pytest.raises(NotPrunedError, match="no trainable masks under the adapter name 'default'"):
+        Pruner(Net(), total_steps=5)
+    with pytest.raises(NotPrunedError, match="adapter name 'other'"):
+        Pruner(make(), total_steps=5, adapter_name="other")
+    with pytest.raises(ValueError, match="`total_steps` must be at least 1, got 0"):
+        Pruner(make(), total_steps=0)

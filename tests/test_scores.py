@@ -1,0 +1,36 @@
+import pytest
+import torch
+
+from hf_adaprune import AdaPruneConfig
+from hf_adaprune.scores import initial_scores, magnitude_ranks, scores_from_mask
+
+
+def test_ranks_follow_magnitude_and_spread_evenly_over_their_range() -> None:
+    ranks = magnitude_ranks(torch.tensor([[-0.5, 0.1], [0.3, -0.2], [0.0, 0.4]]))
+    torch.testing.assert_close(ranks, torch.tensor([[2.0, 0.4], [1.2, 0.8], [0.0, 1.6]]))
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_scores_made_from_a_mask_stand_for_it(preset: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 8, generator=generator)
+    mask = torch.rand(16, 8, generator=generator) < 0.5
+    scores = scores_from_mask(weight, mask, AdaPruneConfig.from_preset(preset))
+    assert scores[mask].min() >= scores[~mask].max()
+    if preset == "paper":
+        assert torch.equal(scores > 0, mask)
+
+
+def test_the_papers_scores_start_above_zero_around_a_hundredth() -> None:
+    torch.manual_seed(0)
+    scores = initial_scores(torch.zeros(200, 200), AdaPruneConfig.from_preset("paper"))
+    assert scores.mean().item() == pytest.approx(0.01, rel=0.01)
+    assert scores.std().item() == pytest.approx(0.001, rel=0.02)
+    assert (scores > 0).all()
+
+
+def test_stored_scores_are_scaled_down_by_their_learning_rate_ratio() -> None:
+    weight = torch.randn(9, generator=torch.Generator().manual_seed(0))
+    for ratio in (1.0, 100.0):
+        scores = initial_scores(weight, AdaPruneConfig(score_lr_ratio=ratio))
+        torch.testing.assert_close(scores * ratio, magnitude_ranks(weight))
