@@ -38,9 +38,9 @@ from transformers import (
 )
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, sparsity_report
-from hf_adaprune.analysis import plot_sparsity
 from hf_adaprune.errors import AdaPruneError
 from hf_adaprune.metrics import glue_metric
+from hf_adaprune.model_card import write_model_card
 
 
 logger = logging.getLogger("run_glue")
@@ -275,14 +275,12 @@ def train(trainer: Trainer, args: ModelArguments) -> None:
         report = sparsity_report(trainer.model)
         metrics |= {"sparsity": report.sparsity, "sparsity_whole_model": report.sparsity_whole_model}
         metrics["adapter_bytes"] = metrics["checkpoint_bytes"]
-        if trainer.is_world_process_zero():
-            plot_sparsity(report).savefig(folder / "sparsity.png", dpi=150)
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()
 
 
-def evaluate(trainer: Trainer, data: dict[str, datasets.Dataset]) -> None:
+def evaluate(trainer: Trainer, data: dict[str, datasets.Dataset]) -> dict[str, float]:
     """Score each validation split; the names of MNLI's second, the mismatched one, end in `_mm`."""
     metrics: dict[str, float] = {}
     for split, ending in (("validation", ""), ("validation_mismatched", "_mm")):
@@ -291,6 +289,7 @@ def evaluate(trainer: Trainer, data: dict[str, datasets.Dataset]) -> None:
             metrics |= {name + ending: value for name, value in scores.items()}
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
+    return metrics
 
 
 def predict(trainer: Trainer, data: dict[str, datasets.Dataset], task: Task) -> None:
@@ -337,12 +336,19 @@ def main(argv: list[str] | None = None) -> None:
     )
     if args.do_train:
         train(trainer, model_args)
-    if args.do_eval:
-        evaluate(trainer, data)
+    evaluated = evaluate(trainer, data) if args.do_eval else {}
     if args.do_predict:
         predict(trainer, data, task)
+    if model_args.method == "adaprune" and args.do_train and trainer.is_world_process_zero():
+        scores = {
+            name.removeprefix("eval_"): value
+            for name, value in evaluated.items()
+            if name.startswith("eval_") and "_per_second" not in name and not name.endswith(("_runtime", "_samples"))
+        }
+        write_model_card(args.output_dir, metrics=scores, dataset="nyu-mll/glue" if data_args.task_name else None)
     if args.push_to_hub:
-        trainer.push_to_hub()
+        source = "nyu-mll/glue" if data_args.task_name else "custom"
+        trainer.push_to_hub(tasks="text-classification", dataset=task.name, dataset_tags=source)
     names = sorted(path.name for path in Path(args.output_dir).iterdir())
     logger.info("All of it is in %s: %s", args.output_dir, ", ".join(names))
 

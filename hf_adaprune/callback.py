@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -16,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, logging
 from .config import AdaPruneConfig
 from .errors import ConfigError, NotPrunedError
 from .model import adaprune_layers
+from .model_card import write_model_card
 from .pruner import Pruner
 
 
@@ -50,6 +52,8 @@ class AdaPruneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Put masks on the Trainer's model, before its optimizer is made."""
+        # `Trainer.push_to_hub` writes a card of its own over the adapter's, and then has the model complete it.
+        model.create_or_update_model_card = _complete_card  # type: ignore[assignment]
         wrapped = isinstance(model, PeftModel) or any(True for _ in adaprune_layers(model))
         if wrapped:
             if self.config is not None:
@@ -141,6 +145,11 @@ class AdaPruneCallback(TrainerCallback):
         # A model that is not pruned as asked is no candidate for `load_best_model_at_end`.
         if self._running.num_steps < self._running.config.pruning_end * self._running.total_steps:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+
+def _complete_card(folder: str) -> None:
+    if Path(folder, CONFIG_NAME).is_file():
+        write_model_card(folder, picture=False)
 
 
 def _save_training_state(model: nn.Module, folder: Path) -> None:

@@ -34,7 +34,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "score_init": "normal",
         "score_lr_ratio": 1.0,
         "head_lr_ratio": 1.0,
-        "drift": 2e-7,
+        # The paper's own gammas add up to 0.0008 over a run, which no score of 0.01 can fall to zero by.
+        "drift": 0.012,
         "mask_embeddings": True,
         "head": "layer_average",
     },
@@ -90,7 +91,8 @@ class AdaPruneConfig(PeftConfig):
             The learning rate of the scores over the optimizer's, > 0. Under Adam a score moves by about
             `score_lr_ratio * learning_rate` a step: 5e-3 at the Trainer's default of 5e-5.
         head_lr_ratio (`float`): The learning rate of `modules_to_save` over the optimizer's, > 0: 1e-3 at 5e-5.
-        drift (`float`): Subtracted from every score after each step, >= 0 (gamma of Eq. 5).
+        drift (`float`):
+            Subtracted from every score over the whole run, in equal steps, >= 0 (the sum of the gammas of Eq. 5).
 
         base_fingerprint (`str`, *optional*): Written when an adapter is made; which weights the masks belong to.
         adapter_fingerprint (`str`, *optional*): Written when an adapter is saved; what its masks and head are.
@@ -123,7 +125,7 @@ class AdaPruneConfig(PeftConfig):
     backward_temperature: float = _option(1.0, "t_s of Eq. 4.")
     score_lr_ratio: float = _option(100.0, "Learning rate of the scores over the optimizer's.")
     head_lr_ratio: float = _option(20.0, "Learning rate of the head over the optimizer's.")
-    drift: float = _option(0.0, "Subtracted from every score after each step (gamma of Eq. 5).")
+    drift: float = _option(0.0, "Subtracted from every score over the run (sum of the gammas of Eq. 5).")
 
     base_fingerprint: str | None = _option(None, "Which weights the masks belong to.")
     adapter_fingerprint: str | None = _option(None, "What the saved masks and head are.")
@@ -168,7 +170,10 @@ class AdaPruneConfig(PeftConfig):
         return cls(**{**_PRESETS[name], **overrides})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, as any PEFT configuration, but whole or not at all and in a stable order."""
+        """Write `adapter_config.json`, whole or not at all and in a stable order, and the adapter's card.
+
+        Every door by which an adapter is saved comes through here.
+        """
         auto_mapping = kwargs.pop("auto_mapping_dict", None)
         output = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
         # A stored adapter is opened for inference unless its reader says otherwise: PEFT's convention.
@@ -178,6 +183,11 @@ class AdaPruneConfig(PeftConfig):
         aside = path.with_suffix(".json.tmp")
         aside.write_text(json.dumps(output, indent=2, sort_keys=True), encoding="utf-8")
         aside.replace(path)
+        if self.module_counts is not None:
+            # Imported here: a card is made from a configuration.
+            from .model_card import write_model_card
+
+            write_model_card(save_directory, picture=False)
 
     def _problems(self) -> list[str]:
         problems = [

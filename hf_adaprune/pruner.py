@@ -109,8 +109,9 @@ class Pruner:
         self.num_steps += 1
         self._scale_head_update()
         scores = self._scores()
+        drift = self.config.drift / self.total_steps / self.config.score_lr_ratio
         for name, score in scores.items():
-            score -= self.config.drift / self.config.score_lr_ratio
+            score -= drift
             if not torch.isfinite(score.sum()):
                 raise NonFiniteError(
                     f"The scores of {name!r} are NaN or infinite at step {self.num_steps} of {self.total_steps}; its "

@@ -111,7 +111,7 @@ def test_a_run_that_is_stopped_early_is_pruned_to_its_target_with_a_warning(tmp_
 
 
 def test_algorithm_one_stops_the_trainer_once_its_target_is_exceeded(tmp_path: Path) -> None:
-    config = AdaPruneConfig.from_preset("paper", final_sparsity=0.3, drift=2e-3)
+    config = AdaPruneConfig.from_preset("paper", final_sparsity=0.3, drift=0.03)
     model = fresh()
     run = trainer(model, tmp_path, AdaPruneCallback(config), learning_rate=1e-4)
     run.train()

@@ -150,7 +150,7 @@ def test_algorithm_one_prunes_what_falls_below_zero_and_ends_when_the_target_is_
         estimator="sigmoid",
         score_init="normal",
         score_lr_ratio=1.0,
-        drift=1e-3,
+        drift=0.1,
     )
     pruner = Pruner(model, total_steps=100)
     steps = 0
@@ -163,8 +163,8 @@ def test_algorithm_one_prunes_what_falls_below_zero_and_ends_when_the_target_is_
         assert torch.equal(layer.mask("default"), layer.adaprune_scores["default"] > 0)
 
 
-def test_drift_lowers_every_score_by_gamma_a_step() -> None:
-    model = make(drift=1e-4, score_lr_ratio=10.0)
+def test_drift_lowers_every_score_alike_over_the_run() -> None:
+    model = make(drift=5e-4, score_lr_ratio=10.0)
     pruner = Pruner(model, total_steps=5)
     scores = model.get_submodule("base_model.model.first").adaprune_scores["default"]
     before = scores.detach().clone()
@@ -190,7 +190,9 @@ def test_a_score_that_is_not_finite_leaves_the_last_masks() -> None:
     train(model, pruner, steps=2)
     masks = {name: layer.mask("default").clone() for name, layer in adaprune_layers(model)}
     model.get_submodule("base_model.model.layers.1").adaprune_scores["default"].data[0, 0] = torch.nan
-    with pytest.raises(NonFiniteError, match=r"The scores of 'base_model.model.layers.1' are NaN or infinite at step 3"):
+    with pytest.raises(
+        NonFiniteError, match=r"The scores of 'base_model.model.layers.1' are NaN or infinite at step 3"
+    ):
         pruner.step()
     assert all(torch.equal(layer.mask("default"), masks[name]) for name, layer in adaprune_layers(model))
 

@@ -125,7 +125,11 @@ def logits_of(model: nn.Module, head: str = "sequence") -> torch.Tensor:
 
 
 def train_masks(
-    model: nn.Module, steps: int = 4, head: str = "sequence", adapter_name: str = "default", learning_rate: float = 5e-5
+    model: nn.Module,
+    steps: int = 4,
+    head: str = "sequence",
+    adapter_name: str = "default",
+    learning_rate: float = 5e-5,
 ) -> Pruner:
     """Train an adapter for a few steps of AdamW, to the end of its schedule."""
     torch.manual_seed(0)

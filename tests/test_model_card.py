@@ -1,0 +1,74 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import get_peft_model
+from tiny import logits_of, make_model, save_model, train_masks
+from transformers import AutoModelForSequenceClassification
+
+from hf_adaprune import AdaPruneConfig
+from hf_adaprune.model_card import write_model_card
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    root = tmp_path_factory.mktemp("card")
+    model = AutoModelForSequenceClassification.from_pretrained(save_model(root / "base"))
+    tuned: Any = get_peft_model(model, AdaPruneConfig(final_sparsity=0.6))
+    train_masks(tuned)
+    tuned.save_pretrained(str(root / "adapter"))
+    return root / "adapter", logits_of(tuned)
+
+
+def test_a_card_says_what_was_pruned_and_is_valid(adapter: tuple[Path, torch.Tensor]) -> None:
+    card = write_model_card(adapter[0], metrics={"accuracy": 0.91234}, dataset="nyu-mll/glue")
+    assert card.data.library_name == "peft"
+    assert card.data.pipeline_tag == "text-classification"
+    assert card.data.base_model is None, "a local path is no name on the Hub"
+    assert card.data.eval_results[0].metric_value == 0.9123
+    text = (adapter[0] / "README.md").read_text(encoding="utf-8")
+    assert "60.0 % of the masked weights" in " ".join(text.split())
+    assert "| attention.self.query | 0.600 |" in text
+    assert "| accuracy | 0.9123 |" in text
+    assert (adapter[0] / "sparsity.png").stat().st_size > 5000
+
+
+def test_the_code_in_a_card_opens_the_adapter(adapter: tuple[Path, torch.Tensor]) -> None:
+    card = write_model_card(adapter[0], name=str(adapter[0]))
+    code = card.text.split("```python")[1].split("```")[0]
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    assert torch.equal(logits_of(scope["model"]), adapter[1])
+
+
+def test_what_a_person_wrote_around_our_part_survives(adapter: tuple[Path, torch.Tensor]) -> None:
+    write_model_card(adapter[0])
+    path = adapter[0] / "README.md"
+    card = ModelCard.load(path)
+    card.text, card.data.license = f"Read this first.\n{card.text}\nAnd this last.\n", "mit"
+    card.save(path)
+    write_model_card(adapter[0], metrics={"accuracy": 0.5})
+    written = ModelCard.load(path)
+    assert written.text.strip().startswith("Read this first.")
+    assert written.text.strip().endswith("And this last.")
+    assert written.text.count("## What was pruned") == 1
+    assert "| accuracy | 0.5000 |" in written.text
+    assert written.data.license == "mit"
+
+
+def test_a_base_on_the_hub_is_named_in_the_metadata(adapter: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    config = AdaPruneConfig.from_pretrained(str(adapter[0]))
+    config.base_model_name_or_path = "google-bert/bert-base-uncased"
+    config.save_pretrained(str(tmp_path))
+    card = write_model_card(tmp_path)
+    assert card.data.base_model == "google-bert/bert-base-uncased"
+    assert card.data.base_model_relation == "adapter"
+
+
+def test_a_fresh_model_has_no_card_to_write(tmp_path: Path) -> None:
+    AdaPruneConfig().save_pretrained(str(tmp_path))
+    with pytest.raises(RuntimeError, match="no masks to count"):
+        write_model_card(tmp_path)
+    assert make_model() is not None
