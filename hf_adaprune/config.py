@@ -83,7 +83,7 @@ class AdaPruneConfig(PeftConfig):
             `"magnitude"`: the ranks of |w| in the matrix, spread evenly over [0, 2]. `"normal"`: N(0.01, 0.001^2).
             `"constant"`: 0.01 everywhere (ties are broken by |w|).
         estimator (`str`):
-            How the gradient reaches the scores: `"straight_through"`, or `"sigmoid"` with the two temperatures (Eq. 4).
+            How gradients reach the scores: `"straight_through"`, or `"sigmoid"` with the two temperatures (Eq. 4).
         forward_temperature (`float`, *optional*):
             `t_l` > 0 of Eq. 4, in training only. `None` is its limit, a step; evaluation always uses the step.
         backward_temperature (`float`): `t_s` > 0 of Eq. 4.
@@ -108,8 +108,10 @@ class AdaPruneConfig(PeftConfig):
     """
 
     final_sparsity: float = _option(0.5, "Fraction of the masked weights to remove, in [0, 1).")
-    target_modules: list[str] | str | None = _option(None, "Modules to mask; None is every linear layer of the body.")
-    exclude_modules: list[str] | str | None = _option(None, "Modules to spare.")
+    target_modules: set[str] | list[str] | str | None = _option(
+        None, "Modules to mask; None is every linear layer of the body."
+    )
+    exclude_modules: set[str] | list[str] | str | None = _option(None, "Modules to spare.")
     layers_to_transform: list[int] | int | None = _option(None, "Layers to mask; needs target_modules as a list.")
     layers_pattern: list[str] | str | None = _option(None, "Name of the module that numbers the layers.")
     mask_embeddings: bool = _option(False, "Whether to mask the input embeddings too.")
@@ -141,8 +143,6 @@ class AdaPruneConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
-        if isinstance(self.modules_to_save, (set, tuple)):
-            self.modules_to_save = sorted(self.modules_to_save)
         problems = self._problems()
         if problems:
             raise ConfigError("\n".join(problems))
@@ -216,8 +216,8 @@ class AdaPruneConfig(PeftConfig):
                 problems.append(f"`{name}` must be one of {list(allowed)}, got {getattr(self, name)!r}.")
         if self.format_version > FORMAT_VERSION:
             problems.append(
-                f"The adapter has format version {self.format_version}, this hf_adaprune reads up to {FORMAT_VERSION}: "
-                "upgrade hf_adaprune to open it."
+                f"The adapter has format version {self.format_version}, this hf_adaprune reads up to "
+                f"{FORMAT_VERSION}: upgrade hf_adaprune to open it."
             )
         if self.layers_to_transform is not None and not isinstance(self.target_modules, set):
             problems.append("`layers_to_transform` needs `target_modules` as a list of names.")

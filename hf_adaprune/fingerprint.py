@@ -31,7 +31,7 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
         tensor = tensor.detach()
         if tensor.is_floating_point():
             tensor = tensor.to(torch.bfloat16).view(torch.int16)
-        digest.update(tensor.cpu().contiguous().numpy())
+        digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()[:32]
 
 

@@ -46,7 +46,7 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def output_embeddings(model: nn.Module) -> nn.Module | None:
+def output_embeddings(model: Any) -> nn.Module | None:
     """Return a language model's output layer, or `None` for every other model."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
@@ -96,7 +96,7 @@ def _adapt_labels(model: PreTrainedModel, config: AdaPruneConfig) -> None:
     architecture = (stored.get("architectures") or [type(model).__name__])[0]
     if architecture not in {cls.__name__ for cls in type(model).__mro__}:
         raise BaseMismatchError(
-            f"The adapter was made for a {architecture}, the model is a {type(model).__name__}: their heads and module "
+            f"The adapter was made for a {architecture}, the model is a {type(model).__name__}: heads and module "
             f"names differ. Open the adapter with {architecture}, or the Auto class that gives it."
         )
     saved = type(model.config).from_dict(stored)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,19 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("adaprune_scores",)
     other_param_names: tuple[str, ...] = ("adaprune_mask", "_unpacked", "_configs")
+
+    if TYPE_CHECKING:
+        weight: torch.Tensor
+        bias: torch.Tensor | None
+
+        def get_base_layer(self) -> Any: ...
+        def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None: ...
+        def _cast_input_dtype(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
+        def _get_embed_scale(self) -> torch.Tensor | None: ...
+
+        active_adapters: list[str]
+        disable_adapters: bool
+        merged: bool
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: AdaPruneConfig) -> None:
         super().__init__()
@@ -206,7 +219,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, mask in self._unpacked.items():
             self.adaprune_mask[name] = pack_mask(mask)
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in self.adaprune_mask:
@@ -217,7 +230,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             if name in self.adaprune_scores and scores_key not in state_dict:
                 # An adapter's file has no scores; those at hand stay until `match_scores_to_mask` is called.
                 state_dict[scores_key] = self.adaprune_scores[name]
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _stand_for(scores: torch.Tensor, mask: torch.Tensor, config: AdaPruneConfig) -> bool:
@@ -244,7 +257,8 @@ class Conv1DLinear(AdaPruneLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         weight = self.effective_weight()
         x = self._cast_input_dtype(x, weight.dtype)
-        return torch.addmm(self.bias, x.reshape(-1, self.in_features), weight).view(*x.shape[:-1], self.out_features)
+        output = torch.addmm(self.get_base_layer().bias, x.reshape(-1, self.in_features), weight)
+        return output.view(*x.shape[:-1], self.out_features)
 
 
 class Embedding(AdaPruneLayer):

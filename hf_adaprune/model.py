@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -33,7 +33,7 @@ class AdaPruneModel(BaseTuner):
 
     prefix = "adaprune_"
     tuner_layer_cls = AdaPruneLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def inject_adapter(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -75,7 +76,7 @@ def write_model_card(
         plot_sparsity(sparsity_report(config)).savefig(folder / PICTURE, dpi=150)
     drawn = PICTURE if (folder / PICTURE).is_file() else None
     path = folder / "README.md"
-    written = ModelCard.load(path, ignore_metadata_errors=True) if path.exists() else None
+    written: Any = ModelCard.load(path, ignore_metadata_errors=True) if path.exists() else None
     if metrics is None and written is not None:
         metrics = {result.metric_type: result.metric_value for result in written.data.eval_results or []}
     card = _render(config, name or folder.resolve().name, dict(metrics or {}), dataset, drawn)
@@ -87,7 +88,7 @@ def write_model_card(
     return card
 
 
-def _update(written: ModelCard, card: ModelCard) -> ModelCard:
+def _update(written: Any, card: Any) -> ModelCard:
     block = card.text[card.text.index(BEGIN) : card.text.index(END) + len(END)]
     before, begin, rest = written.text.partition(BEGIN)
     _, end, after = rest.partition(END)

@@ -66,6 +66,7 @@ class Pruner:
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
             for parameter in module.modules_to_save[adapter_name].parameters()
         ]
+        self._reference: dict[str, torch.Tensor] = {}
         self._remember()
 
     @property
@@ -173,7 +174,7 @@ class Pruner:
         self._previous_head = [parameter.detach().clone() for parameter in self._head]
 
     def _scale_head_update(self) -> None:
-        # A stock Trainer has one learning rate. What the optimizer did to the head is carried on in the same direction:
+        # A stock Trainer has one learning rate. What the optimizer did to the head is carried on in its direction:
         # for every optimizer whose step is proportional to the learning rate, that is a larger learning rate.
         ratio = self.config.head_lr_ratio
         if ratio != 1:

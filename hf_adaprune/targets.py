@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
@@ -15,7 +16,7 @@ from .head import body_name, output_embeddings
 from .layer import AdaPruneLayer
 
 
-def resolve_targets(model: nn.Module, config: AdaPruneConfig) -> None:
+def resolve_targets(model: Any, config: AdaPruneConfig) -> None:
     """Write into the configuration the full names of the modules to mask, where the user left that open.
 
     Args:

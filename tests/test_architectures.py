@@ -96,14 +96,20 @@ class Trained:
         return logits_of(model, self.head)
 
 
-def train(architecture: str, head: str, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Trained:
+def train(
+    architecture: str,
+    head: str,
+    folder: Path,
+    config: AdaPruneConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Trained:
     # A checkpoint as they are on the Hub: a pre-trained body, with the output layer of a language model or none.
     kept = head if head.endswith("_lm") else "none"
     base = save_model(folder / "base", architecture, kept, num_labels=2)
     trained = Trained(architecture, head, base, folder / "adapter", None, None, {}, torch.empty(0))  # type: ignore[arg-type]
     model = trained.load_base(dtype=dtype)
     trained.before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    trained.model = get_peft_model(model, AdaPruneConfig(**options))
+    trained.model = get_peft_model(model, config or AdaPruneConfig())
     trained.pruner = train_masks(trained.model, head=head)
     trained.model.save_pretrained(trained.adapter)
     trained.logits = trained.logits_of(trained.model)
@@ -192,7 +198,7 @@ def test_the_modules_of_a_bert_are_the_twelve_matrices_of_its_layers() -> None:
 
 @pytest.mark.parametrize(("architecture", "head"), CLASSIFIERS)
 def test_masked_input_embeddings_are_trained_saved_and_merged(architecture: str, head: str, tmp_path: Path) -> None:
-    trained = train(architecture, head, tmp_path, mask_embeddings=True)
+    trained = train(architecture, head, tmp_path, AdaPruneConfig(mask_embeddings=True))
     embeddings = trained.model.get_input_embeddings()
     assert embeddings.count("default")[0] == round(0.5 * embeddings.weight.numel())
     assert embeddings.adaprune_scores["default"].grad.any()
@@ -208,7 +214,7 @@ def test_masked_input_embeddings_are_trained_saved_and_merged(architecture: str,
 def test_masked_embeddings_that_are_tied_work_unmerged_and_refuse_to_merge(
     architecture: str, head: str, tmp_path: Path
 ) -> None:
-    trained = train(architecture, head, tmp_path, mask_embeddings=True)
+    trained = train(architecture, head, tmp_path, AdaPruneConfig(mask_embeddings=True))
     base = trained.load_base()
     for door in DOORS:
         model = trained.open(door)
@@ -228,7 +234,7 @@ def test_masked_embeddings_that_are_tied_work_unmerged_and_refuse_to_merge(
 
 @pytest.mark.parametrize(("architecture", "head"), [case for case in CLASSIFIERS if case[0] not in ("gpt2", "llama")])
 def test_the_papers_head_works_on_every_classifier(architecture: str, head: str, tmp_path: Path) -> None:
-    trained = train(architecture, head, tmp_path, head="layer_average")
+    trained = train(architecture, head, tmp_path, AdaPruneConfig(head="layer_average"))
     assert trained.model.peft_config["default"].modules_to_save == ["classifier"]
     assert not any("pooler" in name for name in masked_names(trained.model))
     test_every_mask_is_trained(trained)

@@ -42,7 +42,7 @@ def test_a_value_out_of_range_is_refused_in_words(field: str, value: Any, said: 
 
 
 def test_all_wrong_fields_are_listed_at_once() -> None:
-    with pytest.raises(ConfigError, match="final_sparsity.*\n.*scope"):
+    with pytest.raises(ConfigError, match=r"final_sparsity.*\n.*scope"):
         AdaPruneConfig(final_sparsity=2.0, scope="none")
 
 

@@ -23,7 +23,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tenso
 
 
 def test_a_card_says_what_was_pruned_and_is_valid(adapter: tuple[Path, torch.Tensor]) -> None:
-    card = write_model_card(adapter[0], metrics={"accuracy": 0.91234}, dataset="nyu-mll/glue")
+    card: Any = write_model_card(adapter[0], metrics={"accuracy": 0.91234}, dataset="nyu-mll/glue")
     assert card.data.library_name == "peft"
     assert card.data.pipeline_tag == "text-classification"
     assert card.data.base_model is None, "a local path is no name on the Hub"
@@ -36,7 +36,7 @@ def test_a_card_says_what_was_pruned_and_is_valid(adapter: tuple[Path, torch.Ten
 
 
 def test_the_code_in_a_card_opens_the_adapter(adapter: tuple[Path, torch.Tensor]) -> None:
-    card = write_model_card(adapter[0], name=str(adapter[0]))
+    card: Any = write_model_card(adapter[0], name=str(adapter[0]))
     code = card.text.split("```python")[1].split("```")[0]
     scope: dict[str, Any] = {}
     exec(code, scope)
@@ -62,7 +62,7 @@ def test_a_base_on_the_hub_is_named_in_the_metadata(adapter: tuple[Path, torch.T
     config = AdaPruneConfig.from_pretrained(str(adapter[0]))
     config.base_model_name_or_path = "google-bert/bert-base-uncased"
     config.save_pretrained(str(tmp_path))
-    card = write_model_card(tmp_path)
+    card: Any = write_model_card(tmp_path)
     assert card.data.base_model == "google-bert/bert-base-uncased"
     assert card.data.base_model_relation == "adapter"
 

@@ -6,9 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from ..config import AdaPruneConfig
 from ..errors import NotPrunedError
@@ -100,7 +98,7 @@ class SparsityReport:
         }
 
 
-def sparsity_report(model: nn.Module | AdaPruneConfig, adapter_name: str = "default") -> SparsityReport:
+def sparsity_report(model: Any, adapter_name: str = "default") -> SparsityReport:
     """Count what is pruned.
 
     Args:
@@ -122,7 +120,7 @@ def sparsity_report(model: nn.Module | AdaPruneConfig, adapter_name: str = "defa
     if isinstance(model, AdaPruneConfig):
         counts, num_parameters = model.module_counts or {}, model.num_parameters or 0
     else:
-        counts = {name: layer.count(adapter_name) for name, layer in adaprune_layers(model, adapter_name)}
+        counts = {name: list(layer.count(adapter_name)) for name, layer in adaprune_layers(model, adapter_name)}
         num_parameters = model.peft_config[adapter_name].num_parameters if counts else 0
     if not counts:
         raise NotPrunedError(f"There are no masks to count under the adapter name {adapter_name!r}.")

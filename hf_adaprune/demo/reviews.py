@@ -81,7 +81,7 @@ VALIDATION = Vocabulary(
     ),
     negative=_listed(
         """terrible, dreadful, boring, miserable, ridiculous, worthless, hideous, unpleasant, pointless, irritating,
-        clumsy, embarrassing, vile, grim, bland, filthy, unbearable, disastrous, offensive, hopeless"""
+        clumsy, embarrassing, vile, grim, bland, filthy, unbearable, crude, offensive, hopeless"""
     ),
     affirming=("truly", "thoroughly", "absolutely", "indeed", "extremely"),
     negating=("not", "never", "by no means", "nowhere near", "in no way"),

