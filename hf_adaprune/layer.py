@@ -197,7 +197,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             with torch.inference_mode(False), torch.no_grad():
                 product = weight.detach().clone()
                 for name in names:
-                    product *= self.mask(name)
+                    product *= self.mask(name).view(torch.uint8)
             self._effective = built = _Effective(product, weight, masks, versions)
         return built.weight
 

@@ -62,15 +62,15 @@ def sparsity_of(masks: Iterable[torch.Tensor]) -> float:
     return pruned / total if total else 0.0
 
 
-def topk_mask(scores: torch.Tensor, num_kept: int, tie_breaker: torch.Tensor) -> torch.Tensor:
+def topk_mask(scores: torch.Tensor, num_kept: int, weight: torch.Tensor) -> torch.Tensor:
     """Keep exactly the `num_kept` entries of highest score.
 
     Args:
         scores (`torch.Tensor`): Finite scores of any shape.
         num_kept (`int`): How many entries to keep, in `[0, scores.numel()]`.
-        tie_breaker (`torch.Tensor`):
-            Same shape as `scores`. Of entries with equal scores those with the larger tie breaker are kept first, and
-            of those equal in both the ones that come first: the mask is the same on every machine.
+        weight (`torch.Tensor`):
+            What the scores are for, same shape: of entries with equal scores those of larger magnitude are kept first,
+            and of those equal in both the ones that come first. So the mask is the same on every machine.
 
     Returns:
         `torch.Tensor`: Boolean tensor of the shape of `scores` with exactly `num_kept` True entries.
@@ -83,22 +83,24 @@ def topk_mask(scores: torch.Tensor, num_kept: int, tie_breaker: torch.Tensor) ->
     if num_kept == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     flat = scores.detach().reshape(-1)
-    threshold = _kth_largest(flat, num_kept)
-    kept = flat >= threshold
+    threshold, kept = _kth_largest(flat, num_kept)
     if int(kept.count_nonzero()) != num_kept:
         kept = flat > threshold
         tied = (flat == threshold).nonzero().squeeze(1)
-        order = tie_breaker.detach().reshape(-1)[tied].sort(descending=True, stable=True).indices
+        order = weight.detach().reshape(-1)[tied].abs().sort(descending=True, stable=True).indices
         kept[tied[order[: num_kept - int(kept.count_nonzero())]]] = True
     return kept.view(scores.shape)
 
 
-def _kth_largest(flat: torch.Tensor, k: int) -> torch.Tensor:
+def _kth_largest(flat: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the k-th largest value, and which values are at least as large."""
     if _on_cpu(flat) and flat.dtype == torch.float32:
-        # An order of magnitude faster than torch's own selection on a CPU, and the same value.
-        index = flat.numel() - k
-        return torch.tensor(np.partition(flat.numpy(), index)[index])
-    return flat.kthvalue(flat.numel() - k + 1).values
+        # On a CPU numpy selects and compares several times as fast as torch, with the same result.
+        values = flat.numpy()
+        threshold = np.partition(values, len(values) - k)[len(values) - k]
+        return torch.tensor(threshold), torch.from_numpy(values >= threshold)
+    threshold = flat.kthvalue(flat.numel() - k + 1).values
+    return threshold, flat >= threshold
 
 
 def _on_cpu(tensor: torch.Tensor) -> bool:

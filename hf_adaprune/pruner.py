@@ -112,7 +112,8 @@ class Pruner:
         scores = self._scores()
         drift = self.config.drift / self.total_steps / self.config.score_lr_ratio
         for name, score in scores.items():
-            score -= drift
+            if drift:
+                score -= drift
             if not torch.isfinite(score.sum()):
                 raise NonFiniteError(
                     f"The scores of {name!r} are NaN or infinite at step {self.num_steps} of {self.total_steps}; its "
@@ -194,8 +195,8 @@ class Pruner:
             seen += sum(shape.numel() for shape in shapes)
             to_prune, pruned = round(sparsity * seen) - pruned, round(sparsity * seen)
             grouped = _flat([scores[name] for name in names])
-            ties = _flat([self.layers[name].weight.abs() for name in names])
-            mask = topk_mask(grouped, grouped.numel() - to_prune, tie_breaker=ties)
+            weights = _flat([self.layers[name].weight for name in names])
+            mask = topk_mask(grouped, grouped.numel() - to_prune, weights)
             parts = mask.split([shape.numel() for shape in shapes])
             masks.update({name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)})
         return masks

@@ -5,8 +5,8 @@ import torch
 from hf_adaprune.masks import pack_mask, sparsity_of, topk_mask, unpack_mask
 
 
-def naive_topk(scores: torch.Tensor, num_kept: int, tie_breaker: torch.Tensor) -> torch.Tensor:
-    flat, ties = scores.flatten().tolist(), tie_breaker.flatten().tolist()
+def naive_topk(scores: torch.Tensor, num_kept: int, weight: torch.Tensor) -> torch.Tensor:
+    flat, ties = scores.flatten().tolist(), weight.abs().flatten().tolist()
     order = sorted(range(len(flat)), key=lambda i: (-flat[i], -ties[i], i))
     mask = torch.zeros(len(flat), dtype=torch.bool)
     mask[order[:num_kept]] = True
@@ -18,7 +18,7 @@ def test_topk_keeps_the_highest_scores_as_a_full_sort_would(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     # Few distinct values, so that ties are everywhere.
     scores = torch.randint(0, 4, (7, 5), generator=generator).float()
-    ties = torch.randint(0, 3, (7, 5), generator=generator).float()
+    ties = torch.randint(-2, 3, (7, 5), generator=generator).float()
     for num_kept in range(36):
         mask = topk_mask(scores, num_kept, ties)
         assert torch.equal(mask, naive_topk(scores, num_kept, ties))
@@ -27,7 +27,7 @@ def test_topk_keeps_the_highest_scores_as_a_full_sort_would(seed: int) -> None:
 
 def test_constant_scores_keep_exactly_as_many_and_the_largest_weights() -> None:
     weight = torch.tensor([[0.3, -0.9], [0.1, 0.5]])
-    mask = topk_mask(torch.full((2, 2), 0.01), 2, weight.abs())
+    mask = topk_mask(torch.full((2, 2), 0.01), 2, weight)
     assert mask.tolist() == [[False, True], [False, True]]
 
 
