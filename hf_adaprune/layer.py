@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .binarize import sigmoid_relaxation, straight_through
 from .config import AdaPruneConfig
-from .masks import pack_mask, unpack_mask
+from .masks import pack_mask, topk_mask, unpack_mask
 from .scores import initial_scores, scores_from_mask
 
 
@@ -61,7 +61,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         self._unpacked: dict[str, torch.Tensor] = {}
         self._configs: dict[str, AdaPruneConfig] = {}
         self._effective: _Effective | None = None
-        self._removed: dict[str, torch.Tensor] = {}
+        self._removed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
@@ -111,7 +111,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         """
         mask = self.mask(adapter_name)
         scores, config = self.adaprune_scores[adapter_name], self._configs[adapter_name]
-        if not scores.is_meta and _stand_for(scores.detach(), mask, config):
+        if not scores.is_meta and torch.equal(self._mask_of(scores.detach(), mask, config), mask):
             return False
         made = scores_from_mask(self.weight.detach(), mask, config)
         if scores.is_meta:
@@ -119,6 +119,11 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         else:
             scores.data.copy_(made)
         return True
+
+    def _mask_of(self, scores: torch.Tensor, mask: torch.Tensor, config: AdaPruneConfig) -> torch.Tensor:
+        if config.selection == "threshold":
+            return scores > 0
+        return topk_mask(scores, int(mask.count_nonzero()), self.weight)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Zero the pruned weights in the base layer; what was there is kept for `unmerge`."""
@@ -128,7 +133,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             weight, pruned = self.get_base_layer().weight.data, ~self.mask(name)
             if safe_merge and not torch.isfinite(weight).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            self._removed[name] = weight[pruned]
+            self._removed[name] = pruned, weight[pruned]
             weight[pruned] = 0
             self.merged_adapters.append(name)
         self._effective = None
@@ -139,8 +144,8 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            self.get_base_layer().weight.data[~self.mask(name)] = self._removed.pop(name)
+            pruned, values = self._removed.pop(self.merged_adapters.pop())
+            self.get_base_layer().weight.data[pruned] = values
 
     def effective_weight(self) -> torch.Tensor:
         """Return the weight times the product of the active masks.
@@ -166,7 +171,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         for name in names:
             mask = self.mask(name)
             if not self._is_trained(name):
-                weight = weight * mask
+                weight = weight * mask.view(torch.uint8)
                 continue
             config, scores = self._configs[name], self.adaprune_scores[name]
             if config.estimator == "straight_through":
@@ -231,12 +236,6 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
                 # An adapter's file has no scores; those at hand stay until `match_scores_to_mask` is called.
                 state_dict[scores_key] = self.adaprune_scores[name]
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _stand_for(scores: torch.Tensor, mask: torch.Tensor, config: AdaPruneConfig) -> bool:
-    if config.selection == "threshold":
-        return torch.equal(scores > 0, mask)
-    return bool(mask.all()) or not bool(mask.any()) or bool(scores[mask].min() >= scores[~mask].max())
 
 
 class Linear(AdaPruneLayer):

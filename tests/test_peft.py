@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,14 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import HEADS, logits_of, make_batch, make_model, save_model, train_masks
 from torch import nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from hf_adaprune import AdaPruneConfig, Pruner, sparsity_report
-from hf_adaprune.errors import MergeError, NoMatchingModuleError
+from hf_adaprune.errors import AdapterFileError, MergeError, NoMatchingModuleError
 from hf_adaprune.layer import AdaPruneLayer, Conv1DLinear, Embedding, Linear
 from hf_adaprune.model import adaprune_layers
 
@@ -189,7 +190,7 @@ def test_nothing_of_a_deleted_adapter_is_left(saved: Saved, deleted: str, traine
 
 def test_an_adapter_is_switched_and_its_head_with_it(saved: Saved) -> None:
     model = saved.open()
-    model.add_adapter("second", AdaPruneConfig())
+    model.add_adapter("second", AdaPruneConfig(final_sparsity=0.3))
     assert torch.equal(logits_of(model), saved.logits)
     assert not any(p.requires_grad for name, p in model.named_parameters() if "second" in name)
     model.set_adapter("second")
@@ -258,6 +259,8 @@ def test_without_an_active_adapter_the_base_model_is_left() -> None:
     assert not any(layer.merged for layer in layers_of(model))
 
 
+# As for every method of PEFT: a layer without the adapter has nothing to unmerge, and says so.
+@pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning")
 def test_an_active_adapter_may_be_missing_from_a_layer() -> None:
     base = logits_of(make_model(head="none"), "none")
     model = two_adapters(target_modules=["query"])
@@ -269,7 +272,8 @@ def test_an_active_adapter_may_be_missing_from_a_layer() -> None:
     assert torch.equal(logits_of(model, "none"), before)
     model.unmerge_adapter()
     assert equal(weights_of(model), weights)
-    train_masks(model, head="none", adapter_name="second")
+    with pytest.warns(UserWarning, match="training goes on from the masks"):
+        train_masks(model, head="none", adapter_name="second")
     assert sparsity_report(model, "second").num_pruned == 32 * 32
 
 
@@ -299,9 +303,8 @@ def test_merging_and_unmerging_change_no_bit(saved: Saved) -> None:
     before = weights_of(model)
     model.merge_adapter(safe_merge=True)
     assert torch.equal(logits_of(model), saved.logits)
-    assert equal(
-        weights_of(model), [w * layer.mask("default") for w, layer in zip(before, layers_of(model), strict=True)]
-    )
+    masked = [weight * layer.mask("default") for weight, layer in zip(before, layers_of(model), strict=True)]
+    assert equal(weights_of(model), masked)
     model.unmerge_adapter()
     assert equal(weights_of(model), before)
     assert torch.equal(logits_of(model), saved.logits)
@@ -323,6 +326,17 @@ def test_a_safe_merge_refuses_nan(saved: Saved) -> None:
         layers_of(model)[0].weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
         model.merge_and_unload(safe_merge=True)
+
+
+@pytest.mark.parametrize("use", ["forward", "merge"])
+def test_a_damaged_adapter_is_found_out_at_its_first_use(saved: Saved, use: str, tmp_path: Path) -> None:
+    shutil.copytree(saved.path, tmp_path, dirs_exist_ok=True)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    next(tensor for key, tensor in state.items() if key.endswith("mask"))[0] ^= 1
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    model = PeftModel.from_pretrained(saved.load_base(), tmp_path)
+    with pytest.raises(AdapterFileError, match="not those that were saved"):
+        model(**make_batch()) if use == "forward" else model.merge_and_unload()
 
 
 def test_unloading_gives_the_bodys_weights_back(saved: Saved) -> None:
