@@ -152,12 +152,18 @@ class _FirstVectors:
 
     def __init__(self) -> None:
         self.states: torch.Tensor | None = None
+        self.wanted = False
 
-    def ask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def ask(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        wanted = kwargs.get("output_hidden_states")
+        self.wanted = module.config.output_hidden_states if wanted is None else wanted
         return args, {**kwargs, "output_hidden_states": True, "return_dict": True}
 
     def take(self, module: nn.Module, args: Any, output: Any) -> None:
         self.states = torch.stack([state[:, 0] for state in output.hidden_states])
+        if not self.wanted:
+            # Else the model hands them on, and the Trainer takes them for predictions.
+            output.hidden_states = None
 
     def give(self, module: nn.Module, args: Any) -> tuple[torch.Tensor | None]:
         states, self.states = self.states, None
@@ -169,10 +175,11 @@ class _FirstVectors:
 
 
 def _install_layer_average(model: nn.Module) -> str:
-    if not isinstance(model, PreTrainedModel) or not hasattr(model, "classifier"):
+    classifies = any(cls.__name__.endswith("ForSequenceClassification") for cls in type(model).__mro__)
+    if not isinstance(model, PreTrainedModel) or not classifies or not hasattr(model, "classifier"):
         raise ConfigError(
             '`head="layer_average"` replaces the `classifier` of a transformers model for sequence classification; '
-            f'{type(model).__name__} has none. Use `head="model"`.'
+            f'{type(model).__name__} is none, or has none. Use `head="model"`.'
         )
     current = model.classifier
     if isinstance(current, LayerAverageHead) or isinstance(
@@ -181,8 +188,12 @@ def _install_layer_average(model: nn.Module) -> str:
         return "classifier"
     body, courier = model.base_model, _FirstVectors()
     head = LayerAverageHead(model.config.num_hidden_layers + 1, model.config.hidden_size, model.config.num_labels)
+    # Under `low_cpu_mem_usage` PEFT makes every parameter on the meta device, this one too.
+    reference = next(model.parameters())
+    head.to_empty(device=reference.device).to(reference.dtype)
     head.apply(model._init_weights)
-    model.classifier = head.to(next(model.parameters()))
+    nn.init.zeros_(head.layer_weights)
+    model.classifier = head
     body.register_forward_pre_hook(courier.ask, with_kwargs=True)
     body.register_forward_hook(courier.take)
     head.register_forward_pre_hook(courier.give)

@@ -159,7 +159,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         if self.merged or self.disable_adapters:
             return weight
         names = [name for name in self.active_adapters if name in self.adaprune_mask]
-        if torch.is_grad_enabled() and any(self._is_trained(name) for name in names):
+        if torch.is_grad_enabled() and (weight.requires_grad or any(self._is_trained(name) for name in names)):
             self._effective = None
             return self._trained_weight(weight, names)
         return self._built_weight(weight, names) if names else weight
@@ -190,6 +190,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
     def _built_weight(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
         masks = [self._unpacked.get(name, self.adaprune_mask[name]) for name in names]
         versions = [0 if tensor.is_inference() else tensor._version for tensor in (weight, *masks)]
+        versions.append(weight.data_ptr())
         built = self._effective
         if (
             built is None
@@ -218,7 +219,12 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         device = device or self.weight.device
         if adapter_name in self.adaprune_mask and device.type != "meta":
             self.adaprune_mask[adapter_name] = self.adaprune_mask[adapter_name].to(device)
-        if adapter_name in self.adaprune_scores and not self.adaprune_scores[adapter_name].is_meta:
+        if adapter_name not in self.adaprune_scores or device.type == "meta":
+            return
+        if self.adaprune_scores[adapter_name].is_meta:
+            # The mask has just been loaded, under `low_cpu_mem_usage`: an optimizer needs real scores.
+            self.match_scores_to_mask(adapter_name)
+        else:
             self.adaprune_scores[adapter_name].data = self.adaprune_scores[adapter_name].data.to(device)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -232,7 +238,10 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
                 continue
             self._unpacked.pop(name, None)
             scores_key = f"{prefix}adaprune_scores.{name}"
-            if name in self.adaprune_scores and scores_key not in state_dict:
+            if scores_key in state_dict:
+                # A state of training: no longer what was saved.
+                self._configs[name].adapter_fingerprint = None
+            elif name in self.adaprune_scores:
                 # An adapter's file has no scores; those at hand stay until `match_scores_to_mask` is called.
                 state_dict[scores_key] = self.adaprune_scores[name]
         super()._load_from_state_dict(state_dict, prefix, *args)

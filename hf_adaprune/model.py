@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -44,22 +45,28 @@ class AdaPruneModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """Put an adapter on the model: PEFT's own injection, on a checked configuration and a checked base."""
-        config = self.peft_config[adapter_name]
+        # What is written into it is of this adapter alone: the caller's own may be used again.
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         if config.num_parameters is None:
             config.num_parameters = _count_parameters(model)
         prepare_head(model, config)
         if state_dict is not None:
             config.target_modules = {key.rpartition(f".{self.prefix}")[0] for key in state_dict if self.prefix in key}
         resolve_targets(model, config)
-        stored = config.adapter_fingerprint is not None
+        stored, targets = config.adapter_fingerprint is not None, config.target_modules
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except NoMatchingModuleError:
+            raise
         except NoMatchingPeftModuleError as error:
             message = no_match(config.target_modules, linear_endings(model))
             raise NoMatchingModuleError(f"{message} ({error})") from None
+        # PEFT shortens long lists, and a bare `embed_tokens` means "save the embeddings whole" to it.
+        config.target_modules = targets
         _check_base(model, adapter_name, config)
         if stored and fingerprints_are_checked():
-            model.register_forward_pre_hook(_CheckOnce(adapter_name, config.adapter_fingerprint))
+            check = _CheckOnce(adapter_name, config)
+            check.handle = model.register_forward_pre_hook(check)
 
     def _create_and_replace(
         self,
@@ -91,6 +98,20 @@ class AdaPruneModel(BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, from layers too whose names contain PEFT's prefix for this method."""
+        super().delete_adapter(adapter_name)
+        for _, layer in adaprune_layers(self.model, adapter_name):
+            layer.delete_adapter(adapter_name)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        for hook in list(self.model._forward_pre_hooks.values()):
+            if isinstance(hook, _CheckOnce):
+                if merge:
+                    hook(self.model, ())
+                hook.handle.remove()
+        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+
     def _check_merge_allowed(self) -> None:
         for name, layer in adaprune_layers(self.model):
             shared = [
@@ -114,6 +135,9 @@ class AdaPruneModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         layers = dict(adaprune_layers(model, adapter_name))
+        for key in [key for name in layers for key in state_dict if key.startswith(f"{name}.base_layer.")]:
+            # PEFT saves the weight of an embedding that is targeted. The base has it.
+            del state_dict[key]
         masks = {key: state_dict[key] for key in (f"{name}.adaprune_mask.{adapter_name}" for name in layers)}
         config.module_counts = {_plain(name): list(layer.count(adapter_name)) for name, layer in layers.items()}
         head = [state_dict[key] for key in _head_keys(model, adapter_name)]
@@ -190,15 +214,18 @@ class _CheckOnce:
     Not every door tells when it has finished loading; but none can lead to a forward pass unseen.
     """
 
-    def __init__(self, adapter_name: str, expected: str) -> None:
+    def __init__(self, adapter_name: str, config: AdaPruneConfig) -> None:
         self.adapter_name = adapter_name
-        self.expected: str | None = expected
+        self.config = config
+        self.handle: Any = None
 
     def __call__(self, model: nn.Module, args: Any) -> None:
-        if self.expected is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return
-        expected, self.expected = self.expected, None
-        if self.adapter_name not in getattr(model, "peft_config", {}):
+        self.handle.remove()
+        expected = self.config.adapter_fingerprint
+        # The adapter may be gone, another may have its name, and a state of training may have been loaded into it.
+        if expected is None or getattr(model, "peft_config", {}).get(self.adapter_name) is not self.config:
             return
         state = model.state_dict()
         head = [state[key] for key in _head_keys(model, self.adapter_name)]

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import AdaPruneConfig
 from .errors import NoMatchingModuleError
-from .head import body_name, output_embeddings
+from .head import body_name, head_modules, output_embeddings
 from .layer import AdaPruneLayer
 
 
@@ -28,7 +28,8 @@ def resolve_targets(model: Any, config: AdaPruneConfig) -> None:
     """
     names = config.target_modules
     if names is None or (isinstance(names, str) and names.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND):
-        found = {name for name, module in _maskable(model) if not _is_under(name, config.modules_to_save)}
+        trained = [*(config.modules_to_save or []), *head_modules(model)]
+        found = {name for name, module in _maskable(model) if not _is_under(name, trained)}
         names = {name for name in found if name.startswith(body_name(model))} - _headless_pooler(model)
     if config.mask_embeddings:
         embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None

@@ -182,6 +182,7 @@ def test_two_adapters_with_heads_of_two_sizes_share_a_base(base_path: Path, tmp_
             assert torch.equal(logits_of(model), wanted[name])
 
 
+@pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning")
 def test_one_configuration_serves_for_many_models(base_path: Path, tmp_path: Path) -> None:
     config = AdaPruneConfig(final_sparsity=0.25)
     for num_labels in (3, 77):
