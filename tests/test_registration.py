@@ -10,7 +10,7 @@ from hf_adaprune import AdaPruneConfig, AdaPruneModel, registration
 
 def test_the_method_is_a_member_of_pefts_enum_like_any_other() -> None:
     member = PeftType("ADAPRUNE")
-    assert member is PeftType.ADAPRUNE is PeftType["ADAPRUNE"]  # type: ignore[attr-defined]
+    assert member is PeftType.ADAPRUNE is PeftType["ADAPRUNE"]
     assert member == "ADAPRUNE"
     assert (member.name, member.value) == ("ADAPRUNE", "ADAPRUNE")
     assert member in list(PeftType)

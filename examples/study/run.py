@@ -23,22 +23,24 @@ from tqdm import tqdm
 RUN_GLUE = Path(__file__).parents[1] / "run_glue.py"
 PACKAGES = ("torch", "transformers", "peft")
 
-# Batches of 32. To spend little on padding, those of SST-2 are drawn from sentences of like length. On STS-B that costs
-# three points, since length tells the source: there they are random, and split by length into four parts.
+# Batches of 32. To spend little on padding, those of SST-2 are of sentences of like length. On STS-B, where length tells
+# the source, that costs fine-tuning three points: there they are random, and split by length into four parts.
 TASKS = {
-    "sst2-8k": ["--task_name", "sst2", "--max_train_samples", "8000"]
-    + ["--per_device_train_batch_size", "32", "--train_sampling_strategy", "group_by_length"],
-    "stsb": ["--task_name", "stsb", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "4"]
-    + ["--train_sampling_strategy", "batch_rebalance"],
+    "sst2-8k": "--task_name sst2 --max_train_samples 8000 --per_device_train_batch_size 32 "
+    "--train_sampling_strategy group_by_length",
+    "stsb": "--task_name stsb --per_device_train_batch_size 8 --gradient_accumulation_steps 4 "
+    "--train_sampling_strategy batch_rebalance",
 }
 METHODS = {
-    "finetune": ["--method", "finetune", "--learning_rate", "1e-4"],
-    "feature_extraction": ["--method", "feature_extraction", "--learning_rate", "1e-3"],
-    "adaprune": ["--method", "adaprune"],
-    "paper": ["--method", "adaprune", "--preset", "paper", "--learning_rate", "1e-4"],
+    "finetune": "--method finetune --learning_rate 1e-4",
+    "feature_extraction": "--method feature_extraction --learning_rate 1e-3",
+    "adaprune": "--method adaprune",
+    "paper": "--method adaprune --preset paper --learning_rate 1e-4",
 }
-COMMON = ["--do_train", "--do_eval", "--num_train_epochs", "3", "--per_device_eval_batch_size", "64"]
-COMMON += ["--save_strategy", "no", "--logging_steps", "50", "--report_to", "none"]
+COMMON = (
+    "--do_train --do_eval --num_train_epochs 3 --per_device_eval_batch_size 64 --save_strategy no --logging_steps 50 "
+    "--report_to none"
+)
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class Run:
     def command(self, model: str, data_dir: str, output_dir: str) -> list[str]:
         """Return the arguments of `run_glue.py`."""
         where = ["--model_name_or_path", model, "--data_dir", data_dir, "--output_dir", output_dir]
-        pruned = ["--final_sparsity", str(self.sparsity)] if self.sparsity else []
-        return [*where, *TASKS[self.task], *METHODS[self.method], *pruned, "--seed", str(self.seed), *COMMON]
+        what = f"{TASKS[self.task]} {METHODS[self.method]} --seed {self.seed} {COMMON}"
+        return [*where, *what.split(), *(["--final_sparsity", str(self.sparsity)] if self.sparsity else [])]
 
 
 def grid() -> list[Run]:
