@@ -13,6 +13,7 @@ from peft.utils import CONFIG_NAME, PeftType
 
 from .errors import ConfigError
 from .masks import PACKED_BITS
+from .storage import check_weights_file, put_in_place
 
 
 FORMAT_VERSION = 1
@@ -100,6 +101,7 @@ class AdaPruneConfig(PeftConfig):
         num_parameters (`int`, *optional*): Written when an adapter is made; how many the whole model has.
         module_counts (`dict[str, list[int]]`, *optional*):
             Written when an adapter is saved; for each masked module how many weights are pruned, and how many it has.
+        head_tensors (`list[str]`, *optional*): Written when an adapter is saved; the names of its head's tensors.
         mask_codec (`str`): How masks are stored.
         format_version (`int`): Version of the stored format.
 
@@ -134,12 +136,15 @@ class AdaPruneConfig(PeftConfig):
     model_config: dict[str, Any] | None = _option(None, "The model's own configuration.")
     num_parameters: int | None = _option(None, "How many parameters the whole model has.")
     module_counts: dict[str, list[int]] | None = _option(None, "Pruned and all weights of each masked module.")
+    head_tensors: list[str] | None = _option(None, "Names of the tensors of the saved head.")
     mask_codec: str = _option(PACKED_BITS, "How masks are stored.")
     format_version: int = _option(FORMAT_VERSION, "Version of the stored format.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("ADAPRUNE")
+        # Whether this comes from a file: what is written into it later belongs to one model.
+        self.is_stored = self.model_config is not None or self.module_counts is not None
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
@@ -182,12 +187,32 @@ class AdaPruneConfig(PeftConfig):
         path = Path(save_directory, CONFIG_NAME)
         aside = path.with_suffix(".json.tmp")
         aside.write_text(json.dumps(output, indent=2, sort_keys=True), encoding="utf-8")
-        aside.replace(path)
-        if self.module_counts is not None:
-            # Imported here: a card is made from a configuration.
-            from .model_card import write_model_card
 
-            write_model_card(save_directory, picture=False)
+        def finish() -> None:
+            aside.replace(path)
+            if self.module_counts is not None:
+                # Imported here: a card is made from a configuration.
+                from .model_card import write_model_card
+
+                write_model_card(save_directory, picture=False)
+
+        put_in_place(aside, finish)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> AdaPruneConfig:
+        """Read the configuration of a stored adapter, and see that its weights are all there and no pickle.
+
+        `PeftConfig.from_pretrained` reads the same configuration without a look at the weights.
+
+        Raises:
+            AdapterFileError: If the weights are a pickle, are cut short, or lack masks or the head.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        hub, _, _ = cls._split_kwargs(kwargs)
+        check_weights_file(str(pretrained_model_name_or_path), config, subfolder, **hub)
+        return config
 
     def _problems(self) -> list[str]:
         problems = [
@@ -227,6 +252,7 @@ class AdaPruneConfig(PeftConfig):
 
     def _mistyped(self) -> list[tuple[str, type, Any]]:
         kinds = {"float": float, "int": int, "str": str, "bool": bool}
+        kinds |= {"dict[str, Any]": dict, "dict[str, list[int]]": dict}
         found = []
         for spec in fields(self):
             value, (first, *rest) = getattr(self, spec.name), str(spec.type).split(" | ")

@@ -56,27 +56,40 @@ def body_name(model: nn.Module) -> str:
     return "" if getattr(model, "base_model", model) is model else f"{model.base_model_prefix}."
 
 
-def prepare_head(model: nn.Module, config: AdaPruneConfig) -> None:
-    """Give a model the head that an adapter has, or the adapter the head that a model has.
-
-    A fresh adapter records the model's configuration. One that was saved brings its own: where a door rebuilt the base
-    with other labels, the head is rebuilt with the adapter's.
+def plan_head(model: nn.Module, config: AdaPruneConfig) -> None:
+    """Write into a configuration which modules are the head, and, for a fresh adapter, the model's configuration.
 
     Args:
-        model (`torch.nn.Module`): The model that the adapter is about to be put on; changed in place.
+        model (`torch.nn.Module`): The model that the adapter is about to be put on; not changed.
         config (`AdaPruneConfig`): The adapter's configuration; changed in place.
 
     Raises:
-        BaseMismatchError: If the model is of another class than the adapter's.
         ConfigError: If the model cannot have the head that was asked for.
     """
-    if isinstance(model, PreTrainedModel):
-        if config.model_config is None:
-            _record(model, config)
-        else:
-            _adapt_labels(model, config)
-    head = [_install_layer_average(model)] if config.head == "layer_average" else head_modules(model)
+    classifies = any(cls.__name__.endswith("ForSequenceClassification") for cls in type(model).__mro__)
+    fits = isinstance(model, PreTrainedModel) and classifies and hasattr(model, "classifier")
+    if config.head == "layer_average" and not fits:
+        raise ConfigError(
+            '`head="layer_average"` replaces the `classifier` of a transformers model for sequence classification; '
+            f'{type(model).__name__} is none, or has none. Use `head="model"`.'
+        )
+    if isinstance(model, PreTrainedModel) and config.model_config is None:
+        _record(model, config)
+    head = ["classifier"] if config.head == "layer_average" else head_modules(model)
     config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *head])) or None
+
+
+def put_head(model: nn.Module, config: AdaPruneConfig) -> None:
+    """Give a model the head that an adapter has: with the adapter's labels, where a door built the base with others.
+
+    Args:
+        model (`torch.nn.Module`): The model; changed in place.
+        config (`AdaPruneConfig`): The adapter's configuration, after `plan_head`.
+    """
+    if isinstance(model, PreTrainedModel):
+        _adapt_labels(model, config)
+    if config.head == "layer_average":
+        _install_layer_average(model)
 
 
 def _record(model: PreTrainedModel, config: AdaPruneConfig) -> None:
@@ -91,15 +104,34 @@ def _record(model: PreTrainedModel, config: AdaPruneConfig) -> None:
         config.auto_mapping = {"base_model_class": name, "parent_library": type(model).__module__}
 
 
-def _adapt_labels(model: PreTrainedModel, config: AdaPruneConfig) -> None:
-    stored = dict(config.model_config or {})
-    architecture = (stored.get("architectures") or [type(model).__name__])[0]
+def check_architecture(model: nn.Module, config: AdaPruneConfig) -> None:
+    """Raise if a stored adapter was made for a model of another class.
+
+    Raises:
+        BaseMismatchError: If it was.
+    """
+    if config.model_config is None or not isinstance(model, PreTrainedModel):
+        return
+    architecture = (config.model_config.get("architectures") or [type(model).__name__])[0]
     if architecture not in {cls.__name__ for cls in type(model).__mro__}:
         raise BaseMismatchError(
             f"The adapter was made for a {architecture}, the model is a {type(model).__name__}: heads and module "
             f"names differ. Open the adapter with {architecture}, or the Auto class that gives it."
         )
-    saved = type(model.config).from_dict(stored)
+
+
+def record_labels(model: Any, config: AdaPruneConfig) -> None:
+    """Write into an adapter's configuration what the labels of its head are by now.
+
+    Training settles the kind of problem: a head with one output becomes a regression with the first batch.
+    """
+    if config.model_config is not None:
+        current = model.config.to_dict()
+        config.model_config |= {field: current[field] for field in _LABEL_FIELDS if current.get(field) is not None}
+
+
+def _adapt_labels(model: PreTrainedModel, config: AdaPruneConfig) -> None:
+    saved = type(model.config).from_dict(dict(config.model_config or {}))
     if saved.num_labels != model.config.num_labels:
         _rebuild_head(model, type(model)._from_config, saved)
     for field in _LABEL_FIELDS:
@@ -174,18 +206,12 @@ class _FirstVectors:
         return self
 
 
-def _install_layer_average(model: nn.Module) -> str:
-    classifies = any(cls.__name__.endswith("ForSequenceClassification") for cls in type(model).__mro__)
-    if not isinstance(model, PreTrainedModel) or not classifies or not hasattr(model, "classifier"):
-        raise ConfigError(
-            '`head="layer_average"` replaces the `classifier` of a transformers model for sequence classification; '
-            f'{type(model).__name__} is none, or has none. Use `head="model"`.'
-        )
+def _install_layer_average(model: Any) -> None:
     current = model.classifier
     if isinstance(current, LayerAverageHead) or isinstance(
         getattr(current, "original_module", None), LayerAverageHead
     ):
-        return "classifier"
+        return
     body, courier = model.base_model, _FirstVectors()
     head = LayerAverageHead(model.config.num_hidden_layers + 1, model.config.hidden_size, model.config.num_labels)
     # Under `low_cpu_mem_usage` PEFT makes every parameter on the meta device, this one too.
@@ -197,4 +223,3 @@ def _install_layer_average(model: nn.Module) -> str:
     body.register_forward_pre_hook(courier.ask, with_kwargs=True)
     body.register_forward_hook(courier.take)
     head.register_forward_pre_hook(courier.give)
-    return "classifier"

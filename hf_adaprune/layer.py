@@ -284,7 +284,14 @@ class Embedding(AdaPruneLayer):
 
 def wrap(module: nn.Module, adapter_name: str, config: AdaPruneConfig) -> AdaPruneLayer | None:
     """Return the masked layer for a module, or `None` if there is none for its type."""
-    for base_cls, layer_cls in ((nn.Linear, Linear), (Conv1D, Conv1DLinear), (nn.Embedding, Embedding)):
+    for base_cls, layer_cls in MASKABLE.items():
         if isinstance(module, base_cls):
             return layer_cls(module, adapter_name, config)
     return None
+
+
+MASKABLE: dict[type[nn.Module], type[AdaPruneLayer]] = {
+    nn.Linear: Linear,
+    Conv1D: Conv1DLinear,
+    nn.Embedding: Embedding,
+}

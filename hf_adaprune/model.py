@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from .config import AdaPruneConfig
 from .errors import AdapterFileError, BaseMismatchError, MergeError, NoMatchingModuleError
 from .fingerprint import fingerprint, fingerprints_are_checked
-from .head import prepare_head
-from .layer import AdaPruneLayer, Embedding, wrap
+from .head import body_name, check_architecture, head_modules, plan_head, put_head, record_labels
+from .layer import MASKABLE, AdaPruneLayer, Embedding, wrap
+from .storage import load_checked, save_weights_first
 from .targets import linear_endings, no_match, resolve_targets
 
 
@@ -47,26 +50,56 @@ class AdaPruneModel(BaseTuner):
         """Put an adapter on the model: PEFT's own injection, on a checked configuration and a checked base."""
         # What is written into it is of this adapter alone: the caller's own may be used again.
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        try:
+            self._inject(model, adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            raise
+
+    def _inject(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        config: AdaPruneConfig,
+        autocast_adapter_dtype: bool,
+        low_cpu_mem_usage: bool,
+        state_dict: dict[str, torch.Tensor] | None,
+    ) -> None:
+        # All checks come before the first change to the model.
+        check_architecture(model, config)
+        _check_base(model, adapter_name, config)
         if config.num_parameters is None:
             config.num_parameters = _count_parameters(model)
-        prepare_head(model, config)
+        plan_head(model, config)
         if state_dict is not None:
             config.target_modules = {key.rpartition(f".{self.prefix}")[0] for key in state_dict if self.prefix in key}
         resolve_targets(model, config)
-        stored, targets = config.adapter_fingerprint is not None, config.target_modules
+        self._check_targets(model, config)
+        targets = config.target_modules
+        put_head(model, config)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        except NoMatchingModuleError:
-            raise
         except NoMatchingPeftModuleError as error:
             message = no_match(config.target_modules, linear_endings(model))
             raise NoMatchingModuleError(f"{message} ({error})") from None
         # PEFT shortens long lists, and a bare `embed_tokens` means "save the embeddings whole" to it.
         config.target_modules = targets
-        _check_base(model, adapter_name, config)
-        if stored and fingerprints_are_checked():
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained = functools.partial(save_weights_first, model)
+            if config.is_stored:
+                model._load_pretrained_model = functools.partial(load_checked, config)
+        if config.is_stored and fingerprints_are_checked():
             check = _CheckOnce(adapter_name, config)
             check.handle = model.register_forward_pre_hook(check)
+
+    def _check_targets(self, model: nn.Module, config: AdaPruneConfig) -> None:
+        for name, module in model.named_modules():
+            maskable = isinstance(module, (BaseTunerLayer, *MASKABLE))
+            if not maskable and self._check_target_module_exists(config, name):
+                raise NoMatchingModuleError(
+                    f"`target_modules` matched {name!r}, a {type(module).__name__}. Only `torch.nn.Linear`, "
+                    "`torch.nn.Embedding` and transformers' `Conv1D` can be masked: list it in `exclude_modules`."
+                )
 
     def _create_and_replace(
         self,
@@ -134,13 +167,16 @@ class AdaPruneModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
+        record_labels(model, config)
         layers = dict(adaprune_layers(model, adapter_name))
         for key in [key for name in layers for key in state_dict if key.startswith(f"{name}.base_layer.")]:
             # PEFT saves the weight of an embedding that is targeted. The base has it.
             del state_dict[key]
         masks = {key: state_dict[key] for key in (f"{name}.adaprune_mask.{adapter_name}" for name in layers)}
         config.module_counts = {_plain(name): list(layer.count(adapter_name)) for name, layer in layers.items()}
-        head = [state_dict[key] for key in _head_keys(model, adapter_name)]
+        keys = _head_keys(model, adapter_name)
+        head = [state_dict[key] for key in keys]
+        config.head_tensors = [_plain(key.replace(f".modules_to_save.{adapter_name}.", ".")) for key in keys]
         config.adapter_fingerprint = fingerprint([*masks.values(), *head])
         return masks
 
@@ -185,8 +221,30 @@ def _head_keys(model: nn.Module, adapter_name: str) -> list[str]:
     ]
 
 
+def _body_weights(model: nn.Module) -> list[torch.Tensor]:
+    """Return what every door takes from the base's checkpoint: all but the task head, and what adapters have added."""
+    head = tuple(f"{name}." for name in head_modules(model))
+    if not body_name(model):
+        # The pooler of a model without a head, which many checkpoints lack.
+        head += ("pooler.",)
+    added: set[int] = set()
+    for module in model.modules():
+        original = {BaseTunerLayer: "base_layer.", AuxiliaryTrainingWrapper: "original_module."}
+        for cls, prefix in original.items():
+            if isinstance(module, cls):
+                added.update(id(p) for name, p in module.named_parameters() if not name.startswith(prefix))
+    return [p for name, p in model.named_parameters() if not name.startswith(head) and id(p) not in added]
+
+
 def _check_base(model: nn.Module, adapter_name: str, config: AdaPruneConfig) -> None:
-    weights = [layer.weight for _, layer in adaprune_layers(model, adapter_name)]
+    unchecked = config.is_stored and not (config.base_fingerprint and config.adapter_fingerprint)
+    if unchecked and fingerprints_are_checked():
+        raise AdapterFileError(
+            f"The configuration of adapter {adapter_name!r} was saved with fingerprints of its base and of its masks, "
+            "and has them no more. Fetch it again; or, to open it unchecked, do so inside "
+            "`hf_adaprune.skip_fingerprint_check()`."
+        )
+    weights = _body_weights(model)
     if any(weight.is_meta for weight in weights):
         return
     if config.base_fingerprint is not None and any(weight.dtype == torch.float16 for weight in weights):
@@ -222,14 +280,15 @@ class _CheckOnce:
     def __call__(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        self.handle.remove()
         expected = self.config.adapter_fingerprint
         # The adapter may be gone, another may have its name, and a state of training may have been loaded into it.
         if expected is None or getattr(model, "peft_config", {}).get(self.adapter_name) is not self.config:
+            self.handle.remove()
             return
         state = model.state_dict()
         head = [state[key] for key in _head_keys(model, self.adapter_name)]
         if any(tensor.dtype == torch.float16 for tensor in head):
+            self.handle.remove()
             return
         masks = [layer.adaprune_mask[self.adapter_name] for _, layer in adaprune_layers(model, self.adapter_name)]
         if fingerprint([*masks, *head]) != expected:
@@ -237,3 +296,5 @@ class _CheckOnce:
                 f"The masks or the head of adapter {self.adapter_name!r} are not those that were saved: its files are "
                 "damaged, incomplete or edited by hand, or a head of the wrong size was skipped. Fetch it again."
             )
+        # Only now: what is damaged is so at the second forward pass too.
+        self.handle.remove()

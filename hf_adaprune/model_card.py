@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from peft import PeftConfig
 
 from .analysis import plot_sparsity, sparsity_report
 from .config import AdaPruneConfig
@@ -71,7 +72,7 @@ def write_model_card(
         >>> write_model_card("sst2-adaprune", metrics={"accuracy": 0.87}, dataset="nyu-mll/glue")
     """
     folder = Path(folder)
-    config = AdaPruneConfig.from_pretrained(str(folder))
+    config = PeftConfig.from_pretrained(str(folder))
     if picture:
         plot_sparsity(sparsity_report(config)).savefig(folder / PICTURE, dpi=150)
     drawn = PICTURE if (folder / PICTURE).is_file() else None

@@ -68,6 +68,8 @@ class Pruner:
         ]
         self._reference: dict[str, torch.Tensor] = {}
         self._remember()
+        # An adapter that is trained on starts from its mask, and not from the schedule's beginning.
+        self._start_sparsity = min(self.sparsity, self.config.final_sparsity)
 
     @property
     def sparsity(self) -> float:
@@ -76,11 +78,12 @@ class Pruner:
 
     @property
     def target_sparsity(self) -> float:
-        """The fraction that the schedule wants pruned now, in [0, `final_sparsity`]."""
+        """The fraction that the schedule wants pruned now, and no less than was to begin with."""
         config = self.config
-        return cubic_sparsity(
+        scheduled = cubic_sparsity(
             self.num_steps / self.total_steps, config.final_sparsity, config.pruning_start, config.pruning_end
         )
+        return max(scheduled, self._start_sparsity)
 
     @property
     def finished(self) -> bool:

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner, skip_fingerprint_check, sparsity_report
-from hf_adaprune.errors import AdapterFileError, AdaPruneError, BaseMismatchError, ConfigError, NonFiniteError
+from hf_adaprune.errors import AdaPruneError, AdapterFileError, BaseMismatchError, ConfigError, NonFiniteError
 from hf_adaprune.model import adaprune_layers
 
 
@@ -97,7 +97,10 @@ def by_get_peft_model(model: Any, config: AdaPruneConfig, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"target_modules": ["qurey"]}, r"No module matched `target_modules=\['qurey'\]`. Linear modules end in: .*'query'"),
+        (
+            {"target_modules": ["qurey"]},
+            r"No module matched `target_modules=\['qurey'\]`. Linear modules end in: .*'query'",
+        ),
         ({"target_modules": ["query", "qurey"]}, r"No module matched `target_modules=\['qurey'\]`"),
         ({"target_modules": ".*qurey"}, r"No module matched `target_modules='.*qurey'`. Linear modules end in"),
         ({"target_modules": []}, r"No module matched `target_modules=\[\]`. Linear modules end in"),
@@ -168,7 +171,12 @@ def with_another_norm(base: Any) -> None:
     base.encoder.layer[1].output.LayerNorm.weight.data *= 2
 
 
-CHANGES = {"seed": reseeded, "embeddings": with_other_embeddings, "biases": with_other_biases, "norm": with_another_norm}
+CHANGES = {
+    "seed": reseeded,
+    "embeddings": with_other_embeddings,
+    "biases": with_other_biases,
+    "norm": with_another_norm,
+}
 SHAPES: dict[str, dict[str, int]] = {
     "hidden size": {"hidden_size": 16},
     "fewer layers": {"num_hidden_layers": 1},
@@ -191,7 +199,9 @@ def test_an_adapter_for_another_base_is_refused(
     what: str, is_trainable: bool, adapter_path: Path, base_path: Path, tmp_path: Path
 ) -> None:
     base = save_other_base(what, tmp_path / "base")
-    said = rf"(?s)made for other weights: those of '{base_path}'.*fingerprint.*`hf_adaprune.skip_fingerprint_check\(\)`"
+    said = (
+        rf"(?s)made for other weights: those of '{base_path}'.*fingerprint.*`hf_adaprune.skip_fingerprint_check\(\)`"
+    )
     for put in (
         lambda model: PeftModel.from_pretrained(model, str(adapter_path), is_trainable=is_trainable),
         lambda model: model.load_adapter(str(adapter_path), is_trainable=is_trainable),
@@ -229,7 +239,7 @@ def test_an_adapter_for_another_head_is_refused(auto_class: Any, base_path: Path
     ):
         model = auto_class.from_pretrained(base_path)
         before = snapshot(model)
-        with pytest.raises(BaseMismatchError, match="made for a BertForSequenceClassification.*Open the adapter with"):
+        with pytest.raises(BaseMismatchError, match=r"made for a BertForSequenceClassification.*Open the adapter"):
             put(model)
         assert_untouched(model, before)
 
@@ -313,10 +323,6 @@ def with_another_head(folder: Path) -> None:
     edit_tensors(folder, lambda it: it[f"{HEAD}.weight"].add_(1))
 
 
-def with_a_smaller_head(folder: Path) -> None:
-    edit_tensors(folder, lambda it: it.update({f"{HEAD}.bias": it[f"{HEAD}.bias"][:2].clone()}))
-
-
 def without_fingerprints(folder: Path) -> None:
     edit_config(folder, adapter_fingerprint=..., base_fingerprint=...)
 
@@ -334,31 +340,23 @@ def only_pickled(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
 
 
-def without_weights(folder: Path) -> None:
-    (folder / WEIGHTS).unlink()
-
-
-# What is done to the files -> what the doors of PEFT say. Those of transformers open the file on their own, and tell of
-# what is damaged in words of theirs, or at the first forward pass in ours: never later.
-DAMAGES: dict[Callable[[Path], None], tuple[type[Exception], str]] = {
-    cut_short: (AdapterFileError, "cannot be read.*cut short.*Fetch"),
-    emptied: (AdapterFileError, "cannot be read.*cut short.*Fetch"),
-    foreign_file: (AdapterFileError, "cannot be read.*no safetensors file.*Fetch"),
-    foreign_tensors: (AdapterFileError, "not what was saved.*has no .*adaprune_mask.*Fetch"),
-    without_head: (AdapterFileError, "has no .*classifier.weight.*Fetch"),
-    without_classifier_bias: (AdapterFileError, "has no .*classifier.bias.*Fetch"),
-    without_a_mask: (AdapterFileError, "has no .*adaprune_mask.*Fetch"),
-    with_a_short_mask: (AdapterFileError, "masks of the wrong size.*adaprune_mask.*Fetch"),
-    with_a_flipped_bit: (AdapterFileError, "not those that were saved.*Fetch"),
-    with_another_head: (AdapterFileError, "not those that were saved.*Fetch"),
-    with_a_smaller_head: (RuntimeError, "size mismatch for .*classifier"),
-    without_fingerprints: (AdapterFileError, "has them no more.*Fetch.*skip_fingerprint_check"),
-    with_another_fingerprint: (AdapterFileError, "not those that were saved.*Fetch"),
-    with_half_the_targets: (AdaPruneError, "not those that were saved.*Fetch"),
-    only_pickled: (AdapterFileError, "adapter_model.bin, a pickle, and pickles are not read.*safe_serialization"),
-    without_weights: (ValueError, "adapter_model.safetensors|[Rr]epo id"),
+# What is done to the files -> what is said of it, at the latest at the first forward pass.
+DAMAGES: dict[Callable[[Path], None], str] = {
+    cut_short: "cannot be read.*cut short.*Fetch",
+    emptied: "cannot be read.*cut short.*Fetch",
+    foreign_file: "cannot be read.*no safetensors file.*Fetch",
+    foreign_tensors: "not what was saved.*has no .*adaprune_mask.*Fetch",
+    without_head: "has no .*classifier.weight.*Fetch",
+    without_classifier_bias: "has no .*classifier.bias.*Fetch",
+    without_a_mask: "has no .*adaprune_mask.*Fetch",
+    with_a_short_mask: "masks of the wrong size.*adaprune_mask.*Fetch",
+    with_a_flipped_bit: "not those that were saved.*Fetch",
+    with_another_head: "not those that were saved.*Fetch",
+    without_fingerprints: "has them no more.*Fetch.*skip_fingerprint_check",
+    with_another_fingerprint: "not those that were saved.*Fetch",
+    with_half_the_targets: "not those that were saved.*Fetch",
+    only_pickled: "adapter_model.bin is a pickle, and pickles are not read.*safe_serialization",
 }
-NOT_OURS = (AdaPruneError, SafetensorError, RuntimeError, FileNotFoundError)
 
 
 @pytest.mark.parametrize("door", [*PEFT_DOORS, *TRANSFORMERS_DOORS])
@@ -368,9 +366,10 @@ def test_a_damaged_adapter_never_computes(
 ) -> None:
     shutil.copytree(adapter_path, tmp_path / "adapter")
     damage(tmp_path / "adapter")
-    kind, said = DAMAGES[damage] if door in PEFT_DOORS else (NOT_OURS, "")
+    if damage is only_pickled and door in TRANSFORMERS_DOORS:
+        pytest.skip("transformers looks for a pickle on the Hub only: see test_hub.py")
     model = None
-    with pytest.raises(kind, match=f"(?s){said}"):
+    with pytest.raises(AdapterFileError, match=f"(?s){DAMAGES[damage]}"):
         logits_of(model := DOORS[door](str(base_path), str(tmp_path / "adapter")))
     if model is not None:
         # Nor does it the second time.
@@ -418,7 +417,7 @@ def test_no_pickle_is_executed(door: str, base_path: Path, adapter_path: Path, t
     # Beside the safetensors file it is not looked at.
     assert torch.equal(logits_of(DOORS[door](str(base_path), str(tmp_path / "adapter"))), wanted)
     (tmp_path / "adapter" / WEIGHTS).unlink()
-    with pytest.raises((AdapterFileError, FileNotFoundError, ValueError), match="adapter_model.safetensors"):
+    with pytest.raises((AdapterFileError, FileNotFoundError, ValueError), match=r"adapter_model\.safetensors"):
         DOORS[door](str(base_path), str(tmp_path / "adapter"))
     assert not (tmp_path / "mark").exists()
 
@@ -469,7 +468,9 @@ def room_for(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("door", DOORS_THAT_SAVE)
-def test_the_former_adapter_survives_a_full_disk(door: str, base_path: Path, adapter_path: Path, tmp_path: Path) -> None:
+def test_the_former_adapter_survives_a_full_disk(
+    door: str, base_path: Path, adapter_path: Path, tmp_path: Path
+) -> None:
     model = DOORS[door](str(base_path), str(adapter_path), is_trainable=True)
     former = logits_of(model)
     with torch.no_grad():

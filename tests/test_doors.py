@@ -19,8 +19,14 @@ from doors import (
     make_trainer,
     train,
 )
-from peft import AutoPeftModel, AutoPeftModelForQuestionAnswering, AutoPeftModelForTokenClassification, PeftModel
-from peft import AutoPeftModelForFeatureExtraction, get_peft_model
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForTokenClassification,
+    PeftModel,
+    get_peft_model,
+)
 from safetensors.torch import load_file
 from tiny import HEADS, make_model, save_model, train_masks
 from tiny import logits_of as outputs_of
@@ -86,7 +92,9 @@ def save_by_checkpoint(trainer: Trainer, folder: Path) -> Path:
 
 @pytest.mark.parametrize("save", [save_by_model, save_by_trainer, save_by_checkpoint])
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_save_gives_one_and_the_same_adapter(way: str, save: Any, base_path: Path, tmp_path: Path) -> None:
+def test_every_way_to_save_gives_one_and_the_same_adapter(
+    way: str, save: Any, base_path: Path, tmp_path: Path
+) -> None:
     trainer = train(base_path, tmp_path, way, save_strategy="steps", save_steps=4)
     trainer.model.save_pretrained(tmp_path / "reference")
     adapter = save(trainer, tmp_path)

@@ -33,7 +33,7 @@ def visit(hub: HubServer, action: str, folder: Path, token: str) -> None:
     folder.mkdir()
     environment = os.environ | hub.client_env(folder / "home", token) | {"TRANSFORMERS_VERBOSITY": "error"}
     script = Path(__file__).with_name("hub_user.py")
-    command = [sys.executable, "-W", "ignore", script, action, folder]
+    command = [sys.executable, "-W", "ignore", str(script), action, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
 

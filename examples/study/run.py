@@ -23,8 +23,8 @@ from tqdm import tqdm
 RUN_GLUE = Path(__file__).parents[1] / "run_glue.py"
 PACKAGES = ("torch", "transformers", "peft")
 
-# Batches of 32. To spend little on padding, those of SST-2 are of sentences of like length. On STS-B, where length tells
-# the source, that costs fine-tuning three points: there they are random, and split by length into four parts.
+# Batches of 32. To spend little on padding, those of SST-2 are of sentences of like length. On STS-B, where length
+# tells the source, that costs fine-tuning three points: there they are random, and split by length into four parts.
 TASKS = {
     "sst2-8k": "--task_name sst2 --max_train_samples 8000 --per_device_train_batch_size 32 "
     "--train_sampling_strategy group_by_length",

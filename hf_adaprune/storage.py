@@ -1,0 +1,136 @@
+"""Reading and writing the two files of a stored adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import file_exists, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from .errors import AdapterFileError
+
+
+if TYPE_CHECKING:
+    from .config import AdaPruneConfig
+
+_put_off: ContextVar[list[tuple[Path, Callable[[], None]]] | None] = ContextVar("hf_adaprune_put_off", default=None)
+
+
+def put_in_place(aside: Path, finish: Callable[[], None]) -> None:
+    """Finish a file that was written aside: now, or after the weights if `weights_first` is at work."""
+    waiting = _put_off.get()
+    if waiting is None:
+        finish()
+    else:
+        waiting.append((aside, finish))
+
+
+@contextmanager
+def weights_first() -> Iterator[None]:
+    """Put off what `put_in_place` is given until the end of the block; drop it if the block fails.
+
+    A new configuration that stands beside old weights is an adapter lost.
+    """
+    waiting: list[tuple[Path, Callable[[], None]]] = []
+    token = _put_off.set(waiting)
+    try:
+        yield
+    except BaseException:
+        for aside, _ in waiting:
+            aside.unlink(missing_ok=True)
+        raise
+    finally:
+        _put_off.reset(token)
+    for _, finish in waiting:
+        finish()
+
+
+def save_weights_first(model: Any, *args: Any, **kwargs: Any) -> None:
+    """Save a transformers model that holds an adapter: its own `save_pretrained` writes the configuration first."""
+    if kwargs.get("push_to_hub"):
+        # It uploads before it returns; what is on the Hub changes as a whole.
+        type(model).save_pretrained(model, *args, **kwargs)
+        return
+    with weights_first():
+        type(model).save_pretrained(model, *args, **kwargs)
+
+
+def load_checked(config: AdaPruneConfig, /, *, model: Any, checkpoint_files: list[str] | None, **kwargs: Any) -> Any:
+    """Load an adapter's weights as transformers does, after a look at their file.
+
+    `PreTrainedModel.load_adapter` injects the adapter first, and then has the model itself load the file: there, and
+    only there, it can still be seen what kind of file that is.
+    """
+    del model._load_pretrained_model
+    for path in checkpoint_files or ():
+        if Path(path).suffix != ".safetensors":
+            raise AdapterFileError(_refusal(path))
+        _check_tensors(Path(path), config)
+    return model._load_pretrained_model(model=model, checkpoint_files=checkpoint_files, **kwargs)
+
+
+def check_weights_file(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: Any) -> None:
+    """Raise if a stored adapter's weights are a pickle, or are not all there.
+
+    Args:
+        name (`str`): The adapter's folder, or its name on the Hub.
+        config (`AdaPruneConfig`): Its configuration.
+        subfolder (`str`, *optional*): Where in it the adapter is.
+        hub: What `huggingface_hub.hf_hub_download` takes besides.
+
+    Raises:
+        AdapterFileError: If they are.
+    """
+    folder = Path(name, subfolder or "")
+    if folder.is_dir():
+        path = folder / SAFETENSORS_WEIGHTS_NAME
+        pickled = not path.exists() and (folder / WEIGHTS_NAME).exists()
+    else:
+        try:
+            path = Path(hf_hub_download(name, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub))
+            pickled = False
+        except LocalEntryNotFoundError:
+            return
+        except EntryNotFoundError:
+            path = folder / SAFETENSORS_WEIGHTS_NAME
+            known = {key: hub[key] for key in ("revision", "token") if key in hub}
+            pickled = file_exists(name, f"{subfolder}/{WEIGHTS_NAME}" if subfolder else WEIGHTS_NAME, **known)
+    if pickled:
+        raise AdapterFileError(_refusal(folder / WEIGHTS_NAME))
+    if path.exists():
+        _check_tensors(path, config)
+
+
+def _refusal(path: str | Path) -> str:
+    return (
+        f"{path} is a pickle, and pickles are not read. Have the adapter's author save it with "
+        f"`safe_serialization=True`, as {SAFETENSORS_WEIGHTS_NAME}."
+    )
+
+
+def _check_tensors(path: Path, config: AdaPruneConfig) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise AdapterFileError(f"There is no {path}: the adapter has no masks. Fetch it again.") from None
+    except SafetensorError as error:
+        raise AdapterFileError(
+            f"{path} cannot be read ({error}): it is cut short, or is no safetensors file. Fetch the adapter again."
+        ) from None
+    counts = config.module_counts or {}
+    masks = {f"{module}.adaprune_mask": (-(-total // 8),) for module, (_, total) in counts.items()}
+    missing = [key for key in (*masks, *(config.head_tensors or ())) if f"base_model.model.{key}" not in shapes]
+    resized = [key for key, shape in masks.items() if shapes.get(f"base_model.model.{key}", shape) != shape]
+    if missing or resized:
+        problems = [f"has no {missing}"] * bool(missing) + [f"has masks of the wrong size: {resized}"] * bool(resized)
+        raise AdapterFileError(
+            f"{path} is not what was saved with its configuration: it {' and '.join(problems)}. "
+            "Fetch the adapter again."
+        )
