@@ -28,7 +28,7 @@ from ..model_card import write_model_card
 from .reviews import make_reviews
 
 
-EPOCHS = 4
+EPOCHS = 3
 LEARNING_RATES = {"fine-tuning": 1e-4, "frozen encoder": 1e-3, "pruned, 50 %": 5e-5}
 PRUNED = "pruned, 50 %"
 
@@ -109,6 +109,7 @@ def _trainer(
         per_device_eval_batch_size=64,
         learning_rate=learning_rate,
         save_strategy="no",
+        dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=50,
         report_to="none",
         seed=seed,
