@@ -24,6 +24,7 @@ from peft import (
     AutoPeftModelForFeatureExtraction,
     AutoPeftModelForQuestionAnswering,
     AutoPeftModelForTokenClassification,
+    LoraConfig,
     PeftModel,
     get_peft_model,
 )
@@ -246,3 +247,21 @@ def test_an_adapter_that_is_trained_on_keeps_its_sparsity_in_a_plain_loop(base_p
     assert sparsity_report(model).sparsity == 0.5
     # Nothing has moved a score.
     assert all(torch.equal(layer.mask("default"), before[name]) for name, layer in adaprune_layers(model))
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+def test_a_base_that_had_an_adapter_takes_one_of_another_kind(
+    base_path: Path, adapter_path: Path, tmp_path: Path
+) -> None:
+    get_peft_model(load_base(base_path), LoraConfig(target_modules=["query"])).save_pretrained(tmp_path)
+    base = load_base(base_path)
+    PeftModel.from_pretrained(base, str(adapter_path)).unload()
+    base.load_adapter(str(tmp_path))
+    assert any("lora" in name for name, _ in base.named_parameters())
+
+
+def test_the_configuration_of_a_fresh_adapter_makes_another(base_path: Path, tmp_path: Path) -> None:
+    made = get_peft_model(load_base(base_path), AdaPruneConfig(final_sparsity=0.25)).peft_config["default"]
+    made.save_pretrained(tmp_path)
+    again = get_peft_model(load_base(base_path), AdaPruneConfig.from_pretrained(tmp_path)).peft_config["default"]
+    assert (again.final_sparsity, again.base_fingerprint) == (0.25, made.base_fingerprint)

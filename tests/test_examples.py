@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from hf_adaprune import sparsity_report
+from hf_adaprune.demo.reviews import make_reviews
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -45,18 +46,15 @@ def test_a_loop_that_is_resumed_ends_where_the_whole_one_does(example: Any, base
     example("accelerate_loop.py", *flags, "--output_dir", tmp_path / "whole")
     module = import_module("accelerate_loop")
 
-    class Interrupted(Exception):
-        pass
-
     def interrupt(self: Any, *args: Any, **kwargs: Any) -> None:
         save(self, *args, **kwargs)
-        raise Interrupted
+        raise KeyboardInterrupt
 
     save = module.Accelerator.save_state
     checkpoint = ["--checkpoint_dir", tmp_path / "checkpoint"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.Accelerator, "save_state", interrupt)
-        with pytest.raises(Interrupted):
+        with pytest.raises(KeyboardInterrupt):
             example("accelerate_loop.py", *flags, *checkpoint, "--output_dir", tmp_path / "cut")
     example("accelerate_loop.py", *flags, *checkpoint, "--output_dir", tmp_path / "cut")
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("whole", "cut")]
@@ -114,9 +112,8 @@ def test_the_demo_compares_saves_and_opens_again(
     from hf_adaprune.demo import run as demo
 
     base = save_base(tmp_path / "base")
-    reviews = demo.make_reviews
     monkeypatch.setattr(demo, "_base", lambda: str(base))
-    monkeypatch.setattr(demo, "make_reviews", lambda seed: reviews(48, 48, seed))
+    monkeypatch.setattr(demo, "make_reviews", lambda seed: make_reviews(48, 48, seed))
     rows = demo.run_demo(tmp_path / "out", seed=1)
     assert list(rows) == ["fine-tuning", "frozen encoder", "pruned, 50 %"]
     assert rows["pruned, 50 %"]["bytes"] == (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
