@@ -143,8 +143,8 @@ class AdaPruneConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("ADAPRUNE")
-        # Whether this comes from a file: what is written into it later belongs to one model.
-        self.is_stored = self.model_config is not None or self.module_counts is not None
+        # Whether this comes with a stored adapter: asked now, since what is written into it later is of one in memory.
+        self.is_stored = self.module_counts is not None
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)

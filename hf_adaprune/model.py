@@ -15,14 +15,18 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .config import AdaPruneConfig
 from .errors import AdapterFileError, BaseMismatchError, MergeError, NoMatchingModuleError
 from .fingerprint import fingerprint, fingerprints_are_checked
 from .head import body_name, check_architecture, head_modules, plan_head, put_head, record_labels
 from .layer import MASKABLE, AdaPruneLayer, Embedding, wrap
-from .storage import load_checked, save_weights_first
+from .storage import forget_check, load_checked, save_weights_first
 from .targets import linear_endings, no_match, resolve_targets
+
+
+logger = logging.get_logger(__name__)
 
 
 def adaprune_layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, AdaPruneLayer]]:
@@ -174,6 +178,7 @@ class AdaPruneModel(BaseTuner):
             del state_dict[key]
         masks = {key: state_dict[key] for key in (f"{name}.adaprune_mask.{adapter_name}" for name in layers)}
         config.module_counts = {_plain(name): list(layer.count(adapter_name)) for name, layer in layers.items()}
+        _report_unfinished(config, any(adapter_name in layer.adaprune_scores for layer in layers.values()))
         keys = _head_keys(model, adapter_name)
         head = [state_dict[key] for key in keys]
         config.head_tensors = [_plain(key.replace(f".modules_to_save.{adapter_name}.", ".")) for key in keys]
@@ -184,6 +189,7 @@ class AdaPruneModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: AdaPruneConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        forget_check(model)  # PEFT has loaded the file by itself
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         problems = []
         for name, layer in adaprune_layers(model, adapter_name):
@@ -206,6 +212,16 @@ class AdaPruneModel(BaseTuner):
 def _count_parameters(model: nn.Module) -> int:
     added = {"adaprune_scores", "modules_to_save"}
     return sum(p.numel() for name, p in model.named_parameters() if not added & set(name.split(".")))
+
+
+def _report_unfinished(config: AdaPruneConfig, is_trained: bool) -> None:
+    """Log, once, that an adapter in training is saved before it is as sparse as it was asked to be."""
+    pruned, total = (sum(counts) for counts in zip(*(config.module_counts or {}).values(), strict=True))
+    if is_trained and pruned < round(config.final_sparsity * total):
+        logger.warning_once(
+            f"The adapter is saved at a sparsity of {pruned / total:.4f}, below `final_sparsity={config.final_sparsity}`: "
+            "its training has not ended. In a loop of your own, call `Pruner.finalize()` after the last step."
+        )
 
 
 def _plain(name: str) -> str:

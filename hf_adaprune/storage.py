@@ -67,12 +67,18 @@ def load_checked(config: AdaPruneConfig, /, *, model: Any, checkpoint_files: lis
     `PreTrainedModel.load_adapter` injects the adapter first, and then has the model itself load the file: there, and
     only there, it can still be seen what kind of file that is.
     """
-    del model._load_pretrained_model
+    forget_check(model)
     for path in checkpoint_files or ():
         if Path(path).suffix != ".safetensors":
             raise AdapterFileError(_refusal(path))
         _check_tensors(Path(path), config)
     return model._load_pretrained_model(model=model, checkpoint_files=checkpoint_files, **kwargs)
+
+
+def forget_check(model: Any) -> None:
+    """Have a model load files as ever again."""
+    for module in model.modules():
+        vars(module).pop("_load_pretrained_model", None)
 
 
 def check_weights_file(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: Any) -> None:

@@ -263,5 +263,5 @@ def test_a_base_that_had_an_adapter_takes_one_of_another_kind(
 def test_the_configuration_of_a_fresh_adapter_makes_another(base_path: Path, tmp_path: Path) -> None:
     made = get_peft_model(load_base(base_path), AdaPruneConfig(final_sparsity=0.25)).peft_config["default"]
     made.save_pretrained(tmp_path)
-    again = get_peft_model(load_base(base_path), AdaPruneConfig.from_pretrained(tmp_path)).peft_config["default"]
+    again = get_peft_model(load_base(base_path), AdaPruneConfig.from_pretrained(str(tmp_path))).peft_config["default"]
     assert (again.final_sparsity, again.base_fingerprint) == (0.25, made.base_fingerprint)
