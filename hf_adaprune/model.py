@@ -219,8 +219,8 @@ def _report_unfinished(config: AdaPruneConfig, is_trained: bool) -> None:
     pruned, total = (sum(counts) for counts in zip(*(config.module_counts or {}).values(), strict=True))
     if is_trained and pruned < round(config.final_sparsity * total):
         logger.warning_once(
-            f"The adapter is saved at a sparsity of {pruned / total:.4f}, below `final_sparsity={config.final_sparsity}`: "
-            "its training has not ended. In a loop of your own, call `Pruner.finalize()` after the last step."
+            f"The adapter is saved at a sparsity of {pruned / total:.4f}, below its `final_sparsity` of "
+            f"{config.final_sparsity}: training has not ended. In a loop of your own, call `Pruner.finalize()` at its end."
         )
 
 
