@@ -220,7 +220,7 @@ def _report_unfinished(config: AdaPruneConfig, is_trained: bool) -> None:
     if is_trained and pruned < round(config.final_sparsity * total):
         logger.warning_once(
             f"The adapter is saved at a sparsity of {pruned / total:.4f}, below its `final_sparsity` of "
-            f"{config.final_sparsity}: training has not ended. In a loop of your own, call `Pruner.finalize()` at its end."
+            f"{config.final_sparsity}: training has not ended. In your own loop, call `Pruner.finalize()` at its end."
         )
 
 
