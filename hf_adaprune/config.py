@@ -91,7 +91,7 @@ class AdaPruneConfig(PeftConfig):
         score_lr_ratio (`float`):
             The learning rate of the scores over the optimizer's, > 0. Under Adam a score moves by about
             `score_lr_ratio * learning_rate` a step: 5e-3 at the Trainer's default of 5e-5.
-        head_lr_ratio (`float`): The learning rate of `modules_to_save` over the optimizer's, > 0: 1e-3 at 5e-5.
+        head_lr_ratio (`float`): The learning rate of `modules_to_save` over the optimizer's, > 0: 2e-4 at 5e-5.
         drift (`float`):
             Subtracted from every score over the whole run, in equal steps, >= 0 (the sum of the gammas of Eq. 5).
 
@@ -128,7 +128,7 @@ class AdaPruneConfig(PeftConfig):
     forward_temperature: float | None = _option(None, "t_l of Eq. 4; None is a step.")
     backward_temperature: float = _option(1.0, "t_s of Eq. 4.")
     score_lr_ratio: float = _option(100.0, "Learning rate of the scores over the optimizer's.")
-    head_lr_ratio: float = _option(20.0, "Learning rate of the head over the optimizer's.")
+    head_lr_ratio: float = _option(4.0, "Learning rate of the head over the optimizer's.")
     drift: float = _option(0.0, "Subtracted from every score over the run (sum of the gammas of Eq. 5).")
 
     base_fingerprint: str | None = _option(None, "Which weights the masks belong to.")
