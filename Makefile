@@ -17,6 +17,11 @@ quality: .venv/dev
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
+# GLUE: a folder with {task}/{train,validation}.parquet. Goes on where it was stopped.
+study: .venv/dev
+	$(BIN)/python examples/study/run.py --data_dir $(GLUE)
+	$(BIN)/python examples/study/report.py
+
 style: .venv/dev
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
