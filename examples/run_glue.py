@@ -285,8 +285,63 @@ def evaluate(trainer: Trainer, data: dict[str, datasets.Dataset]) -> dict[str, f
     metrics: dict[str, float] = {}
     for split, ending in (("validation", ""), ("validation_mismatched", "_mm")):
         if split in data:
-            unscored = ("loss", "runtime", "samples", "per_second")
-        scores = {name[5:]: value for name, value in evaluated.items() if not name.endswith(unscored)}
+            scores = {**trainer.evaluate(data[split]), "eval_samples": len(data[split])}
+            metrics |= {name + ending: value for name, value in scores.items()}
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    return metrics
+
+
+def predict(trainer: Trainer, data: dict[str, datasets.Dataset], task: Task) -> None:
+    for split, ending in (("test", ""), ("test_mismatched", "-mm")):
+        if split in data:
+            answers = decide(trainer.predict(data[split], metric_key_prefix="predict").predictions, task)
+            if trainer.is_world_process_zero():
+                names = task.label_names
+                texts = [f"{answer:.3f}" if names is None else names[answer] for answer in answers]
+                lines = ["index\tprediction", *(f"{index}\t{text}" for index, text in enumerate(texts)), ""]
+                path = Path(trainer.args.output_dir, f"predict_results_{task.name}{ending}.txt")
+                path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script on `argv`, by default on the command line's flags."""
+    kinds = (ModelArguments, DataArguments, TrainingArguments)
+    usage = "%(prog)s --model_name_or_path MODEL --output_dir FOLDER [flags]"
+    parser = HfArgumentParser(kinds, description=__doc__, formatter_class=HelpFormatter, usage=usage)
+    model_args, data_args, args = parser.parse_args_into_dataclasses(args=argv)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
+    asked = [split for flag, split in SPLIT_OF_FLAG.items() if getattr(args, flag)]
+    if not asked:
+        raise InputError("There is nothing to do: give `--do_train`, `--do_eval` or `--do_predict`.")
+    callbacks = []
+    if model_args.method == "adaprune" and args.do_train:
+        config = AdaPruneConfig.from_preset(model_args.preset, final_sparsity=model_args.final_sparsity)
+        callbacks.append(AdaPruneCallback(config))
+    set_seed(args.seed)
+    with args.main_process_first(desc="reading the data"):
+        task = load_task(data_args, asked, model_args.cache_dir)
+        model, tokenizer = load_model(model_args, task.label_names)
+        wanted = [split for split in task.splits if split.split("_")[0] in asked]
+        data = {split: tokenize(task, split, tokenizer, data_args) for split in wanted}
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=data.get("train"),
+        eval_dataset=data.get("validation"),
+        processing_class=tokenizer,
+        compute_metrics=make_compute_metrics(task),
+        callbacks=callbacks,
+    )
+    if args.do_train:
+        train(trainer, model_args)
+    evaluated = evaluate(trainer, data) if args.do_eval else {}
+    if args.do_predict:
+        predict(trainer, data, task)
+    if model_args.method == "adaprune" and args.do_train and trainer.is_world_process_zero():
+        unscored = ("loss", "runtime", "samples", "per_second")
+        scores = {name[5:]: value for name, value in evaluated.items() if not name.endswith((*unscored, "epoch"))}
         write_model_card(args.output_dir, metrics=scores, dataset="nyu-mll/glue" if data_args.task_name else None)
     if args.push_to_hub:
         source = "nyu-mll/glue" if data_args.task_name else "custom"
