@@ -16,7 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .config import AdaPruneConfig
 from .errors import ConfigError, NotPrunedError
-from .model import adaprune_layers
+from .layer import adaprune_layers
 from .model_card import write_model_card
 from .pruner import Pruner
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -295,3 +296,10 @@ MASKABLE: dict[type[nn.Module], type[AdaPruneLayer]] = {
     Conv1D: Conv1DLinear,
     nn.Embedding: Embedding,
 }
+
+
+def adaprune_layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, AdaPruneLayer]]:
+    """Yield the names and masked layers of a model, all or those that have an adapter of the given name."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdaPruneLayer) and (adapter_name is None or adapter_name in module.adaprune_mask):
+            yield name, module

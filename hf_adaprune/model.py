@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .checks import CheckOnce, check_base, head_keys
 from .config import AdaPruneConfig
-from .errors import AdapterFileError, BaseMismatchError, MergeError, NoMatchingModuleError
+from .errors import AdapterFileError, MergeError, NoMatchingModuleError
 from .fingerprint import fingerprint, fingerprints_are_checked
-from .head import body_name, check_architecture, head_modules, plan_head, put_head, record_labels
-from .layer import MASKABLE, AdaPruneLayer, Embedding, wrap
+from .head import check_architecture, plan_head, put_head, record_labels
+from .layer import MASKABLE, AdaPruneLayer, Embedding, adaprune_layers, wrap
 from .storage import forget_check, load_checked, save_weights_first
 from .targets import linear_endings, no_match, resolve_targets
 
 
 logger = logging.get_logger(__name__)
-
-
-def adaprune_layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, AdaPruneLayer]]:
-    """Yield the names and masked layers of a model, all or those that have an adapter of the given name."""
-    for name, module in model.named_modules():
-        if isinstance(module, AdaPruneLayer) and (adapter_name is None or adapter_name in module.adaprune_mask):
-            yield name, module
 
 
 class AdaPruneModel(BaseTuner):
@@ -71,7 +62,7 @@ class AdaPruneModel(BaseTuner):
     ) -> None:
         # All checks come before the first change to the model.
         check_architecture(model, config)
-        _check_base(model, adapter_name, config)
+        check_base(model, adapter_name, config)
         if config.num_parameters is None:
             config.num_parameters = _count_parameters(model)
         plan_head(model, config)
@@ -93,17 +84,14 @@ class AdaPruneModel(BaseTuner):
             if config.is_stored:
                 model._load_pretrained_model = functools.partial(load_checked, config)
         if config.is_stored and fingerprints_are_checked():
-            check = _CheckOnce(adapter_name, config)
+            check = CheckOnce(adapter_name, config)
             check.handle = model.register_forward_pre_hook(check)
 
     def _check_targets(self, model: nn.Module, config: AdaPruneConfig) -> None:
         for name, module in model.named_modules():
             maskable = isinstance(module, (BaseTunerLayer, *MASKABLE))
             if not maskable and self._check_target_module_exists(config, name):
-                raise NoMatchingModuleError(
-                    f"`target_modules` matched {name!r}, a {type(module).__name__}. Only `torch.nn.Linear`, "
-                    "`torch.nn.Embedding` and transformers' `Conv1D` can be masked: list it in `exclude_modules`."
-                )
+                raise _unmaskable(name, module)
 
     def _create_and_replace(
         self,
@@ -120,10 +108,7 @@ class AdaPruneModel(BaseTuner):
             return
         layer = wrap(target, adapter_name, peft_config)
         if layer is None:
-            raise NoMatchingModuleError(
-                f"`target_modules` matched {current_key!r}, a {type(target).__name__}. Only `torch.nn.Linear`, "
-                "`torch.nn.Embedding` and transformers' `Conv1D` can be masked: list it in `exclude_modules`."
-            )
+            raise _unmaskable(current_key, target)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -143,7 +128,7 @@ class AdaPruneModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         for hook in list(self.model._forward_pre_hooks.values()):
-            if isinstance(hook, _CheckOnce):
+            if isinstance(hook, CheckOnce):
                 if merge:
                     hook(self.model, ())
                 hook.handle.remove()
@@ -179,7 +164,7 @@ class AdaPruneModel(BaseTuner):
         masks = {key: state_dict[key] for key in (f"{name}.adaprune_mask.{adapter_name}" for name in layers)}
         config.module_counts = {_plain(name): list(layer.count(adapter_name)) for name, layer in layers.items()}
         _report_unfinished(config, any(adapter_name in layer.adaprune_scores for layer in layers.values()))
-        keys = _head_keys(model, adapter_name)
+        keys = head_keys(model, adapter_name)
         head = [state_dict[key] for key in keys]
         config.head_tensors = [_plain(key.replace(f".modules_to_save.{adapter_name}.", ".")) for key in keys]
         config.adapter_fingerprint = fingerprint([*masks.values(), *head])
@@ -209,6 +194,13 @@ class AdaPruneModel(BaseTuner):
         return remapped
 
 
+def _unmaskable(name: str, module: nn.Module) -> NoMatchingModuleError:
+    return NoMatchingModuleError(
+        f"`target_modules` matched {name!r}, a {type(module).__name__}. Only `torch.nn.Linear`, `torch.nn.Embedding` "
+        "and transformers' `Conv1D` can be masked: list it in `exclude_modules`."
+    )
+
+
 def _count_parameters(model: nn.Module) -> int:
     added = {"adaprune_scores", "modules_to_save"}
     return sum(p.numel() for name, p in model.named_parameters() if not added & set(name.split(".")))
@@ -226,91 +218,3 @@ def _report_unfinished(config: AdaPruneConfig, is_trained: bool) -> None:
 
 def _plain(name: str) -> str:
     return name.removeprefix("base_model.model.")
-
-
-def _head_keys(model: nn.Module, adapter_name: str) -> list[str]:
-    return [
-        f"{name}.modules_to_save.{adapter_name}.{key}"
-        for name, wrapper in model.named_modules()
-        if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save
-        for key in wrapper.modules_to_save[adapter_name].state_dict()
-    ]
-
-
-def _body_weights(model: nn.Module) -> list[torch.Tensor]:
-    """Return what every door takes from the base's checkpoint: all but the task head, and what adapters have added."""
-    head = tuple(f"{name}." for name in head_modules(model))
-    if not body_name(model):
-        # The pooler of a model without a head, which many checkpoints lack.
-        head += ("pooler.",)
-    added: set[int] = set()
-    for module in model.modules():
-        original = {BaseTunerLayer: "base_layer.", AuxiliaryTrainingWrapper: "original_module."}
-        for cls, prefix in original.items():
-            if isinstance(module, cls):
-                added.update(id(p) for name, p in module.named_parameters() if not name.startswith(prefix))
-    return [p for name, p in model.named_parameters() if not name.startswith(head) and id(p) not in added]
-
-
-def _check_base(model: nn.Module, adapter_name: str, config: AdaPruneConfig) -> None:
-    unchecked = config.is_stored and not (config.base_fingerprint and config.adapter_fingerprint)
-    if unchecked and fingerprints_are_checked():
-        raise AdapterFileError(
-            f"The configuration of adapter {adapter_name!r} was saved with fingerprints of its base and of its masks, "
-            "and has them no more. Fetch it again; or, to open it unchecked, do so inside "
-            "`hf_adaprune.skip_fingerprint_check()`."
-        )
-    weights = _body_weights(model)
-    if any(weight.is_meta for weight in weights):
-        return
-    if config.base_fingerprint is not None and any(weight.dtype == torch.float16 for weight in weights):
-        warnings.warn(
-            "The base model is in float16, where its fingerprint cannot be checked: make sure that it is "
-            f"{config.base_model_name_or_path!r}.",
-            stacklevel=2,
-        )
-        return
-    found = fingerprint(weights)
-    if config.base_fingerprint is None:
-        config.base_fingerprint = found
-    elif found != config.base_fingerprint and fingerprints_are_checked():
-        raise BaseMismatchError(
-            f"The masks of adapter {adapter_name!r} were made for other weights: those of "
-            f"{config.base_model_name_or_path!r} have the fingerprint {config.base_fingerprint}, the model's have "
-            f"{found}. Load the adapter's own base, in float32 or bfloat16; or, to open it here all the same, do so "
-            "inside `hf_adaprune.skip_fingerprint_check()`."
-        )
-
-
-class _CheckOnce:
-    """At the first forward pass after loading, hold what was loaded against what was saved.
-
-    Not every door tells when it has finished loading; but none can lead to a forward pass unseen.
-    """
-
-    def __init__(self, adapter_name: str, config: AdaPruneConfig) -> None:
-        self.adapter_name = adapter_name
-        self.config = config
-        self.handle: Any = None
-
-    def __call__(self, model: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        expected = self.config.adapter_fingerprint
-        # The adapter may be gone, another may have its name, and a state of training may have been loaded into it.
-        if expected is None or getattr(model, "peft_config", {}).get(self.adapter_name) is not self.config:
-            self.handle.remove()
-            return
-        state = model.state_dict()
-        head = [state[key] for key in _head_keys(model, self.adapter_name)]
-        if any(tensor.dtype == torch.float16 for tensor in head):
-            self.handle.remove()
-            return
-        masks = [layer.adaprune_mask[self.adapter_name] for _, layer in adaprune_layers(model, self.adapter_name)]
-        if fingerprint([*masks, *head]) != expected:
-            raise AdapterFileError(
-                f"The masks or the head of adapter {self.adapter_name!r} are not those that were saved: its files are "
-                "damaged, incomplete or edited by hand, or a head of the wrong size was skipped. Fetch it again."
-            )
-        # Only now: what is damaged is so at the second forward pass too.
-        self.handle.remove()

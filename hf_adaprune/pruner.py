@@ -13,8 +13,8 @@ from torch import nn
 
 from .config import AdaPruneConfig
 from .errors import NonFiniteError, NotPrunedError
+from .layer import adaprune_layers
 from .masks import sparsity_of, topk_mask
-from .model import adaprune_layers
 from .schedule import cubic_sparsity
 
 

@@ -34,7 +34,7 @@ from transformers import (
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner, skip_fingerprint_check, sparsity_report
 from hf_adaprune.errors import AdaPruneError, AdapterFileError, BaseMismatchError, ConfigError, NonFiniteError
-from hf_adaprune.model import adaprune_layers
+from hf_adaprune.layer import adaprune_layers
 
 
 PEFT_DOORS = ("PeftModel.from_pretrained", "AutoPeftModelForSequenceClassification")

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, sparsity_report
 from hf_adaprune.errors import ConfigError, NonFiniteError, NotPrunedError
-from hf_adaprune.model import adaprune_layers
+from hf_adaprune.layer import adaprune_layers
 
 
 DATA = [

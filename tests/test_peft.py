@@ -28,8 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_adaprune import AdaPruneConfig, Pruner, sparsity_report
 from hf_adaprune.errors import AdapterFileError, MergeError, NoMatchingModuleError
-from hf_adaprune.layer import AdaPruneLayer, Conv1DLinear, Embedding, Linear
-from hf_adaprune.model import adaprune_layers
+from hf_adaprune.layer import AdaPruneLayer, Conv1DLinear, Embedding, Linear, adaprune_layers
 
 
 @dataclass

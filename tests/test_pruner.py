@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_adaprune import AdaPruneConfig, Pruner
 from hf_adaprune.errors import NonFiniteError, NotPrunedError
-from hf_adaprune.model import adaprune_layers
+from hf_adaprune.layer import adaprune_layers
 
 
 class Net(nn.Module):

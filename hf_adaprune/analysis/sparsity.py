@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import AdaPruneConfig
 from ..errors import NotPrunedError
-from ..model import adaprune_layers
+from ..layer import adaprune_layers
 
 
 if TYPE_CHECKING:

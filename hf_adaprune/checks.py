@@ -1,0 +1,118 @@
+"""Whether an adapter and a base belong together, and whether what was loaded is what was saved."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .config import AdaPruneConfig
+from .errors import AdapterFileError, BaseMismatchError
+from .fingerprint import fingerprint, fingerprints_are_checked
+from .head import body_name, head_modules
+from .layer import adaprune_layers
+
+
+def check_base(model: nn.Module, adapter_name: str, config: AdaPruneConfig) -> None:
+    """Hold a base against the one that an adapter was made for; for a fresh adapter, write down which that is.
+
+    Args:
+        model (`torch.nn.Module`): The model that the adapter is about to be put on; not changed.
+        adapter_name (`str`): The adapter's name.
+        config (`AdaPruneConfig`): Its configuration; `base_fingerprint` is changed in place.
+
+    Raises:
+        AdapterFileError: If the configuration was stored and has lost its fingerprints.
+        BaseMismatchError: If the weights are others.
+    """
+    unchecked = config.is_stored and not (config.base_fingerprint and config.adapter_fingerprint)
+    if unchecked and fingerprints_are_checked():
+        raise AdapterFileError(
+            f"The configuration of adapter {adapter_name!r} was saved with fingerprints of its base and of its masks, "
+            "and has them no more. Fetch it again; or, to open it unchecked, do so inside "
+            "`hf_adaprune.skip_fingerprint_check()`."
+        )
+    weights = _body_weights(model)
+    if any(weight.is_meta for weight in weights):
+        return
+    if config.base_fingerprint is not None and any(weight.dtype == torch.float16 for weight in weights):
+        warnings.warn(
+            "The base model is in float16, where its fingerprint cannot be checked: make sure that it is "
+            f"{config.base_model_name_or_path!r}.",
+            stacklevel=2,
+        )
+        return
+    found = fingerprint(weights)
+    if config.base_fingerprint is None:
+        config.base_fingerprint = found
+    elif found != config.base_fingerprint and fingerprints_are_checked():
+        raise BaseMismatchError(
+            f"The masks of adapter {adapter_name!r} were made for other weights: those of "
+            f"{config.base_model_name_or_path!r} have the fingerprint {config.base_fingerprint}, the model's have "
+            f"{found}. Load the adapter's own base, in float32 or bfloat16; or, to open it here all the same, do so "
+            "inside `hf_adaprune.skip_fingerprint_check()`."
+        )
+
+
+class CheckOnce:
+    """At the first forward pass after loading, hold what was loaded against what was saved.
+
+    Not every door tells when it has finished loading; but none can lead to a forward pass unseen.
+    """
+
+    def __init__(self, adapter_name: str, config: AdaPruneConfig) -> None:
+        self.adapter_name = adapter_name
+        self.config = config
+        self.handle: Any = None
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        expected = self.config.adapter_fingerprint
+        # The adapter may be gone, another may have its name, and a state of training may have been loaded into it.
+        if expected is None or getattr(model, "peft_config", {}).get(self.adapter_name) is not self.config:
+            self.handle.remove()
+            return
+        state = model.state_dict()
+        head = [state[key] for key in head_keys(model, self.adapter_name)]
+        if any(tensor.dtype == torch.float16 for tensor in head):
+            self.handle.remove()
+            return
+        masks = [layer.adaprune_mask[self.adapter_name] for _, layer in adaprune_layers(model, self.adapter_name)]
+        if fingerprint([*masks, *head]) != expected:
+            raise AdapterFileError(
+                f"The masks or the head of adapter {self.adapter_name!r} are not those that were saved: its files are "
+                "damaged, incomplete or edited by hand, or a head of the wrong size was skipped. Fetch it again."
+            )
+        # Only now: what is damaged is so at the second forward pass too.
+        self.handle.remove()
+
+
+def head_keys(model: nn.Module, adapter_name: str) -> list[str]:
+    """Return the keys of an adapter's head in the model's state dict."""
+    return [
+        f"{name}.modules_to_save.{adapter_name}.{key}"
+        for name, wrapper in model.named_modules()
+        if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save
+        for key in wrapper.modules_to_save[adapter_name].state_dict()
+    ]
+
+
+def _body_weights(model: nn.Module) -> list[torch.Tensor]:
+    """Return what every door takes from the base's checkpoint: all but the task head, and what adapters have added."""
+    head = tuple(f"{name}." for name in head_modules(model))
+    if not body_name(model):
+        # The pooler of a model without a head, which many checkpoints lack.
+        head += ("pooler.",)
+    added: set[int] = set()
+    for module in model.modules():
+        original = {BaseTunerLayer: "base_layer.", AuxiliaryTrainingWrapper: "original_module."}
+        for cls, prefix in original.items():
+            if isinstance(module, cls):
+                added.update(id(p) for name, p in module.named_parameters() if not name.startswith(prefix))
+    return [p for name, p in model.named_parameters() if not name.startswith(head) and id(p) not in added]
