@@ -60,11 +60,10 @@ class Run:
 
 
 def grid() -> list[Run]:
-    """Return all runs, the most telling first."""
-    first = [("finetune", 0.0), ("adaprune", 0.5), ("feature_extraction", 0.0)]
-    then = [("paper", 0.5), ("adaprune", 0.8), ("adaprune", 0.9)]
-    runs = [Run(task, *cell, seed) for seed in range(3) for cell in first for task in TASKS]
-    return runs + [Run(task, *cell, seed) for task in TASKS for seed in range(3) for cell in then]
+    """Return all runs: every cell once before any has a second seed."""
+    cells = [("finetune", 0.0), ("adaprune", 0.5), ("feature_extraction", 0.0)]
+    cells += [("paper", 0.5), ("adaprune", 0.8), ("adaprune", 0.9)]
+    return [Run(task, *cell, seed) for seed in range(3) for task in TASKS for cell in cells]
 
 
 def finished(results: Path) -> set[Run]:
