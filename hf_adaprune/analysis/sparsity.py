@@ -115,7 +115,7 @@ def sparsity_report(model: Any, adapter_name: str = "default") -> SparsityReport
 
     Example:
 
-        >>> sparsity_report(AdaPruneConfig.from_pretrained("me/my-adapter")).by_layer()
+        >>> sparsity_report(PeftConfig.from_pretrained("me/my-adapter")).by_layer()
     """
     if isinstance(model, AdaPruneConfig):
         counts, num_parameters = model.module_counts or {}, model.num_parameters or 0
