@@ -286,6 +286,7 @@ def train(trainer: Trainer, callback: TrainerCallback | None) -> Any:
     if isinstance(callback, TrainedWeightsCallback):
         masked = callback.rewound(trainer.model)
         masked.save_pretrained(folder / "rewound")
+        trainer.processing_class.save_pretrained(folder / "rewound")
     if isinstance(callback, AdaPruneCallback):
         report = sparsity_report(masked)
         metrics |= {"sparsity": report.sparsity, "sparsity_whole_model": report.sparsity_whole_model}

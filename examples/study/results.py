@@ -18,9 +18,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row in one write, on a line of its own."""
-    cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * cut_short + json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Add a row, on a line of its own whatever the file ends with."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+        cut_short = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * cut_short + json.dumps(row).encode() + b"\n")

@@ -59,6 +59,7 @@ class MagnitudeCallback(TrainedWeightsCallback):
             pruning_start=0.1,
             pruning_end=0.8,
             score_init="constant",
+            score_lr_ratio=1.0,
         )
         super().__init__(config)
 
@@ -90,7 +91,10 @@ class IterativeMagnitudeCallback(TrainedWeightsCallback):
     trains_scores = False
 
     def __init__(self, final_sparsity: float = 0.5, rate: float = 0.2) -> None:
-        super().__init__(AdaPruneConfig(final_sparsity=final_sparsity, scope="global", score_init="constant"))
+        config = AdaPruneConfig(
+            final_sparsity=final_sparsity, scope="global", score_init="constant", score_lr_ratio=1.0
+        )
+        super().__init__(config)
         if not 0 < rate < 1:
             raise ConfigError(f"`rate` must be in (0, 1), got {rate}.")
         self._sparsities = [0.0]

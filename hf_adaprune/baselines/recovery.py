@@ -17,12 +17,24 @@ _GONE: Final = -1e9
 class NoRecoveryPruner(Pruner):
     """Turn scores into masks that only ever lose weights."""
 
+    @property
+    def target_sparsity(self) -> float:
+        """The fraction that the schedule wants pruned now; short of the end it leaves each matrix one weight to go."""
+        target, final = super().target_sparsity, self.config.final_sparsity
+        if target == final:
+            return target
+        one_weight = 1 / min(layer.weight.numel() for layer in self.layers.values())
+        return max(0.0, min(target, final - one_weight))
+
     @torch.no_grad()
     def step(self) -> None:
         """Make the next masks, from the weights that are left."""
-        for layer in self.layers.values():
-            layer.adaprune_scores[self.adapter_name].masked_fill_(~layer.mask(self.adapter_name), _GONE)
+        before = self._masks()
+        for name, mask in before.items():
+            self.layers[name].adaprune_scores[self.adapter_name].masked_fill_(~mask, _GONE)
         super().step()
+        # So that all matrices together are pruned exactly, what one of them has to lose may shrink by one weight.
+        self._set({name: mask & before[name] for name, mask in self._masks().items()})
 
 
 class NoRecoveryCallback(AdaPruneCallback):
