@@ -7,6 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from doors import save_base
@@ -115,6 +116,26 @@ def test_the_grid_skips_what_is_there_and_the_report_tells_what_is(study: Any) -
     table = import_module("report").table(study.results)
     assert "| fine-tuning | 0 | 0 | 1,000 | 0.900 ± 0.000 (5) | 1.000 | 0.820 ± 0.016 (5) | 1.000 |" in table
     assert "| magnitude pruning, pre-trained weights | 0.500 | 0.200 | 100 | 0.450 ± 0.000 (5) | 0.500 |" in table
+
+
+def test_a_run_is_a_command_that_leaves_its_line_and_what_it_saved(base_path: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES / "study"))
+        runner = import_module("run")
+    texts = [f"w{number} w{number + 1}" for number in range(5, 21)]
+    data = {"sentence1": texts, "sentence2": texts[::-1], "label": [number % 2 for number in range(16)]}
+    (tmp_path / "rte").mkdir()
+    for split in ("train", "validation"):
+        datasets.Dataset.from_dict(data).to_parquet(tmp_path / "rte" / f"{split}.parquet")
+    run = runner.Run("rte", "magnitude", 0.9, 3)
+    row = runner.execute(run, str(base_path), str(tmp_path), keep=tmp_path / "kept")
+    assert (row["task"], row["method"], row["sparsity_asked"], row["seed"]) == ("rte", "magnitude", 0.9, 3)
+    assert {"eval_accuracy", "eval_rewound_accuracy", "seconds", "versions", "revision", "device"} <= set(row)
+    pruned, total = (sum(counts) for counts in zip(*row["module_counts"].values(), strict=True))
+    assert pruned / total == row["sparsity"] == pytest.approx(0.9, abs=1e-4)
+    assert "--task_name rte" in row["command"]
+    assert str(tmp_path) not in row["command"]
+    assert (tmp_path / "kept" / run.name / "rewound" / "adapter_model.safetensors").is_file()
 
 
 def test_rows_of_another_base_are_other_runs_and_rows_that_name_none_are_of_the_packaged_one(study: Any) -> None:
