@@ -93,7 +93,7 @@ def test_the_body_is_frozen_and_the_head_is_trained(method: str, tmp_path: Path)
 @pytest.mark.parametrize("method", MASKED_ONLY)
 @pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.9])
 def test_masks_end_at_exactly_the_sparsity_asked_for(method: str, sparsity: float, tmp_path: Path) -> None:
-    _, _, trainer = train(method, tmp_path, sparsity)
+    _, _, trainer = train(method, tmp_path, sparsity, max_steps=5)
     report = sparsity_report(trainer.model)
     assert report.num_pruned == round(sparsity * report.num_weights)
 
@@ -103,7 +103,7 @@ def test_masks_end_at_exactly_the_sparsity_asked_for(method: str, sparsity: floa
 def test_trained_weights_end_as_a_plain_model_with_exactly_so_many_zeros(
     method: str, sparsity: float, tmp_path: Path
 ) -> None:
-    callback, before, trainer = train(method, tmp_path, sparsity)
+    callback, before, trainer = train(method, tmp_path, sparsity, max_steps=5)
     after = state_of(trainer.model)
     assert set(trainer.model.state_dict()) == set(make_model().state_dict())
     assert not any(isinstance(module, AdaPruneLayer) for module in trainer.model.modules())
