@@ -111,7 +111,7 @@ def _part(component: str) -> str | None:
 
 
 def plot_heads(found: list[Heads]) -> Figure:
-    """Draw the share that each head keeps; a cross marks the dead.
+    """Draw the share that each head keeps, in per cent; a cross marks the dead.
 
     Args:
         found (`list[Heads]`): What `attention_heads` returns.
@@ -126,7 +126,10 @@ def plot_heads(found: list[Heads]) -> Figure:
     axes = figure.add_subplot()
     image = axes.imshow(grid, cmap="Blues", vmin=0, aspect="auto")
     for row, layer in enumerate(found):
-        axes.plot(layer.dead, [row] * len(layer.dead), "x", color="tab:red", markersize=8)
+        for head, share in enumerate(layer.share_kept):
+            mark = "x" if head in layer.dead else f"{100 * share:.0f}"
+            color = "white" if share > 0.6 * grid.max() else "black"
+            axes.text(head, row, mark, ha="center", va="center", fontsize=9, color=color)
     axes.set_xticks(range(grid.shape[1]))
     axes.set_yticks(range(len(found)), [layer.layer for layer in found])
     axes.set_xlabel("head")

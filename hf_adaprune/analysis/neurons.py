@@ -138,6 +138,9 @@ def plot_degrees(found: Iterable[Degrees]) -> Figure:
         row[0].set_ylabel(component.replace(".", ".\n"), rotation=0, ha="right", va="center", fontsize=9)
     for axes, title in zip(grid[0], ("inputs kept by a neuron", "outputs kept by an input"), strict=True):
         axes.set_title(title, fontsize=10)
+    shares = [axes.dataLim for axes in grid.flat]
+    for axes in grid.flat:
+        axes.set_xlim(min(box.x0 for box in shares) - 0.02, max(box.x1 for box in shares) + 0.02)
     for axes in grid[-1]:
         axes.set_xlabel("share kept")
     handles, labels = grid[0, 0].get_legend_handles_labels()
@@ -149,11 +152,11 @@ def _draw_degrees(axes: Any, values: NDArray[np.int64], fan: int) -> None:
     # Bins of whole counts: else their edges draw stripes.
     step = -(-fan // 48)
     edges = np.arange(-0.5, fan + step, step)
-    axes.hist(values / fan, edges / fan, density=True, color="tab:blue", label="mask")
-    random = stats.binom(fan, values.mean() / fan)
-    share = np.diff(random.cdf(edges)) / np.diff(edges / fan)
-    centres = (edges[1:] + edges[:-1]) / 2 / fan
-    axes.plot(centres, share, color="black", linewidth=1, label="random mask")
-    axes.set_xlim(-0.01, 1.01)
+    random = np.diff(stats.binom(fan, values.mean() / fan).cdf(edges))
+    counts = np.histogram(values, edges)[0] / values.size
+    seen = (counts > 0) | (random > 1e-3)
+    centres = ((edges[1:] + edges[:-1]) / 2 / fan)[seen]
+    axes.bar(centres, counts[seen], step / fan, color="tab:blue", label="mask")
+    axes.plot(centres, random[seen], color="black", linewidth=1, label="random mask")
     axes.set_yticks([])
     axes.spines[["left", "right", "top"]].set_visible(False)

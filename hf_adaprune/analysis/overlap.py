@@ -183,8 +183,8 @@ def plot_overlap(pairs: Mapping[tuple[str, str], OverlapReport], measure: str = 
     names = list(dict.fromkeys(name for pair in pairs for name in pair))
     grid = [[float("nan")] * (len(names) - 1) for _ in names[1:]]
     longest = max(map(len, names))
-    side = 0.85 * (len(names) - 1)
-    figure = Figure(figsize=(1.9 + side + 0.07 * longest, 1.2 + side + 0.04 * longest), layout="constrained")
+    side = 1.1 * (len(names) - 1)
+    figure = Figure(figsize=(0.5 + side + 0.1 * longest, 0.8 + 0.7 * side + 0.06 * longest), layout="constrained")
     axes = figure.add_subplot()
     for (first, second), report in pairs.items():
         row, column = names.index(second) - 1, names.index(first)
@@ -194,11 +194,11 @@ def plot_overlap(pairs: Mapping[tuple[str, str], OverlapReport], measure: str = 
             text += f"\n({getattr(report.whole, f'chance_{measure}'):.2f})"
         color = "white" if value > 0.6 else "black"
         axes.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
-    image = axes.imshow(grid, cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(names) - 1), names[:-1], rotation=30, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names) - 1), names[1:])
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    label = {"kappa": "Cohen's kappa", "jaccard": "Jaccard index of the kept (by chance)"}
-    figure.colorbar(image, ax=axes, label=label.get(measure, "agreement (by chance)"), shrink=0.9)
+    label = {"kappa": "Cohen's kappa", "jaccard": "Jaccard index (by chance)", "agreement": "agreement (by chance)"}
+    axes.set_title(label[measure], fontsize=11, loc="left")
     return figure
