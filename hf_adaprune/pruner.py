@@ -145,7 +145,12 @@ class Pruner:
             '`selection="threshold"`, raise `drift` or the learning rate.',
             stacklevel=2,
         )
-        self._set(self._topk_masks(target))
+        self.prune_to(target)
+
+    @torch.no_grad()
+    def prune_to(self, sparsity: float) -> None:
+        """Keep the highest scores, so many that exactly a fraction `sparsity` in [0, 1] of all masked weights goes."""
+        self._set(self._topk_masks(sparsity))
 
     def pop_flip_rate(self) -> float:
         """Return the share of mask entries that changed since the last call, in [0, 1]."""

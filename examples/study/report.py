@@ -1,27 +1,51 @@
 """Turn the lines of the results file into tables: `python examples/study/report.py`."""
 
-import json
 import statistics
 from argparse import ArgumentParser
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
+
+from grid import TASKS
+from results import read_rows
 
 
-SCORES = {"sst2-8k": "eval_accuracy", "stsb": "eval_combined_score"}
-METHODS = {
+SCORES = dict.fromkeys(TASKS, "accuracy") | {
+    "stsb": "combined_score",
+    "mrpc": "combined_score",
+    "cola": "matthews_correlation",
+}
+NAMES = {
     "finetune": "fine-tuning",
     "feature_extraction": "frozen encoder, trained head",
+    "lora": "LoRA, r = 8",
     "adaprune": "masks",
+    "no_recovery": "masks, no recovery",
+    "ablations": "masks, then ablated",
     "paper": 'masks, `"paper"` preset',
+    "smp": "masks, SMP's recipe",
+    "random": "random masks",
+    "magnitude": "magnitude pruning",
+    "imp": "iterative magnitude pruning",
+    "movement": "movement pruning",
 }
+# The second score of methods that train weights: those masks over the pre-trained ones.
+REWOUND = {f"{method}, rewound": f"{name}, pre-trained weights" for method, name in NAMES.items()}
+ORDER = [name for method in NAMES for name in (method, f"{method}, rewound")]
+
+Cells = dict[tuple[str, float], dict[str, list[dict[str, Any]]]]
 
 
-def load(results: Path) -> dict[tuple[str, float], dict[str, list[dict[str, float]]]]:
-    """Return the rows of each method and sparsity by task."""
-    cells: dict[tuple[str, float], dict[str, list[dict[str, float]]]] = defaultdict(lambda: defaultdict(list))
-    for line in results.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        cells[row["method"], row["sparsity_asked"]][row["task"]].append(row)
+def load(results: Path) -> Cells:
+    """Return the rows of each method and sparsity by task, each with its `score` and its `bytes`."""
+    cells: Cells = defaultdict(lambda: defaultdict(list))
+    for row in read_rows(results):
+        for prefix, ending in (("eval", ""), ("eval_rewound", ", rewound")):
+            score = row.get(f"{prefix}_{SCORES[row['task']]}")
+            if score is not None:
+                size = row["adapter_bytes" if ending else "checkpoint_bytes"]
+                row = row | {"score": score, "bytes": size}
+                cells[row["method"] + ending, row["sparsity_asked"]][row["task"]].append(row)
     return cells
 
 
@@ -34,18 +58,18 @@ def describe(values: list[float]) -> str:
 def table(results: Path) -> str:
     """Return the table of scores, one row a method and sparsity."""
     cells = load(results)
+    tasks = [task for task in TASKS if any(task in by_task for by_task in cells.values())]
     lines = ["| method | pruned, of the masked weights | of the model | bytes |", "| --- | --- | --- | --- |"]
-    lines[0] += "".join(f" {task} | of fine-tuning |" for task in SCORES)
-    lines[1] += " --- | --- |" * len(SCORES)
-    reference = {task: [row[key] for row in cells["finetune", 0.0][task]] for task, key in SCORES.items()}
-    for (method, sparsity), by_task in sorted(
-        cells.items(), key=lambda cell: (list(METHODS).index(cell[0][0]), cell[0][1])
-    ):
+    lines[0] += "".join(f" {task} | of fine-tuning |" for task in tasks)
+    lines[1] += " --- | --- |" * len(tasks)
+    reference = {task: [row["score"] for row in cells["finetune", 0.0][task]] for task in tasks}
+    for method, sparsity in sorted(cells, key=lambda cell: (ORDER.index(cell[0]), cell[1])):
+        by_task = cells[method, sparsity]
         first = next(iter(by_task.values()))[0]
         pruned = [f"{first['sparsity']:.3f}", f"{first['sparsity_whole_model']:.3f}"] if sparsity else ["0", "0"]
-        columns = [METHODS[method], *pruned, f"{first['checkpoint_bytes']:,}"]
-        for task, key in SCORES.items():
-            values = [row[key] for row in by_task[task]]
+        columns = [(NAMES | REWOUND)[method], *pruned, f"{first['bytes']:,}"]
+        for task in tasks:
+            values = [row["score"] for row in by_task[task]]
             share = (
                 statistics.fmean(values) / statistics.fmean(reference[task]) if values and reference[task] else None
             )
