@@ -1,12 +1,15 @@
 """The study's report: tables, tests of significance and figures, from lines of results."""
 
 import json
+import shutil
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from doors import train
 from matplotlib.container import BarContainer
 from scipy.stats import t
 
@@ -176,6 +179,45 @@ def test_the_report_prints_its_tables_and_draws_its_figures(
     # One line of results, of a method that does not prune, is enough for a report.
     study("report").main(write(tmp_path / "one.jsonl", make_rows()[:1]), tmp_path / "one")
     assert {path.name for path in (tmp_path / "one").iterdir()} == {"scores.png"}
+
+
+def test_topology_tells_adapters_apart_and_draws_them(
+    study: Any,
+    base_path: Path,
+    adapter_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = train(base_path, tmp_path / "run", "instance", learning_rate=1e-2)
+    other.model.save_pretrained(tmp_path / "other")
+    one, again = (shutil.copytree(adapter_path, tmp_path / name) for name in ("one", "again"))
+    flags = [one, again, tmp_path / "other", "--base", base_path, "--figures", tmp_path / "figures"]
+    monkeypatch.setattr(sys, "argv", ["topology.py", *map(str, flags)])
+    study("topology").main()
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    rows = [line for line in lines if line[0] in ("one", "again", "other")]
+    assert [row[:2] for row in rows[:3]] == [["one", "0.500"], ["again", "0.500"], ["other", "0.600"]]
+    # The steps of the first are so small that its mask is magnitude's; those of the other are not.
+    agreement = [float(row[2]) for row in rows[:3]]
+    assert agreement[0] == agreement[1] > 0.95 > agreement[2]
+    kappa = [float(row[2]) for row in rows[3:]]
+    assert kappa[0] == 1 > max(kappa[1:])
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert drawn == {f"topology_{name}.png" for name in ("overlap", "departures", "degrees", "heads", "spectrum")}
+    monkeypatch.setattr(sys, "argv", ["topology.py", str(again), "--base", str(base_path), "--spectrum", "qurey"])
+    with pytest.raises(SystemExit):
+        study("topology").main()
+    assert "No module that all adapters mask ends in 'qurey'" in capsys.readouterr().err
+
+
+def test_paths_are_shown_by_what_differs(study: Any) -> None:
+    short = study("topology").short_names
+    assert short(["kept/stsb/adaprune/0.5/0", "kept/mrpc/adaprune/0.5/0"]) == ["stsb", "mrpc"]
+    assert short(["a/stsb/adaprune/0.5/0", "a/mrpc/adaprune/0.9/0"]) == ["stsb 0.5", "mrpc 0.9"]
+    assert short(["me/one", "me/two"]) == ["one", "two"]
+    assert short(["me/one", "/some/where/else/here"]) == ["me/one", "/some/where/else/here"]
+    assert short(["me/one"]) == ["me/one"]
 
 
 def test_the_committed_results_make_a_report(study: Any, tmp_path: Path) -> None:
