@@ -1,13 +1,15 @@
-"""Turn the lines of the results file into tables: `python examples/study/report.py`."""
+"""Turn the lines of the results file into tables and figures: `python examples/study/report.py`."""
 
 import statistics
 from argparse import ArgumentParser
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
+from figures import draw_all
 from grid import TASKS
-from results import read_rows
+from published import ablation_table, beside_published
+from results import Cells, describe, read_rows
+from significance import compare, significance_table
 
 
 SCORES = dict.fromkeys(TASKS, "accuracy") | {
@@ -33,8 +35,6 @@ NAMES = {
 REWOUND = {f"{method}, rewound": f"{name}, pre-trained weights" for method, name in NAMES.items()}
 ORDER = [name for method in NAMES for name in (method, f"{method}, rewound")]
 
-Cells = dict[tuple[str, float], dict[str, list[dict[str, Any]]]]
-
 
 def load(results: Path) -> Cells:
     """Return the rows of each method and sparsity by task, each with its `score` and its `bytes`."""
@@ -49,16 +49,15 @@ def load(results: Path) -> Cells:
     return cells
 
 
-def describe(values: list[float]) -> str:
-    """Return mean, deviation and number of seeds."""
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{deviation} ({len(values)})"
+def tasks_of(cells: Cells) -> list[str]:
+    """Return the tasks that any run is of."""
+    return [task for task in TASKS if any(task in by_task for by_task in cells.values())]
 
 
 def table(results: Path) -> str:
     """Return the table of scores, one row a method and sparsity."""
     cells = load(results)
-    tasks = [task for task in TASKS if any(task in by_task for by_task in cells.values())]
+    tasks = tasks_of(cells)
     lines = ["| method | pruned, of the masked weights | of the model | bytes |", "| --- | --- | --- | --- |"]
     lines[0] += "".join(f" {task} | of fine-tuning |" for task in tasks)
     lines[1] += " --- | --- |" * len(tasks)
@@ -73,12 +72,33 @@ def table(results: Path) -> str:
             share = (
                 statistics.fmean(values) / statistics.fmean(reference[task]) if values and reference[task] else None
             )
-            columns += [describe(values) if values else "", f"{share:.3f}" if share else ""]
+            columns += [describe(values), f"{share:.3f}" if share else ""]
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
+
+
+def main(results: Path, figures: Path) -> None:
+    """Print the tables and draw the figures."""
+    cells, names = load(results), NAMES | REWOUND
+    tasks = tasks_of(cells)
+    sections = {
+        "Scores: mean ± deviation (seeds).": table(results),
+        "Masks minus the other method. *: p < .01, two-tailed t-test over seeds (Welch's).": significance_table(
+            compare(cells), names, tasks
+        ),
+        "Shares of fine-tuning, beside those of the paper's BERT-base.": beside_published(cells),
+        "Masks trained, then changed; scores.": ablation_table(cells, SCORES),
+    }
+    for title, lines in sections.items():
+        if lines.count("\n") > 1:  # more than its head
+            print(f"{title}\n\n{lines}\n")
+    for path in draw_all(cells, names, tasks, figures):
+        print(path)
 
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results.jsonl"))
-    print(table(parser.parse_args().results))
+    parser.add_argument("--figures", type=Path, default=Path(__file__).with_name("figures"))
+    args = parser.parse_args()
+    main(args.results, args.figures)

@@ -2,8 +2,13 @@
 
 import json
 import os
+import statistics
 from pathlib import Path
 from typing import Any
+
+
+# The rows of each method and sparsity, by task.
+Cells = dict[tuple[str, float], dict[str, list[dict[str, Any]]]]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -15,6 +20,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def describe(values: list[float]) -> str:
+    """Return mean, deviation and number of seeds; nothing for no values."""
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{deviation} ({len(values)})"
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
