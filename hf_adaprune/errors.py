@@ -33,3 +33,15 @@ class NonFiniteError(AdaPruneError, FloatingPointError):
 
 class NotPrunedError(AdaPruneError, RuntimeError):
     """There is nothing to drive: the model has no trainable masks of the given name."""
+
+
+class AdapterNotFoundError(AdaPruneError, FileNotFoundError):
+    """There is no adapter, or no base, of that name within reach."""
+
+
+class PushError(AdaPruneError, ConnectionError):
+    """The Hub refused a push, or the connection broke: nothing was changed there."""
+
+
+class TaskError(AdaPruneError, ValueError):
+    """There is no such task, its data cannot be read, or the model's head is not for it."""

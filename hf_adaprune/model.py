@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .checks import CheckOnce, check_base, head_keys
+from .checks import CheckOnce, check_base, head_keys, run_checks
 from .config import AdaPruneConfig
 from .errors import AdapterFileError, MergeError, NoMatchingModuleError
 from .fingerprint import fingerprint, fingerprints_are_checked
@@ -127,10 +127,10 @@ class AdaPruneModel(BaseTuner):
             layer.delete_adapter(adapter_name)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            run_checks(self.model)
         for hook in list(self.model._forward_pre_hooks.values()):
             if isinstance(hook, CheckOnce):
-                if merge:
-                    hook(self.model, ())
                 hook.handle.remove()
         return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 

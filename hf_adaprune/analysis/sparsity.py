@@ -118,7 +118,9 @@ def sparsity_report(model: Any, adapter_name: str = "default") -> SparsityReport
         >>> sparsity_report(PeftConfig.from_pretrained("me/my-adapter")).by_layer()
     """
     if isinstance(model, AdaPruneConfig):
-        counts, num_parameters = model.module_counts or {}, model.num_parameters or 0
+        # A stored configuration is sorted, with layer 10 before layer 2.
+        counts = dict(sorted((model.module_counts or {}).items(), key=lambda item: _by_number(item[0])))
+        num_parameters = model.num_parameters or 0
     else:
         counts = {name: list(layer.count(adapter_name)) for name, layer in adaprune_layers(model, adapter_name)}
         num_parameters = model.peft_config[adapter_name].num_parameters if counts else 0
@@ -126,6 +128,10 @@ def sparsity_report(model: Any, adapter_name: str = "default") -> SparsityReport
         raise NotPrunedError(f"There are no masks to count under the adapter name {adapter_name!r}.")
     modules = tuple(ModuleSparsity(name, total, pruned) for name, (pruned, total) in counts.items())
     return SparsityReport(modules, num_parameters)
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def plot_sparsity(report: SparsityReport) -> Figure:
