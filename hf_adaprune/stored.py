@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from .checks import run_checks
 from .config import AdaPruneConfig
-from .errors import AdapterFileError, AdapterNotFoundError, ConfigError
-from .masks import unpack_mask
+from .errors import AdapterFileError, AdapterNotFoundError, BaseMismatchError, ConfigError
 from .storage import check_shapes, read_shapes
 
 
@@ -44,17 +42,6 @@ class StoredAdapter:
     def mask_bytes(self) -> int:
         """How many of the bytes are masks: one bit a weight, rounded up for each module."""
         return sum(shape[0] for key, shape in self.shapes.items() if key.endswith(".adaprune_mask"))
-
-    def masks(self) -> dict[str, torch.Tensor]:
-        """Read the masks, without the base: for each masked module a flat boolean tensor, True = kept."""
-        path = Path(self.name, self.hub.get("subfolder", ""), SAFETENSORS_WEIGHTS_NAME)
-        if not path.exists():
-            path = Path(hf_hub_download(self.name, SAFETENSORS_WEIGHTS_NAME, **self.hub))
-        with safe_open(path, framework="pt") as file:
-            return {
-                module: unpack_mask(file.get_tensor(f"base_model.model.{module}.adaprune_mask"), torch.Size([total]))
-                for module, (_, total) in (self.config.module_counts or {}).items()
-            }
 
     def open(self, base: str | None = None) -> PeftModel:
         """Put the adapter on its base, and check everything now rather than at the first forward pass.
@@ -131,6 +118,26 @@ def read_adapter(
     shapes, num_bytes = _read_header(name, hub)
     check_shapes(f"{SAFETENSORS_WEIGHTS_NAME} of {name}", shapes, config)
     return StoredAdapter(name, config, num_bytes, shapes, hub)
+
+
+def check_same_base(adapters: Sequence[StoredAdapter]) -> None:
+    """Raise if adapters do not mask the same weights of the same base.
+
+    Raises:
+        BaseMismatchError: If they do not.
+    """
+    first, *others = adapters
+    for other in others:
+        for what, fits in (
+            ("of another base", other.config.base_fingerprint == first.config.base_fingerprint),
+            ("over other modules", _sizes(other) == _sizes(first)),
+        ):
+            if not fits:
+                raise BaseMismatchError(f"The masks of {other.name!r} are {what} than those of {first.name!r}.")
+
+
+def _sizes(adapter: StoredAdapter) -> dict[str, int]:
+    return {module: total for module, (_, total) in (adapter.config.module_counts or {}).items()}
 
 
 def _read_config(name: str, hub: dict[str, Any]) -> AdaPruneConfig:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers.utils.hub
-from doors import DOORS, TEXTS, logits_of, save_base
+from doors import DOORS, TEXTS, load_base, logits_of, save_base, train
 from hub_server import HubServer
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from typer.testing import CliRunner, Result
 
 from hf_adaprune import sparsity_report
+from hf_adaprune.analysis import load_masks
 from hf_adaprune.cli import app
 from hf_adaprune.config import AdaPruneConfig
 
@@ -146,6 +147,34 @@ def test_merge_refuses_a_head_that_plain_transformers_lacks(base_path: Path, tmp
     model = AutoModelForSequenceClassification.from_pretrained(base_path)
     get_peft_model(model, AdaPruneConfig(head="layer_average")).save_pretrained(str(tmp_path / "adapter"))
     assert "layer_average" in refusal(1, "MergeError", "merge", tmp_path / "adapter", tmp_path / "out")
+
+
+def test_compare_measures_against_chance(adapter: Path, base_path: Path, tmp_path: Path) -> None:
+    train(base_path, tmp_path / "run", "instance").model.save_pretrained(tmp_path / "other")
+    names = [str(adapter), str(tmp_path / "other")]
+    masks = [torch.cat([mask.flatten() for mask in load_masks(name).values()]) for name in names]
+    told = answer("compare", *names, "--figure", tmp_path / "overlap.png")
+    (pair,) = told["pairs"]
+    assert pair["names"] == names
+    assert pair["agreement"] == pytest.approx(float((masks[0] == masks[1]).float().mean()))
+    assert pair["jaccard"] == pytest.approx(float((masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum()))
+    assert pair["chance_agreement"] == pytest.approx(0.5 * 0.4 + 0.5 * 0.6, abs=1e-3)
+    assert (len(pair["components"]), len(pair["layers"])) == (6, 2)
+    assert (tmp_path / "overlap.png").stat().st_size > 1000
+    assert f"{pair['kappa']:.3f}" in run("compare", *names).stdout
+
+
+def test_compare_refuses_what_cannot_be_compared(adapter: Path, base_path: Path, tmp_path: Path) -> None:
+    assert run("compare", adapter).exit_code == 2
+    assert run("compare", adapter, adapter).exit_code == 2
+    assert run("compare", adapter, tmp_path, "--figure", tmp_path / "overlap.txt").exit_code == 2
+    other = load_base(base_path)
+    part = get_peft_model(other, AdaPruneConfig(target_modules=["query"]))
+    part.save_pretrained(str(tmp_path / "part"))
+    assert "over other modules" in refusal(5, "BaseMismatchError", "compare", adapter, tmp_path / "part")
+    make_model("bert", "none", seed=1).save_pretrained(tmp_path / "base")
+    get_peft_model(load_base(tmp_path / "base"), AdaPruneConfig()).save_pretrained(str(tmp_path / "other"))
+    assert "of another base" in refusal(5, "BaseMismatchError", "compare", adapter, tmp_path / "other")
 
 
 def test_push_is_one_commit_of_the_adapter_and_its_card(adapter: Path, online: HubServer) -> None:

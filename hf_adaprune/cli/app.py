@@ -6,14 +6,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..analysis import sparsity_report
+from ..analysis import Overlap, load_masks, pairwise_overlap, plot_overlap, sparsity_report
 from ..checkpoint import save_merged
 from ..demo.run import run_demo
 from ..glue import GLUE_COLUMNS, load_glue_split, score_on_glue
 from ..publish import push_adapter
-from ..stored import read_adapter
+from ..stored import check_same_base, read_adapter
 from .answer import EXIT_CODES_HELP, Answer, answering
-from .tables import fact_table, sparsity_table
+from .tables import fact_table, overlap_table, sparsity_table
 
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -92,6 +92,42 @@ def merge(
         raise typer.BadParameter(str(error), param_hint="OUTPUT") from None
     facts = {"name": name, "output": str(output), "bytes": sum(path.stat().st_size for path in output.iterdir())}
     return Answer(facts, [fact_table(facts)])
+
+
+@app.command()
+@answering
+def compare(
+    names: Annotated[list[str], typer.Argument(help="Two adapters or more, of one base.", metavar="NAMES...")],
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw Cohen's kappa of each pair here: .png, .svg or .pdf.")
+    ] = None,
+    as_json: Json = False,
+) -> Answer:
+    """Tell how much of what they keep adapters have in common, beside what chance would give; no base is needed."""
+    if len(set(names)) < 2:
+        raise typer.BadParameter(f"A comparison takes at least two adapters, got {names}.", param_hint="NAMES")
+    if figure is not None and figure.suffix not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(f"It must end in .png, .svg or .pdf, got {figure}.", param_hint="--figure")
+    check_same_base([read_adapter(name) for name in names])
+    pairs = pairwise_overlap({name: load_masks(name) for name in names})
+    if figure is not None:
+        plot_overlap(pairs).savefig(figure, dpi=150)
+    found = [
+        {"names": list(pair), **_overlap(report.whole)}
+        | {"components": {name: _overlap(part) for name, part in report.by_component().items()}}
+        | {"layers": {name: _overlap(part) for name, part in report.by_layer().items()}}
+        for pair, report in pairs.items()
+    ]
+    return Answer({"pairs": found, "figure": figure and str(figure)}, [overlap_table(pairs)])
+
+
+_MEASURES = ("agreement", "chance_agreement", "jaccard", "chance_jaccard", "kappa")
+
+
+def _overlap(overlap: Overlap) -> dict[str, float | None]:
+    # JSON has no NaN.
+    values = {measure: getattr(overlap, measure) for measure in _MEASURES}
+    return {measure: value if value == value else None for measure, value in values.items()}
 
 
 @app.command()

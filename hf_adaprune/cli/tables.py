@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from ..analysis import SparsityReport
+from ..analysis import OverlapReport, SparsityReport
 
 
 def fact_table(facts: Mapping[str, object]) -> Table:
@@ -32,6 +32,20 @@ def sparsity_table(report: SparsityReport) -> Table:
         table.add_row(component, *cells, _percent(share))
     table.add_section()
     table.add_row("all", *map(_percent, layers.values()), _percent(report.sparsity))
+    return table
+
+
+def overlap_table(pairs: Mapping[tuple[str, str], OverlapReport]) -> Table:
+    """Return a table of what each pair of adapters has in common, and would have by chance."""
+    table = Table(title="Weights that are kept in common", title_justify="left")
+    for name in ("", ""):
+        table.add_column(name, overflow="fold")
+    for name in ("agreement", "by chance", "Jaccard", "by chance", "kappa"):
+        table.add_column(name, justify="right")
+    for pair, report in pairs.items():
+        whole = report.whole
+        agreement = (whole.agreement, whole.chance_agreement, whole.jaccard, whole.chance_jaccard, whole.kappa)
+        table.add_row(*pair, *(f"{value:.3f}" for value in agreement))
     return table
 
 
