@@ -145,6 +145,7 @@ class AdaPruneConfig(PeftConfig):
         self.peft_type = PeftType("ADAPRUNE")
         # Whether this comes with a stored adapter: asked now, since what is written into it later is of one in memory.
         self.is_stored = self.module_counts is not None
+        self.is_filled = False  # whether the stored masks are in place
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
