@@ -75,21 +75,6 @@ class ActiveHead:
         saved = _saved(model, config)
         return self.base_num_labels if saved is None else saved.num_labels
 
-    @contextmanager
-    def only(self, model: Any, adapter_name: str | None) -> Iterator[None]:
-        """Have one adapter active, or none, for the time of a block: with its head and labels, and nothing else."""
-        modules = [*self.layers, *self.heads]
-        before = [(module._active_adapter, module._disable_adapters) for module in modules]
-        try:
-            for module in modules:
-                module._active_adapter, module._disable_adapters = [adapter_name], adapter_name is None
-            self(model)
-            yield
-        finally:
-            for module, (active, disabled) in zip(modules, before, strict=True):
-                module._active_adapter, module._disable_adapters = active, disabled
-            self(model)
-
 
 def _saved(model: Any, config: AdaPruneConfig | None) -> Any:
     stored = getattr(config, "model_config", None)
@@ -99,6 +84,27 @@ def _saved(model: Any, config: AdaPruneConfig | None) -> Any:
 def active_head(model: nn.Module) -> ActiveHead | None:
     """Return what keeps a model's head in step with its masks; `None` where there are no masks, or no labels."""
     return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, ActiveHead)), None)
+
+
+@contextmanager
+def active_only(model: nn.Module, adapter_name: str | None) -> Iterator[None]:
+    """Have one adapter active for the time of a block, with its head and labels; without a name, the base."""
+    modules = [module for module in model.modules() if isinstance(module, (AdaPruneLayer, ModulesToSaveWrapper))]
+    before = [(module._active_adapter, module._disable_adapters) for module in modules]
+    keeper = active_head(model)
+    try:
+        for module in modules:
+            has_it = isinstance(module, AdaPruneLayer) or adapter_name in module.modules_to_save
+            module._active_adapter = [adapter_name] if adapter_name is not None and has_it else []
+            module._disable_adapters = adapter_name is None
+        if keeper is not None:
+            keeper(model)
+        yield
+    finally:
+        for module, (active, disabled) in zip(modules, before, strict=True):
+            module._active_adapter, module._disable_adapters = active, disabled
+        if keeper is not None:
+            keeper(model)
 
 
 def keep_in_step(model: PreTrainedModel, keeper: ActiveHead, configs: Mapping[str, Any]) -> None:

@@ -45,3 +45,11 @@ class PushError(AdaPruneError, ConnectionError):
 
 class TaskError(AdaPruneError, ValueError):
     """There is no such task, its data cannot be read, or the model's head is not for it."""
+
+
+class MixedBatchError(AdaPruneError, ValueError):
+    """A batch of several tasks cannot be computed in one pass."""
+
+
+class CombineError(AdaPruneError, ValueError):
+    """Adapters cannot be combined as was asked."""

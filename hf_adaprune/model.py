@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -17,11 +19,13 @@ from transformers.utils import logging
 
 from .active import ActiveHead, active_head, check_one_head, keep_in_step, unfollowed
 from .checks import CheckOnce, check_base, head_keys, run_checks
+from .combine import combine_adapters
 from .config import AdaPruneConfig
 from .errors import AdapterFileError, ConfigError, MergeError, NoMatchingModuleError
 from .fingerprint import fingerprint, fingerprints_are_checked
 from .head import check_architecture, fitting_head, plan_head
 from .layer import MASKABLE, AdaPruneLayer, Embedding, adaprune_layers, wrap
+from .mixed_batch import mixed_batch
 from .storage import forget_check, load_checked, save_weights_first
 from .targets import linear_endings, no_match, resolve_targets
 
@@ -132,6 +136,18 @@ class AdaPruneModel(BaseTuner):
             check_one_head(keeper.heads, adapter_name)
         super().set_adapter(adapter_name, inference_mode)
         self._follow()
+
+    def combine_adapters(
+        self, adapter_names: Sequence[str], how: str, new_name: str, *, head: str | None = None
+    ) -> None:
+        """Make a new adapter of the masks of several: see `hf_adaprune.combine_adapters`."""
+        combine_adapters(self, adapter_names, how, new_name, head=head)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        with nullcontext() if names is None else mixed_batch(self.model, names):
+            yield
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)

@@ -237,7 +237,6 @@ def test_the_status_of_many_adapters_is_true(door: Open, base: Path, tasks: dict
     status = get_model_status(model)
     assert status.available_adapters == ["three", "two"]
     assert (status.active_adapters, status.enabled, status.merged_adapters) == (["three"], True, [])
-    assert status.requires_grad["two"] is False
     assert {layer.available_adapters == ["three", "two"] for layer in get_layer_status(model)} == {True}
     disable(model)
     assert get_model_status(model).enabled is False
