@@ -26,6 +26,7 @@ from .fingerprint import fingerprint, fingerprints_are_checked
 from .head import check_architecture, fitting_head, plan_head
 from .layer import MASKABLE, AdaPruneLayer, Embedding, adaprune_layers, wrap
 from .mixed_batch import mixed_batch
+from .publish import push_with_card
 from .storage import forget_check, load_checked, save_weights_first
 from .targets import linear_endings, no_match, resolve_targets
 
@@ -195,6 +196,7 @@ class AdaPruneModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         base = model.base_model.model if isinstance(model, PeftModel) else model
+        push_with_card(model)
         keeper = active_head(base)
         if keeper is not None and keeper.shown is config:
             keeper.record(base)

@@ -1,15 +1,20 @@
-"""What goes to the Hub, and how: an adapter and its card in one commit."""
+"""What goes to the Hub, and how: an adapter and its own card, in one commit."""
 
 from __future__ import annotations
 
+import functools
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, hf_hub_download
+from peft.utils import CONFIG_NAME
+from transformers.utils import PushToHubMixin
 
 from .errors import PushError
-from .model_card import write_model_card
+from .model_card import CARD, write_model_card, written_by_hand
 from .stored import read_adapter
 
 
@@ -25,11 +30,12 @@ def push_adapter(
     revision: str | None = None,
     create_pr: bool = False,
     token: str | bool | None = None,
-    commit_message: str = "Upload adapter",
+    commit_message: str | None = None,
 ) -> CommitInfo:
     """Push a saved adapter, its card, picture and tokenizer, in one commit: all of it, or nothing.
 
-    The card is brought up to date first, in the folder: `name` is its title, and what its code opens.
+    The card is brought up to date first, in the folder: `name` is its title, and what its code opens. If nobody has
+    written in it, what people have written in the one on the Hub is kept.
 
     Args:
         folder (`str` or `Path`): The folder of a saved adapter.
@@ -38,7 +44,7 @@ def push_adapter(
         revision (`str`, *optional*): The branch to push to, made if need be.
         create_pr (`bool`): Whether to open a pull request instead.
         token (`str` or `bool`, *optional*): A token for the Hub, if not the stored one.
-        commit_message (`str`): Title of the commit.
+        commit_message (`str`, *optional*): Title of the commit.
 
     Returns:
         `huggingface_hub.CommitInfo`: The commit.
@@ -56,14 +62,13 @@ def push_adapter(
             name = api.create_repo(name, private=private, exist_ok=True).repo_id
             if revision is not None:
                 api.create_branch(name, branch=revision, exist_ok=True)
-    write_model_card(folder, name=name)
-    with _all_or_nothing(name):
+        _complete_card(folder, name, None, revision, token)
         return api.upload_folder(
             repo_id=name,
             folder_path=folder,
             revision=revision,
             create_pr=create_pr,
-            commit_message=commit_message,
+            commit_message=commit_message or "Upload adapter",
             ignore_patterns=list(_LEFT_OUT),
         )
 
@@ -78,3 +83,41 @@ def _all_or_nothing(name: str) -> Iterator[None]:
             f"{name!r} was not pushed, and is on the Hub as it was: {reason} If it is a matter of rights, "
             "log in with a token that may write there (`hf auth login`, or HF_TOKEN); otherwise push again."
         ) from error
+
+
+def push_with_card(model: Any) -> None:
+    """Have a model's `push_to_hub` push the adapter's own card, where it would push one without content."""
+    if isinstance(model, PushToHubMixin):
+        model._upload_modified_files = functools.partial(_upload, model)
+
+
+def _upload(model: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    """Complete the cards in a folder that is about to be pushed: of the adapter in it, and of those in subfolders."""
+    revision, token = kwargs.get("revision"), kwargs.get("token")
+    for config in sorted(Path(working_dir).glob(f"**/{CONFIG_NAME}")):
+        subfolder = config.parent.relative_to(working_dir).as_posix()
+        if subfolder == "." and revision is not None:
+            # It has been fetched from the main branch.
+            (config.parent / CARD).unlink(missing_ok=True)
+        _complete_card(config.parent, repo_id, None if subfolder == "." else subfolder, revision, token)
+    return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
+
+
+def _complete_card(folder: Path, name: str, subfolder: str | None, revision: str | None, token: Any) -> None:
+    fetch_card(folder / CARD, name, subfolder=subfolder, revision=revision, token=token)
+    write_model_card(folder, name=name, subfolder=subfolder)
+
+
+def fetch_card(card: Path, name: str, **hub: Any) -> None:
+    """Where nobody has written in a card, start from the one on the Hub, if there is one within reach.
+
+    Args:
+        card (`Path`): The card's file, there or not.
+        name (`str`): The repository's name.
+        hub: What `huggingface_hub.hf_hub_download` takes besides: `subfolder`, `revision`, `token`.
+    """
+    if card.is_file() and written_by_hand(card.read_text(encoding="utf-8")):
+        return
+    # Whatever the Hub has against it, the push that follows will say so.
+    with suppress(Exception):
+        shutil.copyfile(hf_hub_download(name, CARD, **hub), card)

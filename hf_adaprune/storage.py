@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from .config import AdaPruneConfig
 
+_PUSH_OPTIONS = ("commit_message", "create_pr", "private", "repo_id", "revision")
+
 _put_off: ContextVar[list[tuple[Path, Callable[[], None]]] | None] = ContextVar("hf_adaprune_put_off", default=None)
 
 
@@ -53,14 +55,18 @@ def weights_first() -> Iterator[None]:
         finish()
 
 
-def save_weights_first(model: Any, *args: Any, **kwargs: Any) -> None:
+def save_weights_first(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
     """Save a transformers model that holds an adapter: its own `save_pretrained` writes the configuration first."""
-    if kwargs.get("push_to_hub"):
-        # It uploads before it returns; what is on the Hub changes as a whole.
-        type(model).save_pretrained(model, *args, **kwargs)
-        return
+    pushed = kwargs.pop("push_to_hub", False)
+    given = {key: kwargs.pop(key) for key in _PUSH_OPTIONS if pushed and key in kwargs}
     with weights_first():
-        type(model).save_pretrained(model, *args, **kwargs)
+        type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    if pushed:
+        # Its own way to push would first overwrite the card in the folder.
+        from .publish import push_adapter
+
+        name = given.pop("repo_id", Path(save_directory).name)
+        push_adapter(save_directory, name, token=kwargs.get("token"), **given)
 
 
 def load_checked(config: AdaPruneConfig, /, *, model: Any, checkpoint_files: list[str] | None, **kwargs: Any) -> Any:
