@@ -15,6 +15,10 @@ class NoMatchingModuleError(AdaPruneError, NoMatchingPeftModuleError):
     """No module, or not every named one, is there to be masked."""
 
 
+class StructureError(AdaPruneError, ValueError):
+    """The model is not built so that its neurons or attention heads can be told apart."""
+
+
 class BaseMismatchError(AdaPruneError, ValueError):
     """The adapter belongs to another base model than the one it is being put on."""
 

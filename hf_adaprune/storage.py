@@ -131,7 +131,9 @@ def _check_tensors(path: Path, config: AdaPruneConfig) -> None:
             f"{path} cannot be read ({error}): it is cut short, or is no safetensors file. Fetch the adapter again."
         ) from None
     counts = config.module_counts or {}
-    masks = {f"{module}.adaprune_mask": (-(-total // 8),) for module, (_, total) in counts.items()}
+    masks = {
+        f"{module}.adaprune_mask": (-(-total // 8),) for module, (_, total) in (config.group_counts or counts).items()
+    }
     missing = [key for key in (*masks, *(config.head_tensors or ())) if f"base_model.model.{key}" not in shapes]
     resized = [key for key, shape in masks.items() if shapes.get(f"base_model.model.{key}", shape) != shape]
     if missing or resized:
