@@ -7,6 +7,7 @@ register()
 
 from .analysis import sparsity_report  # noqa: E402
 from .callback import AdaPruneCallback  # noqa: E402
+from .compaction import compact  # noqa: E402
 from .config import AdaPruneConfig  # noqa: E402
 from .fingerprint import skip_fingerprint_check  # noqa: E402
 from .model import AdaPruneModel  # noqa: E402
@@ -20,6 +21,7 @@ __all__ = [
     "AdaPruneConfig",
     "AdaPruneModel",
     "Pruner",
+    "compact",
     "skip_fingerprint_check",
     "sparsity_report",
 ]

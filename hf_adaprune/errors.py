@@ -31,6 +31,10 @@ class MergeError(AdaPruneError, ValueError):
     """The masks cannot be merged into the weights without changing what the model computes."""
 
 
+class CompactionError(AdaPruneError, ValueError):
+    """The model cannot be made smaller without changing what it computes."""
+
+
 class NonFiniteError(AdaPruneError, FloatingPointError):
     """Training met a NaN or an infinity."""
 

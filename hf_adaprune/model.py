@@ -38,6 +38,14 @@ class AdaPruneModel(BaseTuner):
     tuner_layer_cls = AdaPruneLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
+    @classmethod
+    def around(cls, model: nn.Module) -> AdaPruneModel:
+        """Take hold of a model that has adapters in it already, put there by transformers, say."""
+        tuner = cls.__new__(cls)
+        nn.Module.__init__(tuner)
+        tuner.model = model
+        return tuner
+
     def inject_adapter(
         self,
         model: nn.Module,

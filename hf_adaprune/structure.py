@@ -77,7 +77,7 @@ def plan_units(
     by_layer = _units_by_layer(model, config)
     units = [unit for found in by_layer.values() for unit in found]
     if not config.is_stored and not any(parameter.is_meta for parameter in model.parameters()):
-        units = _verified(model, units)
+        units = verified(model, units)
     for layer, found in by_layer.items():
         missing = set(config.group_kinds) - {unit.kind for unit in found if unit in units}
         if missing and everywhere:
@@ -199,7 +199,7 @@ def _not_found(model: Any, layer: str, config: AdaPruneConfig, missing: set[str]
     )
 
 
-def _verified(model: Any, units: list[Unit]) -> list[Unit]:
+def verified(model: Any, units: list[Unit]) -> list[Unit]:
     """Return the blocks that are what their shapes say, by the gradients of one forward pass.
 
     Every second group of a consumer's inputs is looked at: its gradient must reach the outputs of the producers, and

@@ -14,7 +14,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForSequenceClassification
 from hf_adaprune import AdaPruneConfig
 from hf_adaprune.errors import ConfigError, NoMatchingModuleError, StructureError
 from hf_adaprune.layer import adaprune_layers
-from hf_adaprune.structure import plan_units
+from hf_adaprune.structure import Unit, plan_units, verified
 
 
 # The hidden layers of each kind: who produces them, who reads them.
@@ -137,6 +137,14 @@ def test_heads_whose_rows_lie_otherwise_are_refused() -> None:
     with pytest.raises(StructureError, match="no heads were found"):
         units_of(model, "head")
     assert [unit.num_groups for unit in units_of(model, "neuron").values()] == [40]
+
+
+def test_a_layer_that_has_no_part_in_what_is_read_is_no_producer() -> None:
+    layer = "bert.encoder.layer.0"
+    true = Unit("neuron", f"{layer}.output.dense", (f"{layer}.intermediate.dense",), 40, 1)
+    false = Unit("neuron", f"{layer}.output.dense", (*true.producers, f"{layer}.attention.self.query"), 8, 5)
+    assert verified(make_model(), [true]) == [true]
+    assert verified(make_model(num_attention_heads=4, hidden_size=40), [false]) == []
 
 
 def test_masks_that_no_layer_is_named_for_are_refused() -> None:
