@@ -17,12 +17,12 @@ MODEL_TYPE = "adaprune_compact"
 class CompactConfig(PreTrainedConfig):
     """The configuration of a model that `compact` has made smaller, layer by layer.
 
-    What is read is an instance of a subclass of the original model's own configuration, which has these fields besides.
+    What is read is an instance of a subclass of the original model's own configuration, with these fields besides.
 
     Args:
         base_model_type (`str`): The original model's `model_type`.
         compact_widths (`dict[str, list[int]]`): For each linear layer that was shrunk its inputs and outputs.
-        compact_heads (`dict[str, dict]`): For each attention module that lost heads how many it had, and which are left.
+        compact_heads (`dict[str, dict]`): For each attention module that lost heads how many it had, and which it has.
     """
 
     model_type = MODEL_TYPE

@@ -85,7 +85,7 @@ def _kept_groups(base: Any) -> dict[str, tuple[Unit, torch.Tensor]]:
                 kept[unit.consumer] = unit, mask & kept.get(unit.consumer, (unit, mask))[1]
     if not kept:
         raise CompactionError(
-            "There is nothing to remove: no active mask is of neurons or heads, and one of single weights leaves every "
+            "There is nothing to remove: no active mask is of neurons or heads, and one of single weights leaves each "
             'matrix its shape. Train with `granularity="neuron"`, "head" or "neuron+head"; for a 2:4 mask see '
             "`to_semi_structured`."
         )
@@ -145,7 +145,8 @@ def _make_special(dense: Any, widths: dict[str, tuple[int, int]], heads: dict[st
     for module in dense.modules():
         if vars(module).get("config") is old:
             vars(module)["config"] = config
-    dense.__class__ = model_class(type(dense), special)
+    cls: Any = type(dense)
+    dense.__class__ = model_class(cls, special)
 
 
 @torch.no_grad()

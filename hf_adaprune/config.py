@@ -180,6 +180,11 @@ class AdaPruneConfig(PeftConfig):
         found = re.fullmatch(r"(\d+):(\d+)", self.granularity)
         return (int(found[1]), int(found[2])) if found else None
 
+    @property
+    def mask_lengths(self) -> dict[str, int]:
+        """How many entries each mask of a stored adapter has: weights, or groups."""
+        return {name: length for name, (_, length) in (self.group_counts or self.module_counts or {}).items()}
+
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> AdaPruneConfig:
         """Make one of the named configurations, with some fields changed.

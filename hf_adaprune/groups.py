@@ -73,6 +73,14 @@ class Groups:
         per_entry = groups.repeat_interleave(self.unit.width)
         return per_entry.repeat(outputs // len(per_entry))
 
+    def masks(self, groups: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Turn one value a group into one for each weight of each layer of the block."""
+        masks = {self.unit.consumer: self.spread(groups)}
+        for name, producer in self.producers.items():
+            rows = self.rows(producer, groups)
+            masks[name] = (rows if input_dim(producer) == 0 else rows.unsqueeze(1)).expand(producer.weight.shape)
+        return masks
+
     def counts(self, num_pruned: int) -> dict[str, tuple[int, int]]:
         """Return, for each layer of the block, how many weights go with so many groups, and how many it has."""
         layers = {**self.producers, self.unit.consumer: self.consumer}

@@ -144,7 +144,7 @@ class Pruner:
         a warning: nothing was trained after that.
         """
         before, sparsity, target = self._masks(), self.sparsity, self.config.final_sparsity
-        self._set(self._topk_masks(target))
+        self.prune_to(target)
         if self.sparsity <= sparsity:
             self._set(before)
             return
@@ -154,6 +154,14 @@ class Pruner:
             '`selection="threshold"`, raise `drift` or the learning rate.',
             stacklevel=2,
         )
+
+    @torch.no_grad()
+    def prune_to(self, sparsity: float) -> None:
+        """Keep the highest scores, so many that exactly a fraction `sparsity` in [0, 1] of all masked weights goes.
+
+        Of whole groups, as many go as come nearest to that.
+        """
+        self._set(self._topk_masks(sparsity))
 
     def pop_flip_rate(self) -> float:
         """Return the share of mask entries that changed since the last call, in [0, 1]."""

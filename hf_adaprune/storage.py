@@ -17,6 +17,8 @@ from .errors import AdapterFileError
 
 
 if TYPE_CHECKING:
+    import torch
+
     from .config import AdaPruneConfig
 
 _put_off: ContextVar[list[tuple[Path, Callable[[], None]]] | None] = ContextVar("hf_adaprune_put_off", default=None)
@@ -93,24 +95,50 @@ def check_weights_file(name: str, config: AdaPruneConfig, subfolder: str | None,
     Raises:
         AdapterFileError: If they are.
     """
+    path = _find_weights(name, subfolder, **hub)
+    if path is not None and path.exists():
+        _check_tensors(path, config)
+
+
+def read_masks(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: Any) -> dict[str, torch.Tensor]:
+    """Read a stored adapter's masks, packed as they are stored, and nothing else of it.
+
+    Args:
+        name (`str`): The adapter's folder, or its name on the Hub.
+        config (`AdaPruneConfig`): Its configuration.
+        subfolder (`str`, *optional*): Where in it the adapter is.
+        hub: What `huggingface_hub.hf_hub_download` takes besides.
+
+    Returns:
+        `dict[str, torch.Tensor]`: For each mask a `uint8` tensor of shape `(ceil(entries / 8),)`.
+
+    Raises:
+        AdapterFileError: If the weights are a pickle, or are not all there.
+    """
+    path = _find_weights(name, subfolder, **hub) or Path(name, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+    _check_tensors(path, config)
+    with safe_open(path, framework="pt") as file:
+        return {module: file.get_tensor(f"base_model.model.{module}.adaprune_mask") for module in config.mask_lengths}
+
+
+def _find_weights(name: str, subfolder: str | None, **hub: Any) -> Path | None:
+    """Return where an adapter's weights are, or ought to be; `None` if the Hub cannot be asked."""
     folder = Path(name, subfolder or "")
     if folder.is_dir():
         path = folder / SAFETENSORS_WEIGHTS_NAME
         pickled = not path.exists() and (folder / WEIGHTS_NAME).exists()
     else:
         try:
-            path = Path(hf_hub_download(name, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub))
-            pickled = False
+            return Path(hf_hub_download(name, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub))
         except LocalEntryNotFoundError:
-            return
+            return None
         except EntryNotFoundError:
             path = folder / SAFETENSORS_WEIGHTS_NAME
             known = {key: hub[key] for key in ("revision", "token") if key in hub}
             pickled = file_exists(name, f"{subfolder}/{WEIGHTS_NAME}" if subfolder else WEIGHTS_NAME, **known)
     if pickled:
         raise AdapterFileError(_refusal(folder / WEIGHTS_NAME))
-    if path.exists():
-        _check_tensors(path, config)
+    return path
 
 
 def _refusal(path: str | Path) -> str:
@@ -130,10 +158,7 @@ def _check_tensors(path: Path, config: AdaPruneConfig) -> None:
         raise AdapterFileError(
             f"{path} cannot be read ({error}): it is cut short, or is no safetensors file. Fetch the adapter again."
         ) from None
-    counts = config.module_counts or {}
-    masks = {
-        f"{module}.adaprune_mask": (-(-total // 8),) for module, (_, total) in (config.group_counts or counts).items()
-    }
+    masks = {f"{module}.adaprune_mask": (-(-length // 8),) for module, length in config.mask_lengths.items()}
     missing = [key for key in (*masks, *(config.head_tensors or ())) if f"base_model.model.{key}" not in shapes]
     resized = [key for key, shape in masks.items() if shapes.get(f"base_model.model.{key}", shape) != shape]
     if missing or resized:

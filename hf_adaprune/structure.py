@@ -93,6 +93,14 @@ def plan_units(
     return {unit.consumer: unit for unit in chosen}
 
 
+def stored_units(model: Any, config: AdaPruneConfig) -> dict[str, Unit]:
+    """Return the blocks whose groups a stored adapter masks, by the names of their consumers."""
+    if not config.group_counts:
+        return {}
+    units = [unit for found in _units_by_layer(model, config).values() for unit in found]
+    return {unit.consumer: unit for unit in units if unit.consumer in config.group_counts}
+
+
 def check_patterns(model: nn.Module, config: AdaPruneConfig, matches: Callable[[AdaPruneConfig, str], object]) -> None:
     """Raise if an n:m mask does not fit the inputs of a layer that it is for.
 

@@ -16,6 +16,7 @@ from test_architectures import DOORS, Trained, train
 from tiny import HEADS, logits_of, loss_of, make_batch, make_model, train_masks
 
 from hf_adaprune import AdaPruneConfig, Pruner, sparsity_report
+from hf_adaprune.analysis import load_masks, model_masks
 from hf_adaprune.layer import adaprune_layers
 from hf_adaprune.masks import topk_mask
 from hf_adaprune.selection import protect_best, prune_groups
@@ -347,3 +348,15 @@ def test_masks_of_groups_pick_the_highest_scores_of_their_block() -> None:
     for _, layer in adaprune_layers(model):
         scores = layer.adaprune_scores["default"].detach()
         assert torch.equal(layer.entries("default"), topk_mask(scores, 30, layer.measure("default")))
+
+
+def test_masks_of_groups_are_read_without_their_base_as_masks_of_all_their_weights(trained: Trained) -> None:
+    masks, counts = load_masks(trained.adapter), sparsity_report(trained.model).modules
+    assert {name: (~mask).sum() for name, mask in masks.items()} == {
+        module.name.removeprefix("base_model.model."): module.num_pruned for module in counts
+    }
+    held = model_masks(trained.model)
+    assert list(held) == list(masks)
+    assert all(torch.equal(held[name], mask) for name, mask in masks.items())
+    merged = trained.open("PeftModel").merge_and_unload()
+    assert all(torch.equal(mask, merged.get_submodule(name).weight != 0) for name, mask in masks.items())

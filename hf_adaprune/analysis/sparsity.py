@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import AdaPruneConfig
 from ..errors import NotPrunedError
 from ..layer import module_counts
+from .names import component_of, in_order, layer_of
 
 
 if TYPE_CHECKING:
@@ -34,13 +34,12 @@ class ModuleSparsity:
     @property
     def layer(self) -> str:
         """The number of the layer that the module is in, or `"embeddings"` outside of the numbered layers."""
-        number = re.search(r"\.(\d+)\.", self.name)
-        return number[1] if number else "embeddings"
+        return layer_of(self.name)
 
     @property
     def component(self) -> str:
         """What the module is in its layer: `"attention.self.query"`, say."""
-        return re.split(r"\.\d+\.", self.name, maxsplit=1)[-1] if self.layer != "embeddings" else self.name
+        return component_of(self.name)
 
     @property
     def sparsity(self) -> float:
@@ -118,7 +117,8 @@ def sparsity_report(model: Any, adapter_name: str = "default") -> SparsityReport
         >>> sparsity_report(PeftConfig.from_pretrained("me/my-adapter")).by_layer()
     """
     if isinstance(model, AdaPruneConfig):
-        counts, num_parameters = model.module_counts or {}, model.num_parameters or 0
+        stored = model.module_counts or {}
+        counts, num_parameters = {name: stored[name] for name in in_order(list(stored))}, model.num_parameters or 0
     else:
         counts = {name: list(count) for name, count in module_counts(model, adapter_name).items()}
         num_parameters = model.peft_config[adapter_name].num_parameters if counts else 0

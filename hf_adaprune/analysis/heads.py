@@ -1,0 +1,140 @@
+"""What is left of each attention head."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig
+
+from ..config import AdaPruneConfig
+from .names import component_of, layer_of
+from .neurons import check_matrices
+from .sources import Masks, transformers_config
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+# How models name the four matrices of attention; the output is the one whose name holds "att" and none of the others.
+_INPUTS = {
+    "query": ("query", "query_proj", "q_lin", "q_proj", "q"),
+    "key": ("key", "key_proj", "k_lin", "k_proj", "k"),
+    "value": ("value", "value_proj", "v_lin", "v_proj", "v"),
+}
+_OUTPUTS = ("dense", "out_lin", "out_proj", "o_proj", "o")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What the heads of one layer keep.
+
+    Args:
+        layer (`str`): The number of the layer.
+        kept (`dict[str, numpy.ndarray]`):
+            For `"query"`, `"key"`, `"value"` and `"output"`, as far as they are masked, the share of its weights
+            that each head keeps, in [0, 1], of shape `(heads,)`. A head has rows of the first three and columns of the
+            last; rows that several heads share are each one's.
+    """
+
+    layer: str
+    kept: dict[str, NDArray[np.float64]]
+
+    @property
+    def share_kept(self) -> NDArray[np.float64]:
+        """The share of its weights that each head keeps, in [0, 1]: the mean over its matrices."""
+        return np.mean(list(self.kept.values()), axis=0)
+
+    @property
+    def empty(self) -> NDArray[np.int64]:
+        """The heads with nothing left."""
+        return np.flatnonzero(self.share_kept == 0)
+
+    @property
+    def dead(self) -> NDArray[np.int64]:
+        """The heads that add nothing that depends on the input: all values, or all outputs, are pruned."""
+        paths = [self.kept[part] == 0 for part in ("value", "output") if part in self.kept]
+        return np.flatnonzero(np.any(paths, axis=0)) if paths else np.array([], dtype=np.int64)
+
+
+def attention_heads(masks: Masks, config: PretrainedConfig | AdaPruneConfig) -> list[Heads]:
+    """Tell for each attention head how much of it is kept.
+
+    Args:
+        masks (`Masks`): What `load_masks` or `model_masks` returns.
+        config (`PretrainedConfig` or `AdaPruneConfig`): `model.config`, or the configuration of a stored adapter.
+
+    Returns:
+        `list[Heads]`: One entry a layer.
+
+    Raises:
+        ValueError: If none of the modules is known as a matrix of attention, as where one holds query, key and value
+            together, or its size is no multiple of the number of heads.
+
+    Example:
+
+        >>> attention_heads(load_masks("me/sst2-adaprune"), PeftConfig.from_pretrained("me/sst2-adaprune"))
+    """
+    check_matrices(masks)
+    config = transformers_config(config)
+    num_heads = config.num_attention_heads
+    sharing = num_heads // (getattr(config, "num_key_value_heads", None) or num_heads)
+    layers: dict[str, dict[str, NDArray[np.float64]]] = defaultdict(dict)
+    for name, mask in masks.items():
+        part = _part(component_of(name))
+        if part is None:
+            continue
+        rows = mask.T if part == "output" else mask
+        groups = num_heads // sharing if part in ("key", "value") else num_heads
+        if rows.shape[0] % groups:
+            raise ValueError(f"{name!r} must have a multiple of {groups} heads' rows, got {rows.shape[0]}.")
+        share = rows.reshape(groups, -1).mean(1, dtype=torch.float64).cpu().numpy()
+        layers[layer_of(name)][part] = np.repeat(share, num_heads // groups)
+    if not layers:
+        raise ValueError(
+            f"No matrix of attention is known among {sorted({component_of(name) for name in masks})}; known are "
+            f"{[names[0] for names in _INPUTS.values()]} and their kin, one matrix each."
+        )
+    return [Heads(layer, kept) for layer, kept in layers.items()]
+
+
+def _part(component: str) -> str | None:
+    *path, last = component.split(".")
+    for part, names in _INPUTS.items():
+        if last in names:
+            return part
+    return "output" if last in _OUTPUTS and any("att" in step for step in path) else None
+
+
+def plot_heads(found: list[Heads]) -> Figure:
+    """Draw the share that each head keeps, in per cent; a cross marks the dead.
+
+    Args:
+        found (`list[Heads]`): What `attention_heads` returns.
+
+    Returns:
+        `matplotlib.figure.Figure`: A figure that belongs to no window; save it with `savefig`.
+    """
+    from matplotlib.figure import Figure
+
+    grid = np.stack([layer.share_kept for layer in found])
+    figure = Figure(figsize=(2.2 + 0.4 * grid.shape[1], 1.3 + 0.32 * len(found)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(grid, cmap="Blues", vmin=0, aspect="auto")
+    for row, layer in enumerate(found):
+        for head, share in enumerate(layer.share_kept):
+            mark = "x" if head in layer.dead else f"{100 * share:.0f}"
+            color = "white" if share > 0.6 * grid.max() else "black"
+            axes.text(head, row, mark, ha="center", va="center", fontsize=9, color=color)
+    axes.set_xticks(range(grid.shape[1]))
+    axes.set_yticks(range(len(found)), [layer.layer for layer in found])
+    axes.set_xlabel("head")
+    axes.set_ylabel("layer")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    figure.colorbar(image, ax=axes, label="share kept", shrink=0.9)
+    return figure

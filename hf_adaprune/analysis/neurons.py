@@ -1,0 +1,162 @@
+"""How many connections each neuron has left."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+from .names import component_of
+from .sources import Masks
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """How many weights each neuron of one module keeps.
+
+    Args:
+        name (`str`): The module's name.
+        in_degrees (`numpy.ndarray`):
+            Integers of shape `(outputs,)`: how many weights are kept in each row of the mask; in an embedding, where
+            rows are tokens, `(tokens,)`.
+        out_degrees (`numpy.ndarray`): Integers of shape `(inputs,)`: how many are kept in each column.
+    """
+
+    name: str
+    in_degrees: NDArray[np.int64]
+    out_degrees: NDArray[np.int64]
+
+    @property
+    def density(self) -> float:
+        """The share of the module's weights that is kept, in [0, 1]."""
+        return float(self.in_degrees.sum() / (self.in_degrees.size * self.out_degrees.size))
+
+    @property
+    def dead_outputs(self) -> NDArray[np.int64]:
+        """The rows that are wholly pruned: what is left of such a neuron is its bias."""
+        return np.flatnonzero(self.in_degrees == 0)
+
+    @property
+    def dead_inputs(self) -> NDArray[np.int64]:
+        """The columns that are wholly pruned: what comes in there is not looked at."""
+        return np.flatnonzero(self.out_degrees == 0)
+
+    @property
+    def chance_dead(self) -> tuple[float, float]:
+        """How many outputs and inputs would be dead if each weight were kept with the same probability."""
+        outputs, inputs = self.in_degrees.size, self.out_degrees.size
+        return outputs * (1 - self.density) ** inputs, inputs * (1 - self.density) ** outputs
+
+    @property
+    def dispersion(self) -> tuple[float, float]:
+        """The variance of the in- and the out-degrees over that of a random mask: 1 by chance, more if uneven.
+
+        NaN where nothing, or everything, is pruned.
+        """
+        outputs, inputs = self.in_degrees.size, self.out_degrees.size
+        spread = self.density * (1 - self.density)
+        if not spread:
+            return float("nan"), float("nan")
+        # The sum over all rows is given, so their variance is that much smaller than the binomial one.
+        return (
+            float(self.in_degrees.var(ddof=1) / (inputs * spread)) if outputs > 1 else float("nan"),
+            float(self.out_degrees.var(ddof=1) / (outputs * spread)) if inputs > 1 else float("nan"),
+        )
+
+
+def neuron_degrees(masks: Masks) -> dict[str, Degrees]:
+    """Count the connections of each neuron.
+
+    Args:
+        masks (`Masks`): What `load_masks` or `model_masks` returns, of shape `(outputs, inputs)` each.
+
+    Returns:
+        `dict[str, Degrees]`: The counts, by module.
+
+    Raises:
+        ValueError: If a mask is not a matrix.
+
+    Example:
+
+        >>> {name: len(found.dead_outputs) for name, found in neuron_degrees(load_masks("me/sst2-adaprune")).items()}
+    """
+    check_matrices(masks)
+    return {
+        name: Degrees(name, mask.sum(1, dtype=torch.int64).cpu().numpy(), mask.sum(0, dtype=torch.int64).cpu().numpy())
+        for name, mask in masks.items()
+    }
+
+
+def check_matrices(masks: Masks) -> None:
+    """Raise if there are no masks, or one of them is not a matrix.
+
+    Raises:
+        ValueError: If so.
+    """
+    flat = [name for name, mask in masks.items() if mask.dim() != 2]
+    if flat or not masks:
+        raise ValueError(
+            f"Masks must be matrices; there are {len(masks)}, and these are not: {flat}. An adapter whose model "
+            "transformers does not know is stored without shapes: reshape them, or take `model_masks` of the model."
+        )
+
+
+def plot_degrees(found: Iterable[Degrees]) -> Figure:
+    """Draw the distributions of the degrees of each component, all layers together, beside those of random masks.
+
+    Args:
+        found (`Iterable[Degrees]`): What `neuron_degrees` returns, its values.
+
+    Returns:
+        `matplotlib.figure.Figure`: A figure that belongs to no window; save it with `savefig`.
+    """
+    from matplotlib.figure import Figure
+
+    components: dict[str, list[Degrees]] = defaultdict(list)
+    for module in found:
+        components[component_of(module.name)].append(module)
+    figure = Figure(figsize=(7.2, 0.6 + 1.25 * len(components)), layout="constrained")
+    grid = figure.subplots(len(components), 2, squeeze=False)
+    for row, (component, modules) in zip(grid, components.items(), strict=True):
+        fans = [modules[0].out_degrees.size, modules[0].in_degrees.size]
+        pooled = [
+            np.concatenate([module.in_degrees for module in modules]),
+            np.concatenate([module.out_degrees for module in modules]),
+        ]
+        for axes, values, fan in zip(row, pooled, fans, strict=True):
+            _draw_degrees(axes, values, fan)
+        row[0].set_ylabel(component.replace(".", ".\n"), rotation=0, ha="right", va="center", fontsize=9)
+    for axes, title in zip(grid[0], ("inputs kept by a neuron", "outputs kept by an input"), strict=True):
+        axes.set_title(title, fontsize=10)
+    shares = [axes.dataLim for axes in grid.flat]
+    for axes in grid.flat:
+        axes.set_xlim(min(box.x0 for box in shares) - 0.02, max(box.x1 for box in shares) + 0.02)
+    for axes in grid[-1]:
+        axes.set_xlabel("share kept")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower right", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def _draw_degrees(axes: Any, values: NDArray[np.int64], fan: int) -> None:
+    # Bins of whole counts: else their edges draw stripes.
+    step = -(-fan // 48)
+    edges = np.arange(-0.5, fan + step, step)
+    random = np.diff(stats.binom(fan, values.mean() / fan).cdf(edges))
+    counts = np.histogram(values, edges)[0] / values.size
+    seen = (counts > 0) | (random > 1e-3)
+    centres = ((edges[1:] + edges[:-1]) / 2 / fan)[seen]
+    axes.bar(centres, counts[seen], step / fan, color="tab:blue", label="mask")
+    axes.plot(centres, random[seen], color="black", linewidth=1, label="random mask")
+    axes.set_yticks([])
+    axes.spines[["left", "right", "top"]].set_visible(False)

@@ -1,0 +1,172 @@
+"""Where masks come from: a stored adapter, without its base, or a model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..config import AdaPruneConfig
+from ..errors import NoMatchingModuleError, NotPrunedError
+from ..groups import Groups
+from ..layer import AdaPruneLayer, adaprune_layers
+from ..masks import unpack_mask
+from ..storage import read_masks
+from ..structure import stored_units
+from .names import in_order
+
+
+# The masks of one adapter: module name -> boolean tensor, True = kept.
+Masks = Mapping[str, torch.Tensor]
+
+
+def load_masks(name_or_path: str | Path, *, subfolder: str | None = None, **hub: Any) -> dict[str, torch.Tensor]:
+    """Read the masks of a stored adapter. Its base is neither needed nor loaded.
+
+    Args:
+        name_or_path (`str` or `Path`): The adapter's folder, or its name on the Hub.
+        subfolder (`str`, *optional*): Where in it the adapter is.
+        hub: What `huggingface_hub.hf_hub_download` takes besides: `revision`, `token`, `cache_dir`, ...
+
+    Returns:
+        `dict[str, torch.Tensor]`:
+            The mask of each module, boolean, True = kept, of shape `(outputs, inputs)`: a `Conv1D` is turned over.
+            A mask of neurons or heads is given as those of all the modules that they have weights in.
+            That of an embedding is of shape `(tokens, width)`. An adapter of a model that is not one of transformers'
+            own does not tell its shapes: its masks are flat.
+
+    Raises:
+        AdapterFileError: If the weights are a pickle, or are not all there.
+        NotPrunedError: If the adapter is of another method, or holds no masks.
+        ValueError: If there is no adapter of that name.
+
+    Example:
+
+        >>> masks = load_masks("me/sst2-adaprune", revision="v2")
+    """
+    config = PeftConfig.from_pretrained(str(name_or_path), subfolder=subfolder, **hub)
+    if not isinstance(config, AdaPruneConfig) or not config.module_counts:
+        raise NotPrunedError(
+            f"{str(name_or_path)!r} must be an adapter that AdaPrune has saved; it is one of the method "
+            f"{config.peft_type.value}, and its configuration tells of no masks. Name another."
+        )
+    packed = read_masks(str(name_or_path), config, subfolder, **hub)
+    skeleton: Any = _skeleton(config)
+    units = {} if skeleton is None else stored_units(skeleton, config)
+    masks: dict[str, torch.Tensor] = {}
+    for name, bits in packed.items():
+        module: Any = None if skeleton is None else skeleton.get_submodule(name)
+        if name in units:
+            groups = Groups.of(units[name], skeleton)
+            masks |= groups.masks(unpack_mask(bits, groups.shape))
+        else:
+            shape = torch.Size([config.mask_lengths[name]]) if module is None else module.weight.shape
+            masks[name] = unpack_mask(bits, shape)
+    return _outputs_first(masks, skeleton)
+
+
+def model_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+    """Return the masks of a model in memory, in training or not.
+
+    Args:
+        model (`torch.nn.Module`): A model with an AdaPrune adapter.
+        adapter_name (`str`): Which adapter of the model.
+
+    Returns:
+        `dict[str, torch.Tensor]`: As `load_masks`; the names and shapes are the same.
+
+    Raises:
+        NotPrunedError: If the model has no such adapter.
+    """
+    layers = {_plain(name): layer for name, layer in adaprune_layers(model, adapter_name)}
+    if not layers:
+        raise NotPrunedError(f"The model has no masks under the adapter name {adapter_name!r}.")
+    masks: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
+        groups = layer.groups(adapter_name)
+        masks |= {name: layer.mask(adapter_name)} if groups is None else groups.masks(layer.entries(adapter_name))
+    return _outputs_first(masks, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def model_weights(model: nn.Module, masks: Masks) -> dict[str, torch.Tensor]:
+    """Return the weights that masks belong to, from the base or from any model that holds it.
+
+    Args:
+        model (`torch.nn.Module`): The base, with or without a head or an adapter.
+        masks (`Masks`): What `load_masks` or `model_masks` returns.
+
+    Returns:
+        `dict[str, torch.Tensor]`: For each mask its weight, of the mask's shape.
+
+    Raises:
+        NoMatchingModuleError: If the model lacks one of the modules, or has it in another size.
+    """
+    modules = {_plain(name): module for name, module in model.named_modules()}
+    # A base that was loaded without a head has no name for its body.
+    prefix = getattr(model, "base_model_prefix", "")
+    modules = {f"{prefix}.{name}": module for name, module in modules.items()} | modules
+    weights, missing = {}, []
+    for name, mask in masks.items():
+        module = modules.get(name)
+        module = module.get_base_layer() if isinstance(module, AdaPruneLayer) else module
+        weight = getattr(module, "weight", None)
+        weight = weight if weight is None else _turned(weight.detach(), module)
+        if weight is None or weight.numel() != mask.numel():
+            missing.append(name)
+        else:
+            weights[name] = weight.reshape(mask.shape)
+    if missing:
+        raise NoMatchingModuleError(
+            f"The model has no weights of the masks' size under {missing}. Give the base that the adapter was made "
+            "for."
+        )
+    return weights
+
+
+def transformers_config(config: AdaPruneConfig | PretrainedConfig) -> PretrainedConfig:
+    """Return the configuration of the model that a stored adapter was made for.
+
+    Args:
+        config (`AdaPruneConfig` or `PretrainedConfig`): The adapter's; one that is a model's already is returned.
+
+    Returns:
+        `PretrainedConfig`: The model's.
+
+    Raises:
+        NotPrunedError: If the adapter was made for a model that is none of transformers'.
+    """
+    if isinstance(config, PretrainedConfig):
+        return config
+    if config.model_config is None:
+        raise NotPrunedError("The adapter's configuration does not tell what model it was made for.")
+    return AutoConfig.for_model(**config.model_config)
+
+
+def _skeleton(config: AdaPruneConfig) -> nn.Module | None:
+    """Return the adapter's model without weights, or `None` if transformers has no such class."""
+    names = (config.model_config or {}).get("architectures") or [""]
+    cls = getattr(transformers, names[0], None)
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        return None
+    with torch.device("meta"):
+        return cls(transformers_config(config))
+
+
+def _outputs_first(masks: Masks, model: nn.Module | None) -> dict[str, torch.Tensor]:
+    modules: Any = {} if model is None else {name: model.get_submodule(name) for name in masks}
+    return {name: _turned(masks[name], modules.get(name)) for name in in_order(list(masks))}
+
+
+def _turned(tensor: torch.Tensor, module: Any) -> torch.Tensor:
+    return tensor.T if isinstance(getattr(module, "base_layer", module), Conv1D) else tensor
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("base_model.model.")
