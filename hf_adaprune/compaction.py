@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
+from .compact_card import CompactCard
 from .compact_model import config_class, model_class
 from .errors import CompactionError
 from .groups import Groups
 from .head import LayerAverageHead
-from .layer import adaprune_layers
+from .layer import AdaPruneLayer, adaprune_layers
 from .merging import merged
 from .shrink import keep_heads, keep_inputs, keep_outputs
 from .structure import Unit, features
@@ -44,6 +47,23 @@ def compact(model: Any) -> PreTrainedModel:
         >>> model = AutoPeftModelForSequenceClassification.from_pretrained("me/bert-sst2-neurons")
         >>> compact(model).save_pretrained("bert-sst2-small")
     """
+    base = _base(model)
+    kept, dense = _kept_groups(base), merged(model)
+    expected, before = _hidden_states(dense), dense.num_parameters()
+    shapes = {name: features(module) for name, module in maskable(dense)}
+    heads = _remove_groups(dense, kept.values())
+    widths = {name: features(module) for name, module in maskable(dense) if features(module) != shapes[name]}
+    is_stock = not heads and _is_stock(dense, shapes, widths)
+    if not is_stock:
+        _make_special(dense, widths, heads)
+    _compare(dense, expected)
+    blocks = [(name, int(mask.sum()), len(mask), unit.kind) for name, (unit, mask) in kept.items()]
+    config = next(layer.config(name) for _, layer in adaprune_layers(base) for name in _active(layer))
+    CompactCard(config, type(dense).__name__, is_stock, before, dense.num_parameters(), blocks).attach(dense)
+    return dense
+
+
+def _base(model: Any) -> PreTrainedModel:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base, PreTrainedModel):
         raise CompactionError(f"`compact` takes a transformers model with an adapter, got a {type(model).__name__}.")
@@ -52,33 +72,19 @@ def compact(model: Any) -> PreTrainedModel:
             '`head="layer_average"` is no part of the model that transformers would build again: leave the adapter on '
             "its base."
         )
-    kept = _kept_groups(base)
-    dense = merged(model)
-    expected = _hidden_states(dense)
-    shapes = {name: features(module) for name, module in maskable(dense)}
-    heads = {}
-    for unit, mask in kept.values():
-        if mask.all():
-            continue
-        _remove(dense, unit, mask)
-        if unit.kind == "head":
-            attention = unit.producers[0].rpartition(".")[0]
-            heads[attention] = {"of": unit.num_groups, "kept": mask.nonzero().squeeze(1).tolist()}
-            keep_heads(dense.get_submodule(attention), **_renamed(heads[attention]))
-    widths = {name: features(module) for name, module in maskable(dense) if features(module) != shapes[name]}
-    if heads or not _is_stock(dense, shapes, widths):
-        _make_special(dense, widths, heads)
-    _compare(dense, expected)
-    return dense
+    return base
 
 
-def _kept_groups(base: Any) -> dict[str, tuple[Unit, torch.Tensor]]:
+def _active(layer: AdaPruneLayer) -> list[str]:
+    names = [] if layer.disable_adapters else layer.merged_adapters or layer.active_adapters
+    return [name for name in names if name in layer.adaprune_mask]
+
+
+def _kept_groups(base: nn.Module) -> dict[str, tuple[Unit, torch.Tensor]]:
     """Return for each block what is left of its groups under the active masks."""
     kept: dict[str, tuple[Unit, torch.Tensor]] = {}
     for _, layer in adaprune_layers(base):
-        if layer.disable_adapters:
-            continue
-        for name in layer.merged_adapters or layer.active_adapters:
+        for name in _active(layer):
             groups = layer.groups(name)
             if groups is not None:
                 unit, mask = groups.unit, layer.entries(name).cpu()
@@ -92,17 +98,23 @@ def _kept_groups(base: Any) -> dict[str, tuple[Unit, torch.Tensor]]:
     return kept
 
 
-def _remove(dense: Any, unit: Unit, mask: torch.Tensor) -> None:
-    groups = Groups.of(unit, dense)
-    if not mask.any():
-        raise CompactionError(f"The masks leave {unit.consumer!r} no {unit.kind} at all: activate fewer of them.")
-    keep_inputs(groups.consumer, mask.repeat_interleave(unit.width))
-    for producer in groups.producers.values():
-        keep_outputs(producer, groups.rows(producer, mask))
-
-
-def _renamed(head: dict[str, Any]) -> dict[str, Any]:
-    return {"num_heads": head["of"], "kept": head["kept"]}
+def _remove_groups(dense: nn.Module, kept: Iterable[tuple[Unit, torch.Tensor]]) -> dict[str, dict[str, Any]]:
+    """Take the pruned groups out of the layers; return which heads each attention module is left with."""
+    heads: dict[str, dict[str, Any]] = {}
+    for unit, mask in kept:
+        if mask.all():
+            continue
+        if not mask.any():
+            raise CompactionError(f"The active masks leave {unit.consumer!r} no {unit.kind} at all: activate fewer.")
+        groups = Groups.of(unit, dense)
+        keep_inputs(groups.consumer, mask.repeat_interleave(unit.width))
+        for producer in groups.producers.values():
+            keep_outputs(producer, groups.rows(producer, mask))
+        if unit.kind == "head":
+            attention = unit.producers[0].rpartition(".")[0]
+            heads[attention] = {"of": unit.num_groups, "kept": mask.nonzero().squeeze(1).tolist()}
+            keep_heads(dense.get_submodule(attention), unit.num_groups, heads[attention]["kept"])
+    return heads
 
 
 def _is_stock(dense: Any, shapes: dict[str, tuple[int, int]], widths: dict[str, tuple[int, int]]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftConfig
 
+from .advice import speed_advice
 from .analysis import plot_sparsity, sparsity_report
 from .config import AdaPruneConfig
 
@@ -34,7 +35,16 @@ _AUTO_CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 _OPTIONS = (
-    *("final_sparsity", "selection", "scope", "pruning_start", "pruning_end", "score_init", "estimator"),
+    *(
+        "final_sparsity",
+        "granularity",
+        "selection",
+        "scope",
+        "pruning_start",
+        "pruning_end",
+        "score_init",
+        "estimator",
+    ),
     *("score_lr_ratio", "head_lr_ratio", "drift", "mask_embeddings", "head"),
 )
 
@@ -76,17 +86,38 @@ def write_model_card(
     if picture:
         plot_sparsity(sparsity_report(config)).savefig(folder / PICTURE, dpi=150)
     drawn = PICTURE if (folder / PICTURE).is_file() else None
-    path = folder / "README.md"
-    written: Any = ModelCard.load(path, ignore_metadata_errors=True) if path.exists() else None
+    written = _written(folder)
     if metrics is None and written is not None:
         metrics = {result.metric_type: result.metric_value for result in written.data.eval_results or []}
-    card = _render(config, name or folder.resolve().name, dict(metrics or {}), dataset, drawn)
+    return put_card(folder, _render(config, name or folder.resolve().name, dict(metrics or {}), dataset, drawn))
+
+
+def put_card(folder: Path, card: ModelCard) -> ModelCard:
+    """Write a card to a folder; of one that stands there, keep the text and metadata that somebody has written."""
+    written, path = _written(folder), folder / "README.md"
     if written is not None and "[More Information Needed]" not in written.text:
         card = _update(written, card)
     aside = path.with_suffix(".tmp")
     card.save(aside)
     aside.replace(path)
     return card
+
+
+def describe_base(base: str | None) -> tuple[str | None, str]:
+    """Return a base's name if it is one on the Hub, and how a card's text speaks of it."""
+    on_hub = base is not None and not Path(base).exists() and _REPOSITORY.fullmatch(base) is not None
+    text = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{Path(base or 'a local model').name}`"
+    return base if on_hub else None, text
+
+
+def pipeline_of(config: AdaPruneConfig) -> str | None:
+    """Return the name of the pipeline that an adapter's model is for."""
+    return _PIPELINES.get(str(getattr(config.task_type, "value", config.task_type)))
+
+
+def _written(folder: Path) -> Any:
+    path = folder / "README.md"
+    return ModelCard.load(path, ignore_metadata_errors=True) if path.exists() else None
 
 
 def _update(written: Any, card: Any) -> ModelCard:
@@ -106,9 +137,7 @@ def _update(written: Any, card: Any) -> ModelCard:
 def _render(
     config: AdaPruneConfig, name: str, metrics: dict[str, float], dataset: str | None, picture: str | None
 ) -> ModelCard:
-    base, task = config.base_model_name_or_path, str(getattr(config.task_type, "value", config.task_type))
-    on_hub = base is not None and not Path(base).exists() and _REPOSITORY.fullmatch(base) is not None
-    pipeline = _PIPELINES.get(task)
+    (base, description), pipeline = describe_base(config.base_model_name_or_path), pipeline_of(config)
     results = [
         EvalResult(
             task_type=pipeline or "other",
@@ -120,8 +149,8 @@ def _render(
         for metric, value in metrics.items()
     ]
     data = ModelCardData(
-        base_model=base if on_hub else None,
-        base_model_relation="adapter" if on_hub else None,
+        base_model=base,
+        base_model_relation="adapter" if base else None,
         datasets=[dataset] if dataset else None,
         eval_results=results or None,
         library_name="peft",
@@ -129,7 +158,7 @@ def _render(
         pipeline_tag=pipeline,
         tags=["adaprune", "pruning", "sparse", "transformers"],
     )
-    auto_class = _AUTO_CLASSES.get(task)
+    auto_class = _AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)))
     return ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
@@ -137,9 +166,11 @@ def _render(
         end=END,
         title=name,
         name=name,
-        base=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{Path(base or 'a local model').name}`",
+        base=description,
         module="transformers" if auto_class else "peft",
         auto_class=auto_class or "AutoPeftModel",
+        advice=speed_advice(config),
+        grouped=bool(config.group_kinds),
         report=sparsity_report(config),
         metrics=metrics,
         picture=picture,
