@@ -8,6 +8,7 @@ register()
 from .analysis import sparsity_report  # noqa: E402
 from .callback import AdaPruneCallback  # noqa: E402
 from .combine import combine_adapters  # noqa: E402
+from .compaction import compact  # noqa: E402
 from .config import AdaPruneConfig  # noqa: E402
 from .fingerprint import skip_fingerprint_check  # noqa: E402
 from .mixed_batch import mixed_batch  # noqa: E402
@@ -23,6 +24,7 @@ __all__ = [
     "AdaPruneModel",
     "Pruner",
     "combine_adapters",
+    "compact",
     "mixed_batch",
     "skip_fingerprint_check",
     "sparsity_report",

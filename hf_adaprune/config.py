@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ FORMAT_VERSION = 1
 
 ESTIMATORS = ("straight_through", "sigmoid")
 SCORE_INITS = ("wanda", "magnitude", "normal", "constant")
+GRANULARITIES = ("weight", "neuron", "head", "neuron+head")
 SCOPES = ("module", "kind", "global")
 SELECTIONS = ("topk", "threshold")
 HEADS = ("model", "layer_average")
@@ -65,6 +67,13 @@ class AdaPruneConfig(PeftConfig):
         layers_to_transform (`list[int]` or `int`, *optional*):
             Mask these layers only. Needs `target_modules` as a list.
         layers_pattern (`list[str]` or `str`, *optional*): Name of the module that numbers the layers.
+        granularity (`str`):
+            What has one score, and is kept or pruned as a whole. `"weight"`: each weight. `"2:4"`, or any `"n:m"`:
+            each weight, and of every `m` next to each other along the inputs the best `n` are kept; `final_sparsity`
+            must be `1 - n / m`. `"neuron"`: a unit of a feed-forward's hidden layer, its row (or pair of rows) in one
+            matrix and its column in the next. `"head"`: an attention head, in query, key, value and output.
+            `"neuron+head"`: both, under one budget of weights with `scope="global"`. Whole groups are pruned, to the
+            nearest one in each scope, and each block keeps one at least.
         mask_embeddings (`bool`): Whether to mask the input (word) embeddings too.
         modules_to_save (`list[str]`, *optional*):
             Modules that are trained and saved whole. The task head is always added: everything outside
@@ -85,6 +94,7 @@ class AdaPruneConfig(PeftConfig):
             `"wanda"`: the ranks, among the weights of one output, of |w| times the norm of the input that w multiplies
             in the first step, spread evenly over [0, 2] (arXiv 2306.11695). `"magnitude"`: the ranks of |w| in the
             matrix, over [0, 2]. `"normal"`: N(0.01, 0.001^2). `"constant"`: 0.01 everywhere (ties are broken by |w|).
+            A group is ranked in its block, by the sum of |w| over its weights, or of Wanda's over those that read it.
         estimator (`str`):
             How gradients reach the scores: `"straight_through"`, or `"sigmoid"` with the two temperatures (Eq. 4).
         forward_temperature (`float`, *optional*):
@@ -103,6 +113,9 @@ class AdaPruneConfig(PeftConfig):
         num_parameters (`int`, *optional*): Written when an adapter is made; how many the whole model has.
         module_counts (`dict[str, list[int]]`, *optional*):
             Written when an adapter is saved; for each masked module how many weights are pruned, and how many it has.
+        group_counts (`dict[str, list[int]]`, *optional*):
+            Written when an adapter is saved whose masks are of neurons or heads; for each mask how many groups are
+            pruned, and how many there are.
         head_tensors (`list[str]`, *optional*): Written when an adapter is saved; the names of its head's tensors.
         combination (`str`, *optional*): Written by `combine_adapters`; how the masks were made, and of which adapters.
         mask_codec (`str`): How masks are stored.
@@ -119,6 +132,7 @@ class AdaPruneConfig(PeftConfig):
     exclude_modules: set[str] | list[str] | str | None = _option(None, "Modules to spare.")
     layers_to_transform: list[int] | int | None = _option(None, "Layers to mask; needs target_modules as a list.")
     layers_pattern: list[str] | str | None = _option(None, "Name of the module that numbers the layers.")
+    granularity: str = _option("weight", f"One of {GRANULARITIES}, or n:m, as in 2:4.")
     mask_embeddings: bool = _option(False, "Whether to mask the input embeddings too.")
     modules_to_save: list[str] | None = _option(None, "Modules to train and save whole, besides the task head.")
     head: str = _option("model", f"One of {HEADS}.")
@@ -139,6 +153,7 @@ class AdaPruneConfig(PeftConfig):
     model_config: dict[str, Any] | None = _option(None, "The model's own configuration.")
     num_parameters: int | None = _option(None, "How many parameters the whole model has.")
     module_counts: dict[str, list[int]] | None = _option(None, "Pruned and all weights of each masked module.")
+    group_counts: dict[str, list[int]] | None = _option(None, "Pruned and all groups of each mask of groups.")
     head_tensors: list[str] | None = _option(None, "Names of the tensors of the saved head.")
     combination: str | None = _option(None, "How the masks were made of those of other adapters.")
     mask_codec: str = _option(PACKED_BITS, "How masks are stored.")
@@ -156,6 +171,22 @@ class AdaPruneConfig(PeftConfig):
         problems = self._problems()
         if problems:
             raise ConfigError("\n".join(problems))
+
+    @property
+    def group_kinds(self) -> tuple[str, ...]:
+        """What whole groups are pruned: `"neuron"`, `"head"`, both, or none."""
+        return () if self.granularity == "weight" or self.n_of_m else tuple(self.granularity.split("+"))
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """How many of how many neighbouring weights are kept, under such a granularity."""
+        found = re.fullmatch(r"(\d+):(\d+)", self.granularity)
+        return (int(found[1]), int(found[2])) if found else None
+
+    @property
+    def mask_lengths(self) -> dict[str, int]:
+        """How many entries each mask of a stored adapter has: weights, or groups."""
+        return {name: length for name, (_, length) in (self.group_counts or self.module_counts or {}).items()}
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> AdaPruneConfig:
@@ -244,6 +275,7 @@ class AdaPruneConfig(PeftConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 problems.append(f"`{name}` must be one of {list(allowed)}, got {getattr(self, name)!r}.")
+        problems += self._problems_of_granularity()
         if self.format_version > FORMAT_VERSION:
             problems.append(
                 f"The adapter has format version {self.format_version}, this hf_adaprune reads up to "
@@ -253,6 +285,24 @@ class AdaPruneConfig(PeftConfig):
             problems.append("`layers_to_transform` needs `target_modules` as a list of names.")
         if self.layers_pattern and self.layers_to_transform is None:
             problems.append("`layers_pattern` needs `layers_to_transform`.")
+        return problems
+
+    def _problems_of_granularity(self) -> list[str]:
+        problems, pattern = [], self.n_of_m
+        if self.granularity not in GRANULARITIES and not (pattern and 0 < pattern[0] < pattern[1]):
+            return [
+                f"`granularity` must be one of {list(GRANULARITIES)}, or 'n:m' with 0 < n < m, as in '2:4'; got "
+                f"{self.granularity!r}."
+            ]
+        if pattern and abs(self.final_sparsity - (1 - pattern[0] / pattern[1])) > 1e-9:
+            problems.append(
+                f"`granularity={self.granularity!r}` prunes {1 - pattern[0] / pattern[1]:g} of the weights: "
+                f"`final_sparsity` must be that, got {self.final_sparsity}."
+            )
+        if pattern and self.selection != "topk":
+            problems.append(f"`granularity={self.granularity!r}` needs `selection='topk'`, got {self.selection!r}.")
+        if self.granularity != "weight" and self.mask_embeddings:
+            problems.append(f"`granularity={self.granularity!r}` masks no embeddings: leave `mask_embeddings` False.")
         return problems
 
     def _mistyped(self) -> list[tuple[str, type, Any]]:

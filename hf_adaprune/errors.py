@@ -15,6 +15,10 @@ class NoMatchingModuleError(AdaPruneError, NoMatchingPeftModuleError):
     """No module, or not every named one, is there to be masked."""
 
 
+class StructureError(AdaPruneError, ValueError):
+    """The model is not built so that its neurons or attention heads can be told apart."""
+
+
 class BaseMismatchError(AdaPruneError, ValueError):
     """The adapter belongs to another base model than the one it is being put on."""
 
@@ -25,6 +29,10 @@ class AdapterFileError(AdaPruneError, ValueError):
 
 class MergeError(AdaPruneError, ValueError):
     """The masks cannot be merged into the weights without changing what the model computes."""
+
+
+class CompactionError(AdaPruneError, ValueError):
+    """The model cannot be made smaller without changing what it computes."""
 
 
 class NonFiniteError(AdaPruneError, FloatingPointError):

@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .binarize import sigmoid_relaxation, straight_through
 from .config import AdaPruneConfig
+from .groups import Groups
 from .masks import pack_mask, topk_mask, unpack_mask
-from .scores import initial_scores, scores_from_mask, wanda_ranks
+from .scores import initial_scores, magnitude_ranks, scores_from_mask, wanda_ranks
 
 
 class _Effective(NamedTuple):
@@ -33,12 +34,12 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
 
     A mask is one bit a weight: `adaprune_mask[adapter]`, a `uint8` buffer of shape `(ceil(weights / 8),)`, is what is
     saved and loaded. `adaprune_scores[adapter]`, real and of the weight's shape, exists only while an adapter is
-    trained. What `forward` computes depends on the mask alone: scores only receive a gradient, and `Pruner` turns
-    them into the next mask.
+    trained. Where whole groups of inputs are masked, both have one entry a group (`Groups`). What `forward` computes
+    depends on the mask alone: scores only receive a gradient, and `Pruner` turns them into the next mask.
     """
 
     adapter_layer_names: tuple[str, ...] = ("adaprune_scores",)
-    other_param_names: tuple[str, ...] = ("adaprune_mask", "_unpacked", "_configs")
+    other_param_names: tuple[str, ...] = ("adaprune_mask", "_unpacked", "_configs", "_groups")
     # Which dimension of the weight the inputs run along, if the inputs are real.
     input_dim: int | None = None
 
@@ -55,7 +56,9 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         disable_adapters: bool
         merged: bool
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: AdaPruneConfig) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: AdaPruneConfig, groups: Groups | None = None
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.adaprune_scores = nn.ParameterDict()
@@ -63,6 +66,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         # The masks of adapters in training, unpacked: newer than the buffer, which is only packed to be saved.
         self._unpacked: dict[str, torch.Tensor] = {}
         self._configs: dict[str, AdaPruneConfig] = {}
+        self._groups: dict[str, Groups] = {}
         self._effective: _Effective | None = None
         self._removed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._disable_adapters = False
@@ -70,48 +74,77 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         self.cast_input_dtype_enabled = True
         self.in_features, self.out_features = self._features(base_layer)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
+        self.update_layer(adapter_name, config, groups)
 
     @staticmethod
     def _features(base_layer: Any) -> tuple[int, int]:
         return base_layer.in_features, base_layer.out_features
 
-    def update_layer(self, adapter_name: str, config: AdaPruneConfig) -> None:
+    def update_layer(self, adapter_name: str, config: AdaPruneConfig, groups: Groups | None = None) -> None:
         """Add an adapter that keeps every weight, with scores if it is to be trained."""
         weight = self.get_base_layer().weight
-        self.adaprune_mask[adapter_name] = pack_mask(torch.ones_like(weight, dtype=torch.bool, device="cpu")).to(
-            weight.device
-        )
         self._configs[adapter_name] = config
+        if groups is not None:
+            self._groups[adapter_name] = groups
+        everything = torch.ones(self._entries(adapter_name), dtype=torch.bool, device="cpu")
+        self.adaprune_mask[adapter_name] = pack_mask(everything).to(weight.device)
         if not config.inference_mode:
-            self.adaprune_scores[adapter_name] = nn.Parameter(initial_scores(weight.detach(), config))
+            self.adaprune_scores[adapter_name] = nn.Parameter(initial_scores(self.measure(adapter_name), config))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def mask(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's mask: boolean, of the weight's shape, True = kept."""
+        return self._spread(adapter_name, self.entries(adapter_name))
+
+    def entries(self, adapter_name: str) -> torch.Tensor:
+        """Return the adapter's mask as it is scored: one entry a group where groups are masked, else one a weight."""
         if adapter_name in self._unpacked:
             return self._unpacked[adapter_name].to(self.weight.device)
-        return unpack_mask(self.adaprune_mask[adapter_name], self.weight.shape)
+        return unpack_mask(self.adaprune_mask[adapter_name], self._entries(adapter_name))
+
+    def groups(self, adapter_name: str) -> Groups | None:
+        """Return the groups that the adapter masks as a whole, or `None` where it masks single weights."""
+        return self._groups.get(adapter_name)
+
+    def measure(self, adapter_name: str) -> torch.Tensor:
+        """Return what is known of each entry of the mask beforehand: the weight, or the sum of |w| over the group."""
+        groups = self.groups(adapter_name)
+        return self.weight.detach() if groups is None else groups.magnitudes()
+
+    def _entries(self, adapter_name: str) -> torch.Size:
+        groups = self.groups(adapter_name)
+        return self.weight.shape if groups is None else groups.shape
+
+    def _spread(self, adapter_name: str, values: torch.Tensor) -> torch.Tensor:
+        groups = self.groups(adapter_name)
+        return values if groups is None else groups.spread(values)
 
     def config(self, adapter_name: str) -> AdaPruneConfig:
         """Return the adapter's configuration."""
         return self._configs[adapter_name]
 
     def set_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
-        """Replace the mask of an adapter in training."""
+        """Replace the mask of an adapter in training, as it is scored (see `entries`)."""
         self._unpacked[adapter_name] = mask
 
     @torch.no_grad()
     def calibrate_scores(self, adapter_name: str, input_norm: torch.Tensor) -> None:
         """Start the scores anew, from the weights and the norms of this layer's inputs, of shape `(in_features,)`."""
         assert self.input_dim is not None
-        ranks = wanda_ranks(self.weight, input_norm, self.input_dim)
+        groups = self.groups(adapter_name)
+        if groups is None:
+            ranks = wanda_ranks(self.weight, input_norm, self.input_dim)
+        else:
+            # A group is worth what is read of it: the importance of Wanda, added up (as in FLAP, arXiv 2312.11983).
+            read = self.weight.float().abs().movedim(self.input_dim, -1) * input_norm
+            ranks = magnitude_ranks(groups.sums(read.movedim(-1, self.input_dim)))
         self.adaprune_scores[adapter_name].copy_(ranks / self._configs[adapter_name].score_lr_ratio)
 
     def count(self, adapter_name: str) -> tuple[int, int]:
-        """Return how many weights the adapter prunes here, and how many there are."""
-        mask = self.mask(adapter_name)
-        return mask.numel() - int(mask.count_nonzero()), mask.numel()
+        """Return how many weights the adapter's mask prunes, and how many it decides on, in other layers too."""
+        mask, groups = self.entries(adapter_name), self.groups(adapter_name)
+        size = 1 if groups is None else groups.size
+        return (mask.numel() - int(mask.count_nonzero())) * size, mask.numel() * size
 
     def match_scores_to_mask(self, adapter_name: str) -> bool:
         """Make scores that stand for the adapter's mask where its own do not; return whether they were made anew.
@@ -119,21 +152,16 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         The scores of an adapter are not saved with it. One that is loaded to be trained on has a mask, and the scores
         of a fresh adapter.
         """
-        mask = self.mask(adapter_name)
+        mask, measure = self.entries(adapter_name), self.measure(adapter_name)
         scores, config = self.adaprune_scores[adapter_name], self._configs[adapter_name]
-        if not scores.is_meta and torch.equal(self._mask_of(scores.detach(), mask, config), mask):
+        if not scores.is_meta and torch.equal(_mask_of(scores.detach(), mask, measure, config), mask):
             return False
-        made = scores_from_mask(self.weight.detach(), mask, config)
+        made = scores_from_mask(measure, mask, config)
         if scores.is_meta:
             self.adaprune_scores[adapter_name] = nn.Parameter(made, requires_grad=scores.requires_grad)
         else:
             scores.data.copy_(made)
         return True
-
-    def _mask_of(self, scores: torch.Tensor, mask: torch.Tensor, config: AdaPruneConfig) -> torch.Tensor:
-        if config.selection == "threshold":
-            return scores > 0
-        return topk_mask(scores, int(mask.count_nonzero()), self.weight)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Zero the pruned weights in the base layer; what was there is kept for `unmerge`."""
@@ -183,7 +211,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             if not self._is_trained(name):
                 weight = weight * mask.view(torch.uint8)
                 continue
-            config, scores = self._configs[name], self.adaprune_scores[name]
+            config, scores = self._configs[name], self._spread(name, self.adaprune_scores[name])
             if config.estimator == "straight_through":
                 weight = straight_through(weight, scores, mask)
             else:
@@ -296,11 +324,20 @@ class Embedding(AdaPruneLayer):
         return embedded if scale is None else embedded * scale.to(embedded.dtype)
 
 
-def wrap(module: nn.Module, adapter_name: str, config: AdaPruneConfig) -> AdaPruneLayer | None:
+def _mask_of(scores: torch.Tensor, mask: torch.Tensor, measure: torch.Tensor, config: AdaPruneConfig) -> torch.Tensor:
+    """Return what the scores select, of as many entries as the mask keeps."""
+    if config.selection == "threshold":
+        return scores > 0
+    return topk_mask(scores, int(mask.count_nonzero()), measure)
+
+
+def wrap(
+    module: nn.Module, adapter_name: str, config: AdaPruneConfig, groups: Groups | None = None
+) -> AdaPruneLayer | None:
     """Return the masked layer for a module, or `None` if there is none for its type."""
     for base_cls, layer_cls in MASKABLE.items():
         if isinstance(module, base_cls):
-            return layer_cls(module, adapter_name, config)
+            return layer_cls(module, adapter_name, config, groups)
     return None
 
 
@@ -309,6 +346,23 @@ MASKABLE: dict[type[nn.Module], type[AdaPruneLayer]] = {
     Conv1D: Conv1DLinear,
     nn.Embedding: Embedding,
 }
+
+
+def module_counts(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, int]]:
+    """Return how many weights an adapter prunes in each module, and how many it has, by the module's name.
+
+    Where groups are masked, that is every module that a group has weights in.
+    """
+    counts: dict[str, tuple[int, int]] = {}
+    for name, layer in adaprune_layers(model, adapter_name):
+        groups = layer.groups(adapter_name)
+        if groups is None:
+            counts[name] = layer.count(adapter_name)
+            continue
+        prefix = name.removesuffix(groups.unit.consumer)
+        num_pruned = int((~layer.entries(adapter_name)).count_nonzero())
+        counts |= {f"{prefix}{key}": count for key, count in groups.counts(num_pruned).items()}
+    return counts
 
 
 def adaprune_layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, AdaPruneLayer]]:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -23,11 +24,14 @@ from .combine import combine_adapters
 from .config import AdaPruneConfig
 from .errors import AdapterFileError, ConfigError, MergeError, NoMatchingModuleError
 from .fingerprint import fingerprint, fingerprints_are_checked
+from .groups import Groups
 from .head import check_architecture, fitting_head, plan_head
-from .layer import MASKABLE, AdaPruneLayer, Embedding, adaprune_layers, wrap
+from .layer import MASKABLE, AdaPruneLayer, Embedding, adaprune_layers, module_counts, wrap
 from .mixed_batch import mixed_batch
 from .publish import push_with_card
+from .selection import check_reachable
 from .storage import forget_check, load_checked, save_weights_first
+from .structure import check_patterns, plan_units
 from .targets import linear_endings, no_match, resolve_targets
 
 
@@ -40,6 +44,14 @@ class AdaPruneModel(BaseTuner):
     prefix = "adaprune_"
     tuner_layer_cls = AdaPruneLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    @classmethod
+    def around(cls, model: nn.Module) -> AdaPruneModel:
+        """Take hold of a model that has adapters in it already, put there by transformers, say."""
+        tuner = cls.__new__(cls)
+        nn.Module.__init__(tuner)
+        tuner.model = model
+        return tuner
 
     def inject_adapter(
         self,
@@ -76,7 +88,7 @@ class AdaPruneModel(BaseTuner):
         plan_head(model, config)
         if state_dict is not None:
             config.target_modules = {key.rpartition(f".{self.prefix}")[0] for key in state_dict if self.prefix in key}
-        resolve_targets(model, config)
+        self._plan(model, config)
         self._check_targets(model, config)
         targets = config.target_modules
         keeper = (active_head(model) or ActiveHead(model)) if isinstance(model, PreTrainedModel) else None
@@ -98,6 +110,15 @@ class AdaPruneModel(BaseTuner):
             check = CheckOnce(adapter_name, config)
             check.handle = model.register_forward_pre_hook(check)
 
+    def _plan(self, model: nn.Module, config: AdaPruneConfig) -> None:
+        """Write into the configuration which modules have masks, and find the groups that these are of."""
+        everywhere = config.target_modules in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND)
+        resolve_targets(model, config)
+        units = plan_units(model, config, self._check_target_module_exists, everywhere)
+        self._groups = {name: Groups.of(unit, model) for name, unit in units.items()}
+        check_reachable(self._groups, config)
+        check_patterns(model, config, self._check_target_module_exists)
+
     def _check_targets(self, model: nn.Module, config: AdaPruneConfig) -> None:
         for name, module in model.named_modules():
             maskable = isinstance(module, (BaseTunerLayer, *MASKABLE))
@@ -114,10 +135,11 @@ class AdaPruneModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        groups = self._groups.get(current_key)
         if isinstance(target, AdaPruneLayer):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, peft_config, groups)
             return
-        layer = wrap(target, adapter_name, peft_config)
+        layer = wrap(target, adapter_name, peft_config, groups)
         if layer is None:
             raise _unmaskable(current_key, target)
         if adapter_name not in self.active_adapters:
@@ -168,10 +190,18 @@ class AdaPruneModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             run_checks(self.model)
+            self._zero_producers(kwargs.get("adapter_names"))
         for hook in list(self.model._forward_pre_hooks.values()):
             if isinstance(hook, (ActiveHead, CheckOnce)):
                 hook.handle.remove()
         return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+
+    def _zero_producers(self, adapter_names: list[str] | None) -> None:
+        for _, layer in adaprune_layers(self.model):
+            for name in {*(adapter_names or layer.active_adapters), *layer.merged_adapters}:
+                groups = layer.groups(name)
+                if groups is not None:
+                    groups.zero_producers(layer.entries(name))
 
     def _check_merge_allowed(self) -> None:
         for name, layer in adaprune_layers(self.model):
@@ -205,7 +235,10 @@ class AdaPruneModel(BaseTuner):
             # PEFT saves the weight of an embedding that is targeted. The base has it.
             del state_dict[key]
         masks = {key: state_dict[key] for key in (f"{name}.adaprune_mask.{adapter_name}" for name in layers)}
-        config.module_counts = {_plain(name): list(layer.count(adapter_name)) for name, layer in layers.items()}
+        config.module_counts = {
+            _plain(name): list(count) for name, count in module_counts(model, adapter_name).items()
+        }
+        config.group_counts = _group_counts(layers, adapter_name)
         _report_unfinished(config, any(adapter_name in layer.adaprune_scores for layer in layers.values()))
         keys = head_keys(model, adapter_name)
         head = [state_dict[key] for key in keys]
@@ -227,7 +260,7 @@ class AdaPruneModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         problems = []
         for name, layer in adaprune_layers(model, adapter_name):
-            key, size = f"{name}.adaprune_mask.{adapter_name}", -(-layer.weight.numel() // 8)
+            key, size = f"{name}.adaprune_mask.{adapter_name}", layer.adaprune_mask[adapter_name].numel()
             mask = remapped.get(key)
             if mask is None:
                 problems.append(f"no mask for {name!r}")
@@ -256,10 +289,17 @@ def _count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if not added & set(name.split(".")))
 
 
+def _group_counts(layers: dict[str, AdaPruneLayer], adapter_name: str) -> dict[str, list[int]] | None:
+    masks = {_plain(name): layer.entries(adapter_name) for name, layer in layers.items() if layer.groups(adapter_name)}
+    return {name: [int((~mask).sum()), mask.numel()] for name, mask in masks.items()} or None
+
+
 def _report_unfinished(config: AdaPruneConfig, is_trained: bool) -> None:
     """Log, once, that an adapter in training is saved before it is as sparse as it was asked to be."""
     pruned, total = (sum(counts) for counts in zip(*(config.module_counts or {}).values(), strict=True))
-    if is_trained and pruned < round(config.final_sparsity * total):
+    # Whole groups are pruned to the nearest one: of each block half a group may be missing.
+    missing = sum(total // count[1] // 2 + 1 for count in (config.group_counts or {}).values())
+    if is_trained and pruned + missing < round(config.final_sparsity * total):
         logger.warning_once(
             f"The adapter is saved at a sparsity of {pruned / total:.4f}, below its `final_sparsity` of "
             f"{config.final_sparsity}: training has not ended. In your own loop, call `Pruner.finalize()` at its end."

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftConfig
 
+from .advice import speed_advice
 from .analysis import plot_sparsity, sparsity_report
 from .config import AdaPruneConfig
 
@@ -37,7 +38,16 @@ _AUTO_CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 _OPTIONS = (
-    *("final_sparsity", "selection", "scope", "pruning_start", "pruning_end", "score_init", "estimator"),
+    *(
+        "final_sparsity",
+        "granularity",
+        "selection",
+        "scope",
+        "pruning_start",
+        "pruning_end",
+        "score_init",
+        "estimator",
+    ),
     *("score_lr_ratio", "head_lr_ratio", "drift", "mask_embeddings", "head"),
 )
 
@@ -84,13 +94,18 @@ def write_model_card(
         plot_sparsity(sparsity_report(config)).savefig(folder / PICTURE, dpi=150)
     drawn = PICTURE if (folder / PICTURE).is_file() else None
     path = Path(card or folder / CARD)
-    written: Any = ModelCard.load(path, ignore_metadata_errors=True) if path.exists() else None
+    written = _written(path)
     if written is not None:
         name = name or _title(written.text)
         if metrics is None:
             metrics = {result.metric_type: result.metric_value for result in written.data.eval_results or []}
     name = name or folder.resolve().name
-    made = _render(config, name, subfolder, dict(metrics or {}), dataset, drawn)
+    return put_card(path, _render(config, name, subfolder, dict(metrics or {}), dataset, drawn))
+
+
+def put_card(path: Path, made: ModelCard) -> ModelCard:
+    """Write a card; of one that stands there, keep the text and metadata that somebody has written."""
+    written = _written(path)
     if written is not None and _UNFILLED not in written.text:
         made = _update(written, made)
     aside = path.with_suffix(".tmp")
@@ -126,6 +141,22 @@ def _without_peft_version(text: str) -> str:
     return re.sub(r"\n### Framework versions\n+- PEFT \S+\s*\Z", "\n", text)
 
 
+def describe_base(base: str | None) -> tuple[str | None, str]:
+    """Return a base's name if it is one on the Hub, and how a card's text speaks of it."""
+    on_hub = _on_hub(base)
+    text = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{Path(base or 'a local model').name}`"
+    return base if on_hub else None, text
+
+
+def pipeline_of(config: AdaPruneConfig) -> str | None:
+    """Return the name of the pipeline that an adapter's model is for."""
+    return _PIPELINES.get(str(getattr(config.task_type, "value", config.task_type)))
+
+
+def _written(path: Path) -> Any:
+    return ModelCard.load(path, ignore_metadata_errors=True) if path.exists() else None
+
+
 def _update(written: Any, card: Any) -> ModelCard:
     block = card.text[card.text.index(BEGIN) : card.text.index(END) + len(END)]
     card.text = replace_block(_without_peft_version(written.text), BEGIN, END, block)
@@ -154,9 +185,7 @@ def _render(
     dataset: str | None,
     picture: str | None,
 ) -> ModelCard:
-    base, task = config.base_model_name_or_path, str(getattr(config.task_type, "value", config.task_type))
-    on_hub = _on_hub(base)
-    pipeline = _PIPELINES.get(task)
+    (base, description), pipeline = describe_base(config.base_model_name_or_path), pipeline_of(config)
     results = [
         EvalResult(
             task_type=pipeline or "other",
@@ -168,8 +197,8 @@ def _render(
         for metric, value in metrics.items()
     ]
     data = ModelCardData(
-        base_model=base if on_hub else None,
-        base_model_relation="adapter" if on_hub else None,
+        base_model=base,
+        base_model_relation="adapter" if base else None,
         datasets=[dataset] if dataset else None,
         eval_results=results or None,
         library_name="peft",
@@ -177,7 +206,7 @@ def _render(
         pipeline_tag=pipeline,
         tags=["adaprune", "pruning", "sparse", "transformers"],
     )
-    auto_class = _AUTO_CLASSES.get(task)
+    auto_class = _AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)))
     return ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
@@ -186,9 +215,11 @@ def _render(
         title=name,
         name=name,
         subfolder=subfolder,
-        base=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{Path(base or 'a local model').name}`",
+        base=description,
         module="transformers" if auto_class else "peft",
         auto_class=auto_class or "AutoPeftModel",
+        advice=speed_advice(config),
+        grouped=bool(config.group_kinds),
         report=sparsity_report(config),
         metrics=metrics,
         picture=picture,

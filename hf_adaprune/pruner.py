@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -15,8 +13,9 @@ from .calibration import InputNorms
 from .config import AdaPruneConfig
 from .errors import NonFiniteError, NotPrunedError
 from .layer import adaprune_layers
-from .masks import sparsity_of, topk_mask
+from .masks import topk_mask
 from .schedule import cubic_sparsity
+from .selection import protect_best, prune_groups, share_threshold
 
 
 class Pruner:
@@ -67,6 +66,7 @@ class Pruner:
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
             for parameter in module.modules_to_save[adapter_name].parameters()
         ]
+        self._measures: dict[str, torch.Tensor] = {}
         self._reference: dict[str, torch.Tensor] = {}
         self._remember()
         # An adapter that is trained on starts from its mask, and not from the schedule's beginning.
@@ -77,7 +77,8 @@ class Pruner:
     @property
     def sparsity(self) -> float:
         """The fraction of the masked weights that is pruned now, in [0, 1]."""
-        return sparsity_of(self._masks().values())
+        pruned, total = zip(*(layer.count(self.adapter_name) for layer in self.layers.values()), strict=True)
+        return sum(pruned) / sum(total)
 
     @property
     def target_sparsity(self) -> float:
@@ -128,6 +129,9 @@ class Pruner:
                 )
         if self.config.selection == "threshold":
             masks = {name: score > 0 for name, score in scores.items()}
+            if self.config.group_kinds:
+                # A block keeps its best group.
+                masks = {name: mask | (scores[name] == scores[name].max()) for name, mask in masks.items()}
         else:
             masks = self._topk_masks(self.target_sparsity)
         self._set(masks)
@@ -139,9 +143,10 @@ class Pruner:
         A run that was cut short, or drifted too little, is below its target. Its lowest scores are pruned then, with
         a warning: nothing was trained after that.
         """
-        sparsity, target = self.sparsity, self.config.final_sparsity
-        num_weights = sum(mask.numel() for mask in self._masks().values())
-        if round(sparsity * num_weights) >= round(target * num_weights):
+        before, sparsity, target = self._masks(), self.sparsity, self.config.final_sparsity
+        self.prune_to(target)
+        if self.sparsity <= sparsity:
+            self._set(before)
             return
         warnings.warn(
             f"Training ended at a sparsity of {sparsity:.4f}, below `final_sparsity={target}`: the lowest scores were "
@@ -149,11 +154,13 @@ class Pruner:
             '`selection="threshold"`, raise `drift` or the learning rate.',
             stacklevel=2,
         )
-        self.prune_to(target)
 
     @torch.no_grad()
     def prune_to(self, sparsity: float) -> None:
-        """Keep the highest scores, so many that exactly a fraction `sparsity` in [0, 1] of all masked weights goes."""
+        """Keep the highest scores, so many that exactly a fraction `sparsity` in [0, 1] of all masked weights goes.
+
+        Of whole groups, as many go as come nearest to that.
+        """
         self._set(self._topk_masks(sparsity))
 
     def pop_flip_rate(self) -> float:
@@ -176,7 +183,7 @@ class Pruner:
         self._remember()
 
     def _masks(self) -> dict[str, torch.Tensor]:
-        return {name: layer.mask(self.adapter_name) for name, layer in self.layers.items()}
+        return {name: layer.entries(self.adapter_name) for name, layer in self.layers.items()}
 
     def _scores(self) -> dict[str, torch.Tensor]:
         return {name: layer.adaprune_scores[self.adapter_name] for name, layer in self.layers.items()}
@@ -205,13 +212,26 @@ class Pruner:
                 parameter.copy_(previous + ratio * (parameter - previous))
                 previous.copy_(parameter)
 
+    def _group_masks(self, sparsity: float) -> dict[str, torch.Tensor]:
+        layers, adapter, scores = self.layers, self.adapter_name, self._scores()
+        masks: dict[str, torch.Tensor] = {}
+        if not self._measures:
+            self._measures = {name: layer.measure(adapter) for name, layer in layers.items()}
+        for names in share_threshold(layers, self.config.scope):
+            measures = [self._measures[name] for name in names]
+            sizes = [layers[name].count(adapter)[1] // len(scores[name]) for name in names]
+            chosen = prune_groups([scores[name] for name in names], measures, sizes, sparsity)
+            masks.update(zip(names, chosen, strict=True))
+        return masks
+
     def _topk_masks(self, sparsity: float) -> dict[str, torch.Tensor]:
-        groups: dict[str, list[str]] = defaultdict(list)
-        for name in self.layers:
-            groups[self._group(name)].append(name)
+        if self.config.group_kinds:
+            return self._group_masks(sparsity)
         scores, masks = self._scores(), {}
+        if self.config.n_of_m is not None:
+            scores = {name: self._protected(name, score) for name, score in scores.items()}
         seen = pruned = 0
-        for names in groups.values():
+        for names in share_threshold(self.layers, self.config.scope):
             shapes = [scores[name].shape for name in names]
             # Rounding the running total, and not each group, makes the whole exact.
             seen += sum(shape.numel() for shape in shapes)
@@ -223,10 +243,11 @@ class Pruner:
             masks.update({name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)})
         return masks
 
-    def _group(self, name: str) -> str:
-        if self.config.scope == "global":
-            return ""
-        return re.sub(r"\.\d+(?=\.)", "", name) if self.config.scope == "kind" else name
+    def _protected(self, name: str, scores: torch.Tensor) -> torch.Tensor:
+        layer, pattern = self.layers[name], self.config.n_of_m
+        assert pattern is not None
+        assert layer.input_dim is not None
+        return protect_best(scores, layer.weight, *pattern, layer.input_dim)
 
 
 def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:

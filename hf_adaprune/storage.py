@@ -116,7 +116,7 @@ def read_masks(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: 
         hub: What `huggingface_hub.hf_hub_download` takes besides.
 
     Returns:
-        `dict[str, torch.Tensor]`: For each masked module a `uint8` tensor of shape `(ceil(weights / 8),)`.
+        `dict[str, torch.Tensor]`: For each mask a `uint8` tensor of shape `(ceil(entries / 8),)`.
 
     Raises:
         AdapterFileError: If the weights are a pickle, or are not all there.
@@ -124,10 +124,7 @@ def read_masks(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: 
     path = _find_weights(name, subfolder, **hub) or Path(name, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
     _check_tensors(path, config)
     with safe_open(path, framework="pt") as file:
-        return {
-            module: file.get_tensor(f"base_model.model.{module}.adaprune_mask")
-            for module in config.module_counts or {}
-        }
+        return {module: file.get_tensor(f"base_model.model.{module}.adaprune_mask") for module in config.mask_lengths}
 
 
 def _find_weights(name: str, subfolder: str | None, **hub: Any) -> Path | None:
@@ -189,8 +186,7 @@ def check_shapes(path: str | Path, shapes: dict[str, tuple[int, ...]], config: A
     Raises:
         AdapterFileError: If it does.
     """
-    counts = config.module_counts or {}
-    masks = {f"{module}.adaprune_mask": (-(-total // 8),) for module, (_, total) in counts.items()}
+    masks = {f"{module}.adaprune_mask": (-(-length // 8),) for module, length in config.mask_lengths.items()}
     missing = [key for key in (*masks, *(config.head_tensors or ())) if f"base_model.model.{key}" not in shapes]
     resized = [key for key, shape in masks.items() if shapes.get(f"base_model.model.{key}", shape) != shape]
     if missing or resized:

@@ -29,7 +29,7 @@ def resolve_targets(model: Any, config: AdaPruneConfig) -> None:
     names = config.target_modules
     if names is None or (isinstance(names, str) and names.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND):
         trained = [*(config.modules_to_save or []), *head_modules(model)]
-        found = {name for name, module in _maskable(model) if not _is_under(name, trained)}
+        found = {name for name, module in maskable(model) if not _is_under(name, trained)}
         names = {name for name in found if name.startswith(body_name(model))} - _headless_pooler(model)
     if config.mask_embeddings:
         embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
@@ -40,7 +40,7 @@ def resolve_targets(model: Any, config: AdaPruneConfig) -> None:
                 "Name the module in `target_modules` instead."
             )
         names = names | set(named) if isinstance(names, set) else f"(?:{names})|{re.escape(named[0])}"
-    endings = sorted({name.rpartition(".")[2] for name, _ in _maskable(model)})
+    endings = sorted({name.rpartition(".")[2] for name, _ in maskable(model)})
     if isinstance(names, set):
         modules = [name for name, _ in model.named_modules()]
         unmatched = sorted(name for name in names if not any(_ends_with(module, name) for module in modules))
@@ -59,10 +59,11 @@ def no_match(names: object, endings: list[str]) -> str:
 
 def linear_endings(model: nn.Module) -> list[str]:
     """Return the last parts of the names of all modules that could be masked by default."""
-    return sorted({name.rpartition(".")[2] for name, _ in _maskable(model)})
+    return sorted({name.rpartition(".")[2] for name, _ in maskable(model)})
 
 
-def _maskable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def maskable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the names and modules that can be masked: every linear layer but a language model's output layer."""
     head = output_embeddings(model)
     wrapped: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -80,7 +81,7 @@ def _headless_pooler(model: nn.Module) -> set[str]:
     # The pooler of a model without a head gets no gradient from most losses: it is left as it is.
     if body_name(model):
         return set()
-    return {name for name, _ in _maskable(model) if name == "pooler" or name.startswith("pooler.")}
+    return {name for name, _ in maskable(model) if name == "pooler" or name.startswith("pooler.")}
 
 
 def _ends_with(module: str, name: str) -> bool:

@@ -29,6 +29,11 @@ def test_scores_made_from_a_mask_stand_for_it(preset: str) -> None:
         assert torch.equal(scores > 0, mask)
 
 
+def test_scores_made_from_a_mask_tell_the_lowest_rank_from_the_highest() -> None:
+    scores = scores_from_mask(torch.tensor([1.0, 2.0]), torch.tensor([True, False]), AdaPruneConfig())
+    assert scores[0] > scores[1]
+
+
 def test_the_papers_scores_start_above_zero_around_a_hundredth() -> None:
     torch.manual_seed(0)
     scores = initial_scores(torch.zeros(200, 200), AdaPruneConfig.from_preset("paper"))

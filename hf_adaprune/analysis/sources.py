@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..config import AdaPruneConfig
 from ..errors import NoMatchingModuleError, NotPrunedError
+from ..groups import Groups
 from ..layer import AdaPruneLayer, adaprune_layers
 from ..masks import unpack_mask
 from ..storage import read_masks
+from ..structure import stored_units
 from .names import in_order
 
 
@@ -36,6 +38,7 @@ def load_masks(name_or_path: str | Path, *, subfolder: str | None = None, **hub:
     Returns:
         `dict[str, torch.Tensor]`:
             The mask of each module, boolean, True = kept, of shape `(outputs, inputs)`: a `Conv1D` is turned over.
+            A mask of neurons or heads is given as those of all the modules that they have weights in.
             That of an embedding is of shape `(tokens, width)`. An adapter of a model that is not one of transformers'
             own does not tell its shapes: its masks are flat.
 
@@ -55,14 +58,18 @@ def load_masks(name_or_path: str | Path, *, subfolder: str | None = None, **hub:
             f"{config.peft_type.value}, and its configuration tells of no masks. Name another."
         )
     packed = read_masks(str(name_or_path), config, subfolder, **hub)
-    skeleton = _skeleton(config)
-    masks = {}
-    for name in in_order(list(packed)):
-        total = config.module_counts[name][1]
+    skeleton: Any = _skeleton(config)
+    units = {} if skeleton is None else stored_units(skeleton, config)
+    masks: dict[str, torch.Tensor] = {}
+    for name, bits in packed.items():
         module: Any = None if skeleton is None else skeleton.get_submodule(name)
-        shape = torch.Size([total]) if module is None else module.weight.shape
-        masks[name] = _outputs_first(unpack_mask(packed[name], shape), module)
-    return masks
+        if name in units:
+            groups = Groups.of(units[name], skeleton)
+            masks |= groups.masks(unpack_mask(bits, groups.shape))
+        else:
+            shape = torch.Size([config.mask_lengths[name]]) if module is None else module.weight.shape
+            masks[name] = unpack_mask(bits, shape)
+    return _outputs_first(masks, skeleton)
 
 
 def model_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
@@ -81,10 +88,11 @@ def model_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, to
     layers = {_plain(name): layer for name, layer in adaprune_layers(model, adapter_name)}
     if not layers:
         raise NotPrunedError(f"The model has no masks under the adapter name {adapter_name!r}.")
-    return {
-        name: _outputs_first(layers[name].mask(adapter_name), layers[name].get_base_layer())
-        for name in in_order(list(layers))
-    }
+    masks: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
+        groups = layer.groups(adapter_name)
+        masks |= {name: layer.mask(adapter_name)} if groups is None else groups.masks(layer.entries(adapter_name))
+    return _outputs_first(masks, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 def model_weights(model: nn.Module, masks: Masks) -> dict[str, torch.Tensor]:
@@ -109,7 +117,7 @@ def model_weights(model: nn.Module, masks: Masks) -> dict[str, torch.Tensor]:
         module = modules.get(name)
         module = module.get_base_layer() if isinstance(module, AdaPruneLayer) else module
         weight = getattr(module, "weight", None)
-        weight = weight if weight is None else _outputs_first(weight.detach(), module)
+        weight = weight if weight is None else _turned(weight.detach(), module)
         if weight is None or weight.numel() != mask.numel():
             missing.append(name)
         else:
@@ -151,8 +159,13 @@ def _skeleton(config: AdaPruneConfig) -> nn.Module | None:
         return cls(transformers_config(config))
 
 
-def _outputs_first(tensor: torch.Tensor, module: nn.Module | None) -> torch.Tensor:
-    return tensor.T if isinstance(module, Conv1D) else tensor
+def _outputs_first(masks: Masks, model: nn.Module | None) -> dict[str, torch.Tensor]:
+    modules: Any = {} if model is None else {name: model.get_submodule(name) for name in masks}
+    return {name: _turned(masks[name], modules.get(name)) for name in in_order(list(masks))}
+
+
+def _turned(tensor: torch.Tensor, module: Any) -> torch.Tensor:
+    return tensor.T if isinstance(getattr(module, "base_layer", module), Conv1D) else tensor
 
 
 def _plain(name: str) -> str:

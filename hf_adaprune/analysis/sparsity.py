@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import AdaPruneConfig
 from ..errors import NotPrunedError
-from ..layer import adaprune_layers
+from ..layer import module_counts
 from .names import component_of, in_order, layer_of
 
 
@@ -120,7 +120,7 @@ def sparsity_report(model: Any, adapter_name: str = "default") -> SparsityReport
         stored = model.module_counts or {}
         counts, num_parameters = {name: stored[name] for name in in_order(list(stored))}, model.num_parameters or 0
     else:
-        counts = {name: list(layer.count(adapter_name)) for name, layer in adaprune_layers(model, adapter_name)}
+        counts = {name: list(count) for name, count in module_counts(model, adapter_name).items()}
         num_parameters = model.peft_config[adapter_name].num_parameters if counts else 0
     if not counts:
         raise NotPrunedError(f"There are no masks to count under the adapter name {adapter_name!r}.")

@@ -1,0 +1,33 @@
+"""What to expect of a mask at inference, said once: on the cards and on the command line."""
+
+from .config import AdaPruneConfig
+
+
+def speed_advice(config: AdaPruneConfig) -> str:
+    """Return, in a sentence or two, whether masks like these make a model faster, and what does.
+
+    Args:
+        config (`AdaPruneConfig`): The adapter's configuration.
+    """
+    if config.group_kinds:
+        what = " and ".join(f"{kind}s" for kind in config.group_kinds)
+        return (
+            "Merged, the model computes as much as its base: expect no speed-up. `hf_adaprune.compact(model)` removes "
+            f"the pruned {what}; what is left is a smaller dense model, faster on any hardware."
+        )
+    if config.n_of_m == (2, 4):
+        return (
+            "Expect no speed-up on a CPU: dense kernels multiply by zeros too. On an NVIDIA GPU of compute capability "
+            "8.0 or later, in half precision, `hf_adaprune.to_semi_structured(model)` uses the 2:4 pattern; whether "
+            "that pays depends on the shapes: measure it."
+        )
+    return (
+        "An unstructured mask makes a model exchangeable, not faster: expect no speed-up on dense kernels. For a "
+        'faster model train masks of `granularity="neuron+head"` and make it smaller with `hf_adaprune.compact`.'
+    )
+
+
+COMPACT_ADVICE = (
+    "Its matrices are smaller and dense: expect it to be faster than its base on any hardware. By how much depends on "
+    "the machine, the batch and the length; `hf-adaprune speed` measures it."
+)

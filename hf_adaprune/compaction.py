@@ -1,0 +1,184 @@
+"""A masked model made physically smaller: without the neurons and heads that its masks prune."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from .compact_card import CompactCard
+from .compact_model import config_class, model_class
+from .errors import CompactionError
+from .groups import Groups
+from .layer import AdaPruneLayer, adaprune_layers
+from .layer_average import LayerAverageHead
+from .merging import merged
+from .shrink import keep_heads, keep_inputs, keep_outputs
+from .structure import Unit, features
+from .targets import maskable
+
+
+def compact(model: Any) -> PreTrainedModel:
+    """Return a dense model that computes what a masked one does, without what its masks prune.
+
+    Where every feed-forward layer keeps as many neurons (`granularity="neuron"`, `scope="module"`) and no head is
+    pruned, the result is a stock transformers model of smaller `intermediate_size`: once saved, it is opened without
+    this package. Otherwise its layers differ in shape; then it is opened by the Auto classes wherever `hf_adaprune`
+    has been imported.
+
+    Args:
+        model (`peft.PeftModel` or `transformers.PreTrainedModel`):
+            A model with an active AdaPrune adapter that masks neurons or heads. Not changed.
+
+    Returns:
+        `transformers.PreTrainedModel`: A plain model, in evaluation mode.
+
+    Raises:
+        CompactionError: If the active masks are not of neurons or heads, or the model's forward pass cannot do with
+            fewer of them.
+
+    Example:
+
+        >>> model = AutoPeftModelForSequenceClassification.from_pretrained("me/bert-sst2-neurons")
+        >>> compact(model).save_pretrained("bert-sst2-small")
+    """
+    base = _base(model)
+    kept, dense = _kept_groups(base), merged(model)
+    expected, before = _hidden_states(dense), dense.num_parameters()
+    shapes = {name: features(module) for name, module in maskable(dense)}
+    heads = _remove_groups(dense, kept.values())
+    widths = {name: features(module) for name, module in maskable(dense) if features(module) != shapes[name]}
+    is_stock = not heads and _is_stock(dense, shapes, widths)
+    if not is_stock:
+        _make_special(dense, widths, heads)
+    _compare(dense, expected)
+    blocks = [(name, int(mask.sum()), len(mask), unit.kind) for name, (unit, mask) in kept.items()]
+    config = next(layer.config(name) for _, layer in adaprune_layers(base) for name in _active(layer))
+    CompactCard(config, type(dense).__name__, is_stock, before, dense.num_parameters(), blocks).attach(dense)
+    return dense
+
+
+def _base(model: Any) -> PreTrainedModel:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        raise CompactionError(f"`compact` takes a transformers model with an adapter, got a {type(model).__name__}.")
+    if any(isinstance(module, LayerAverageHead) for module in base.modules()):
+        raise CompactionError(
+            '`head="layer_average"` is no part of the model that transformers would build again: leave the adapter on '
+            "its base."
+        )
+    return base
+
+
+def _active(layer: AdaPruneLayer) -> list[str]:
+    names = [] if layer.disable_adapters else layer.merged_adapters or layer.active_adapters
+    return [name for name in names if name in layer.adaprune_mask]
+
+
+def _kept_groups(base: nn.Module) -> dict[str, tuple[Unit, torch.Tensor]]:
+    """Return for each block what is left of its groups under the active masks."""
+    kept: dict[str, tuple[Unit, torch.Tensor]] = {}
+    for _, layer in adaprune_layers(base):
+        for name in _active(layer):
+            groups = layer.groups(name)
+            if groups is not None:
+                unit, mask = groups.unit, layer.entries(name).cpu()
+                kept[unit.consumer] = unit, mask & kept.get(unit.consumer, (unit, mask))[1]
+    if not kept:
+        raise CompactionError(
+            "There is nothing to remove: no active mask is of neurons or heads, and one of single weights leaves each "
+            'matrix its shape. Train with `granularity="neuron"`, "head" or "neuron+head"; for a 2:4 mask see '
+            "`to_semi_structured`."
+        )
+    return kept
+
+
+def _remove_groups(dense: nn.Module, kept: Iterable[tuple[Unit, torch.Tensor]]) -> dict[str, dict[str, Any]]:
+    """Take the pruned groups out of the layers; return which heads each attention module is left with."""
+    heads: dict[str, dict[str, Any]] = {}
+    for unit, mask in kept:
+        if mask.all():
+            continue
+        if not mask.any():
+            raise CompactionError(f"The active masks leave {unit.consumer!r} no {unit.kind} at all: activate fewer.")
+        groups = Groups.of(unit, dense)
+        keep_inputs(groups.consumer, mask.repeat_interleave(unit.width))
+        for producer in groups.producers.values():
+            keep_outputs(producer, groups.rows(producer, mask))
+        if unit.kind == "head":
+            attention = unit.producers[0].rpartition(".")[0]
+            heads[attention] = {"of": unit.num_groups, "kept": mask.nonzero().squeeze(1).tolist()}
+            keep_heads(dense.get_submodule(attention), unit.num_groups, heads[attention]["kept"])
+    return heads
+
+
+def _is_stock(dense: Any, shapes: dict[str, tuple[int, int]], widths: dict[str, tuple[int, int]]) -> bool:
+    """Find the field of the stock configuration under which the model has the shapes that it has now, and set it."""
+    changes = {
+        (old, new) for name, now in widths.items() for old, new in zip(shapes[name], now, strict=True) if old != new
+    }
+    # One for all layers, and one more where a gated pair is one layer, twice as wide as the field says.
+    if len(changes) > 2:
+        return False
+    wanted = {name: tensor.shape for name, tensor in dense.state_dict().items()}
+    for old, new in changes:
+        for field, value in dense.config.to_dict().items():
+            if value != old or isinstance(value, bool):
+                continue
+            config = copy.deepcopy(dense.config)
+            setattr(config, field, new)
+            with torch.device("meta"):
+                built = type(dense)._from_config(config)
+            if {name: tensor.shape for name, tensor in built.state_dict().items()} == wanted:
+                setattr(dense.config, field, new)
+                return True
+    return False
+
+
+def _make_special(dense: Any, widths: dict[str, tuple[int, int]], heads: dict[str, Any]) -> None:
+    """Make the model one of a class that has its shapes in its configuration."""
+    body = "" if dense.base_model is dense else f"{dense.base_model_prefix}."
+    old, special = dense.config, config_class(dense.config.model_type)
+    config = special.from_dict(
+        old.to_dict()
+        | {
+            "base_model_type": old.model_type,
+            "compact_widths": {name.removeprefix(body): list(width) for name, width in widths.items()},
+            "compact_heads": {name.removeprefix(body): head for name, head in heads.items()},
+        }
+    )
+    config._attn_implementation = old._attn_implementation
+    config._name_or_path = old._name_or_path
+    for module in dense.modules():
+        if vars(module).get("config") is old:
+            vars(module)["config"] = config
+    cls: Any = type(dense)
+    dense.__class__ = model_class(cls, special)
+
+
+@torch.no_grad()
+def _hidden_states(model: Any) -> torch.Tensor:
+    inputs = {name: tensor.to(model.device) for name, tensor in model.dummy_inputs.items()}
+    return model.base_model(**inputs)[0].float()
+
+
+def _compare(dense: Any, expected: torch.Tensor) -> None:
+    """Raise if the smaller model does not compute the same."""
+    problem = "it cannot run"
+    try:
+        found = _hidden_states(dense)
+        error = float((found - expected).abs().max() / expected.abs().max())
+        if error < (1e-4 if dense.dtype == torch.float32 else 5e-2):
+            return
+        problem = f"its hidden states differ by {error:.2g} of their range"
+    except (RuntimeError, ValueError, IndexError) as cause:
+        problem += f" ({cause})"
+    raise CompactionError(
+        f"{type(dense).__name__} does not do with fewer neurons or heads: {problem}. Use `merge_and_unload()`, which "
+        "leaves them in place as zeros."
+    )

@@ -1,0 +1,106 @@
+"""Which weights share one score, and how one value a group becomes one value a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+if TYPE_CHECKING:
+    from .structure import Unit
+
+
+class Groups:
+    """The groups of a block, seen from the layer whose inputs they are: that layer has their mask.
+
+    A mask is needed in one place only. Where the consumer does not read a group, what the producers put there is lost;
+    and because they still put it there, the score of a pruned group goes on receiving the gradient of what the group
+    would do. With producers masked too, that gradient would be one of nothing.
+
+    Args:
+        unit (`Unit`): The block.
+        consumer (`torch.nn.Module`): Its layer that reads the groups: a `torch.nn.Linear`, or a `Conv1D`.
+        producers (`Mapping[str, torch.nn.Module]`): Its layers that make them, by name.
+    """
+
+    def __init__(self, unit: Unit, consumer: Any, producers: Mapping[str, Any]) -> None:
+        self.unit = unit
+        self.consumer = consumer
+        self.producers = dict(producers)
+
+    @classmethod
+    def of(cls, unit: Unit, model: nn.Module) -> Groups:
+        """Find the layers of a block in a model, beneath what adapters have put around them."""
+        layers = {name: _innermost(model.get_submodule(name)) for name in unit.modules}
+        return cls(unit, layers.pop(unit.consumer), layers)
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of a mask, and of scores: one entry a group."""
+        return torch.Size([self.unit.num_groups])
+
+    @property
+    def size(self) -> int:
+        """How many weights belong to a group, in all layers together."""
+        return sum(total for _, total in self.counts(0).values()) // self.unit.num_groups
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """Turn one value a group into one for each weight of the consumer (a view where that is possible)."""
+        per_input = values.repeat_interleave(self.unit.width) if self.unit.width > 1 else values
+        if input_dim(self.consumer) == 0:
+            per_input = per_input.unsqueeze(1)
+        return per_input.expand(self.consumer.weight.shape)
+
+    def sums(self, importance: torch.Tensor) -> torch.Tensor:
+        """Add up, for each group, one value for each weight of the consumer."""
+        return importance.movedim(input_dim(self.consumer), 0).reshape(self.unit.num_groups, -1).sum(1)
+
+    def magnitudes(self) -> torch.Tensor:
+        """Return the sum of |w| over the weights of each group, in all layers: float32."""
+        total = self.sums(self.consumer.weight.detach().float().abs())
+        for producer in self.producers.values():
+            per_output = producer.weight.detach().float().abs().sum(input_dim(producer))
+            total = total + per_output.view(-1, self.unit.num_groups, self.unit.width).sum((0, 2))
+        return total
+
+    def rows(self, producer: Any, groups: torch.Tensor) -> torch.Tensor:
+        """Turn one value a group into one for each output of a producer."""
+        outputs = producer.weight.shape[1 - input_dim(producer)]
+        per_entry = groups.repeat_interleave(self.unit.width)
+        return per_entry.repeat(outputs // len(per_entry))
+
+    def masks(self, groups: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Turn one value a group into one for each weight of each layer of the block."""
+        masks = {self.unit.consumer: self.spread(groups)}
+        for name, producer in self.producers.items():
+            rows = self.rows(producer, groups)
+            masks[name] = (rows if input_dim(producer) == 0 else rows.unsqueeze(1)).expand(producer.weight.shape)
+        return masks
+
+    def counts(self, num_pruned: int) -> dict[str, tuple[int, int]]:
+        """Return, for each layer of the block, how many weights go with so many groups, and how many it has."""
+        layers = {**self.producers, self.unit.consumer: self.consumer}
+        totals = {name: layer.weight.numel() for name, layer in layers.items()}
+        return {name: (num_pruned * total // self.unit.num_groups, total) for name, total in totals.items()}
+
+    @torch.no_grad()
+    def zero_producers(self, mask: torch.Tensor) -> None:
+        """Set to zero what makes the pruned groups. Nothing reads it: no output changes."""
+        pruned = ~mask
+        for producer in self.producers.values():
+            producer.weight.data.movedim(1 - input_dim(producer), 0)[self.rows(producer, pruned)] = 0
+
+
+def input_dim(layer: nn.Module) -> int:
+    """Return which dimension of a linear layer's weight its inputs run along."""
+    return 0 if isinstance(layer, Conv1D) else 1
+
+
+def _innermost(module: Any) -> Any:
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
