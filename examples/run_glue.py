@@ -285,8 +285,9 @@ def train(trainer: Trainer, callback: TrainerCallback | None) -> Any:
     metrics["checkpoint_bytes"] = count_bytes(folder, "adapter_model" if is_adapter else "model")
     if isinstance(callback, TrainedWeightsCallback):
         masked = callback.rewound(trainer.model)
-        masked.save_pretrained(folder / "rewound")
-        trainer.processing_class.save_pretrained(folder / "rewound")
+        if trainer.args.should_save:
+            masked.save_pretrained(folder / "rewound")
+            trainer.processing_class.save_pretrained(folder / "rewound")
     if isinstance(callback, AdaPruneCallback):
         report = sparsity_report(masked)
         metrics |= {"sparsity": report.sparsity, "sparsity_whole_model": report.sparsity_whole_model}

@@ -81,7 +81,7 @@ class AdaPruneCallback(TrainerCallback):
     ) -> None:
         """Start, or go on, at the point of the schedule where training is."""
         self.pruner = self.pruner_cls(model, state.max_steps, self.adapter_name)
-        self.pruner.num_steps = state.global_step
+        self.pruner.load_state_dict({"num_steps": state.global_step})
         score_step = self.pruner.config.score_lr_ratio * args.learning_rate
         if score_step > _MAX_SCORE_STEP:
             logger.warning(

@@ -20,21 +20,22 @@ TASKS = {
 }
 COMMON = "--do_train --do_eval --per_device_eval_batch_size 64 --save_strategy no --logging_steps 50 --report_to none"
 
-# Learning rates: where none is given, the Trainer's 5e-5; 1e-4 for all weights of so small a base, 1e-3 for a head
-# alone; 5e-4 is LoRA's own on SST-2. Scores have theirs: 1e-2 in movement pruning and 2e-2 in SMP, from the papers.
+# Learning rates: where none is given, the Trainer's 5e-5; 1e-3 for a head alone; 5e-4 is LoRA's own on SST-2. Scores
+# have theirs: 1e-2 in movement pruning and 2e-2 in SMP, from the papers.
+ALL_WEIGHTS = "--learning_rate 1e-4"  # for so small a base; for BERT-base its paper takes 2e-5 to 5e-5
 METHODS = {
-    "finetune": "--method finetune --learning_rate 1e-4",
+    "finetune": f"--method finetune {ALL_WEIGHTS}",
     "adaprune": "--method adaprune",
     "feature_extraction": "--method feature_extraction --learning_rate 1e-3",
     "lora": "--method lora --learning_rate 5e-4",
     "random": "--method random --learning_rate 1e-3",
-    "magnitude": "--method magnitude --learning_rate 1e-4",
-    "movement": "--method movement --learning_rate 1e-4",
+    "magnitude": f"--method magnitude {ALL_WEIGHTS}",
+    "movement": f"--method movement {ALL_WEIGHTS}",
     "smp": "--method smp",
     "paper": "--method adaprune --preset paper --learning_rate 1e-4",
     "no_recovery": "--method no_recovery",
     "ablations": "--method adaprune --ablate",
-    "imp": "--method imp --learning_rate 1e-4",  # 5 trainings to .5, 12 to .9: it comes last
+    "imp": f"--method imp {ALL_WEIGHTS}",  # 5 trainings to .5, 12 to .9: it comes last
 }
 UNPRUNED = ("finetune", "feature_extraction", "lora")
 
@@ -60,9 +61,10 @@ class Run:
         """What `--only` is held against: `stsb/adaprune/0.5/0`, say."""
         return f"{self.task}/{self.method}/{self.sparsity}/{self.seed}"
 
-    def command(self, model: str, data_dir: str, output_dir: str) -> list[str]:
-        """Return the arguments of `run_glue.py`."""
-        where = ["--model_name_or_path", model, "--data_dir", data_dir, "--output_dir", output_dir]
+    def command(self, model: str, data_dir: str | None, output_dir: str) -> list[str]:
+        """Return the arguments of `run_glue.py`; without a folder of data it fetches them from the Hub."""
+        where = ["--model_name_or_path", model, "--output_dir", output_dir]
+        where += ["--data_dir", data_dir] if data_dir else []
         what = f"{TASKS[self.task]} {METHODS[self.method]} --seed {self.seed} {COMMON}"
         return [*where, *what.split(), *(["--final_sparsity", str(self.sparsity)] if self.sparsity else [])]
 

@@ -2,7 +2,8 @@
 
     python examples/study/run.py --data_dir glue --results examples/study/results.jsonl
 
-`--data_dir` holds `{task}/{train,validation}.parquet`. What is run, and in which order, is in `grid.py`; `--only
+`--data_dir` holds `{task}/{train,validation}.parquet`; without it the data come from the Hub, and `--model
+google-bert/bert-base-uncased` is the paper's base. What is run, and in which order, is in `grid.py`; `--only
 'stsb/*/0.5/*' 'mrpc/imp/*'` runs what matches of it. Each run is one command of `examples/run_glue.py`, which is in
 its line. `python examples/study/report.py` turns the lines into tables.
 """
@@ -39,7 +40,7 @@ def finished(results: Path, model: str) -> set[Run]:
     return {Run(row["task"], row["method"], row["sparsity_asked"], row["seed"]) for row in rows}
 
 
-def execute(run: Run, model: str, data_dir: str, keep: Path | None = None) -> dict[str, Any]:
+def execute(run: Run, model: str, data_dir: str | None, keep: Path | None = None) -> dict[str, Any]:
     """Do one run in a process of its own, and return its line; keep what it writes, if a folder for that is given."""
     start = time.monotonic()
     with nullcontext(keep / run.name) if keep else tempfile.TemporaryDirectory() as folder:
@@ -60,7 +61,7 @@ def execute(run: Run, model: str, data_dir: str, keep: Path | None = None) -> di
         **({"module_counts": counts} if counts else {}),
         "seconds": round(time.monotonic() - start, 1),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "command": " ".join(["run_glue.py", *run.command("MODEL", "DATA", "OUT")]),
+        "command": " ".join(["run_glue.py", *run.command("MODEL", data_dir and "DATA", "OUT")]),
         "revision": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     }
@@ -86,7 +87,7 @@ def main() -> None:
     """Run what is missing; end with 1 if a run failed."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=PACKAGED, help="Name or folder of the base; by default a packaged one.")
-    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--data_dir", help="Folder with a folder of Parquet files a task; by default the Hub.")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results.jsonl"))
     parser.add_argument("--only", nargs="+", default=["*"], help="Patterns for task/method/sparsity/seed.")
     parser.add_argument("--workers", type=int, default=1, help="How many runs go side by side.")

@@ -91,9 +91,8 @@ def ablate(trainer: Trainer, head_learning_rate: float = 1e-3, adapter_name: str
 
 
 def _head_trainer(trainer: Trainer, learning_rate: float, adapter_name: str) -> Trainer:
-    ratio = next(layer.config(adapter_name).head_lr_ratio for _, layer in adaprune_layers(trainer.model, adapter_name))
     unsaved = {"save_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False}
-    args = dataclasses.replace(trainer.args, learning_rate=learning_rate / ratio, **unsaved)
+    args = dataclasses.replace(trainer.args, learning_rate=learning_rate, **unsaved)
     return Trainer(
         trainer.model,
         args,

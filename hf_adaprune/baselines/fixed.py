@@ -17,11 +17,11 @@ from ..pruner import Pruner
 class FixedMaskPruner(Pruner):
     """Count steps, and leave the masks as they are."""
 
+    finished = False
+
     def step(self) -> None:
-        """Carry the head's update on, as `Pruner` does."""
+        """Count: the head learns at the optimizer's own rate, whatever `head_lr_ratio` is."""
         self.num_steps += 1
-        with torch.no_grad():
-            self._scale_head_update()
 
     def finalize(self) -> None:
         """Leave the masks as they are."""
@@ -58,11 +58,7 @@ class RandomMaskCallback(FixedMaskCallback):
 
     def __init__(self, final_sparsity: float = 0.5) -> None:
         config = AdaPruneConfig(
-            final_sparsity=final_sparsity,
-            scope="global",
-            score_init="constant",
-            score_lr_ratio=1.0,
-            head_lr_ratio=1.0,
+            final_sparsity=final_sparsity, scope="global", score_init="constant", score_lr_ratio=1.0
         )
         super().__init__(config)
 
