@@ -7,8 +7,10 @@ register()
 
 from .analysis import sparsity_report  # noqa: E402
 from .callback import AdaPruneCallback  # noqa: E402
+from .combine import combine_adapters  # noqa: E402
 from .config import AdaPruneConfig  # noqa: E402
 from .fingerprint import skip_fingerprint_check  # noqa: E402
+from .mixed_batch import mixed_batch  # noqa: E402
 from .model import AdaPruneModel  # noqa: E402
 from .pruner import Pruner  # noqa: E402
 
@@ -20,6 +22,8 @@ __all__ = [
     "AdaPruneConfig",
     "AdaPruneModel",
     "Pruner",
+    "combine_adapters",
+    "mixed_batch",
     "skip_fingerprint_check",
     "sparsity_report",
 ]

@@ -93,6 +93,17 @@ class CheckOnce:
         self.handle.remove()
 
 
+def run_checks(model: nn.Module) -> None:
+    """Check now the adapters of a model that have not been checked yet.
+
+    Raises:
+        AdapterFileError: If what was loaded is not what was saved.
+    """
+    for hook in list(model._forward_pre_hooks.values()):
+        if isinstance(hook, CheckOnce):
+            hook(model, ())
+
+
 def head_keys(model: nn.Module, adapter_name: str) -> list[str]:
     """Return the keys of an adapter's head in the model's state dict."""
     return [

@@ -33,3 +33,23 @@ class NonFiniteError(AdaPruneError, FloatingPointError):
 
 class NotPrunedError(AdaPruneError, RuntimeError):
     """There is nothing to drive: the model has no trainable masks of the given name."""
+
+
+class AdapterNotFoundError(AdaPruneError, FileNotFoundError):
+    """There is no adapter, or no base, of that name within reach."""
+
+
+class PushError(AdaPruneError, ConnectionError):
+    """The Hub refused a push, or the connection broke: nothing was changed there."""
+
+
+class TaskError(AdaPruneError, ValueError):
+    """There is no such task, its data cannot be read, or the model's head is not for it."""
+
+
+class MixedBatchError(AdaPruneError, ValueError):
+    """A batch of several tasks cannot be computed in one pass."""
+
+
+class CombineError(AdaPruneError, ValueError):
+    """Adapters cannot be combined as was asked."""

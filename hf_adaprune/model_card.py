@@ -143,5 +143,6 @@ def _render(
         report=sparsity_report(config),
         metrics=metrics,
         picture=picture,
+        combination=config.combination,
         options={option: getattr(config, option) for option in _OPTIONS},
     )

@@ -152,15 +152,37 @@ def _refusal(path: str | Path) -> str:
 
 
 def _check_tensors(path: Path, config: AdaPruneConfig) -> None:
+    check_shapes(path, read_shapes(path), config)
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in a file of weights, from its header.
+
+    Raises:
+        AdapterFileError: If there is no such file, or it cannot be read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise AdapterFileError(f"There is no {path}: the adapter has no masks. Fetch it again.") from None
     except SafetensorError as error:
         raise AdapterFileError(
             f"{path} cannot be read ({error}): it is cut short, or is no safetensors file. Fetch the adapter again."
         ) from None
+
+
+def check_shapes(path: str | Path, shapes: dict[str, tuple[int, ...]], config: AdaPruneConfig) -> None:
+    """Raise if an adapter's file of weights lacks masks or parts of the head, or has masks of the wrong size.
+
+    Args:
+        path (`str` or `Path`): The file, for the message.
+        shapes (`dict[str, tuple[int, ...]]`): The shapes of its tensors.
+        config (`AdaPruneConfig`): The adapter's configuration.
+
+    Raises:
+        AdapterFileError: If it does.
+    """
     counts = config.module_counts or {}
     masks = {f"{module}.adaprune_mask": (-(-total // 8),) for module, (_, total) in counts.items()}
     missing = [key for key in (*masks, *(config.head_tensors or ())) if f"base_model.model.{key}" not in shapes]

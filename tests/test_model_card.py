@@ -4,11 +4,11 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from tiny import logits_of, make_model, save_model, train_masks
 from transformers import AutoModelForSequenceClassification
 
-from hf_adaprune import AdaPruneConfig
+from hf_adaprune import AdaPruneConfig, sparsity_report
 from hf_adaprune.model_card import write_model_card
 
 
@@ -72,3 +72,10 @@ def test_a_fresh_model_has_no_card_to_write(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no masks to count"):
         write_model_card(tmp_path)
     assert make_model() is not None
+
+
+def test_layers_are_told_in_order_also_when_there_are_more_than_ten(tmp_path: Path) -> None:
+    counts = {f"bert.encoder.layer.{number}.output.dense": [1, 2] for number in range(12)}
+    AdaPruneConfig(module_counts=counts, num_parameters=24).save_pretrained(str(tmp_path))
+    report = sparsity_report(PeftConfig.from_pretrained(str(tmp_path)))
+    assert list(report.by_layer()) == [str(number) for number in range(12)]

@@ -1,0 +1,190 @@
+"""The commands of `hf-adaprune`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from ..analysis import Overlap, load_masks, pairwise_overlap, plot_overlap, sparsity_report
+from ..checkpoint import save_merged
+from ..demo.run import run_demo
+from ..glue import GLUE_COLUMNS, load_glue_split, score_on_glue
+from ..publish import push_adapter
+from ..stored import check_same_base, read_adapter
+from .answer import EXIT_CODES_HELP, Answer, answering
+from .tables import fact_table, overlap_table, sparsity_table
+
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+# Typer reads these at run time.
+Name = Annotated[str, typer.Argument(help="An adapter: a folder, or a name on the Hub.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the adapter on the Hub.")]
+Subfolder = Annotated[str | None, typer.Option(help="Where in the folder or repository it is.")]
+Base = Annotated[str | None, typer.Option(help="A copy of the base, if not where the adapter says.")]
+
+
+@app.callback(epilog=EXIT_CODES_HELP)
+def main() -> None:
+    """Adapt a pre-trained BERT to a task by pruning alone."""
+
+
+@app.command()
+@answering
+def inspect(name: Name, revision: Revision = None, subfolder: Subfolder = None, as_json: Json = False) -> Answer:
+    """Tell what an adapter is and what it prunes, from its headers alone: no weight is read."""
+    adapter = read_adapter(name, revision=revision, subfolder=subfolder)
+    config, report = adapter.config, sparsity_report(adapter.config)
+    facts: dict[str, Any] = {
+        "name": name,
+        "base": config.base_model_name_or_path,
+        "architecture": ((config.model_config or {}).get("architectures") or [None])[0],
+        "base_fingerprint": config.base_fingerprint,
+        "adapter_fingerprint": config.adapter_fingerprint,
+        "bytes": adapter.num_bytes,
+        "mask_bytes": adapter.mask_bytes,
+        "weights_pruned": report.num_pruned,
+        "weights_masked": report.num_weights,
+        "parameters": report.num_parameters,
+        "sparsity": report.sparsity,
+        "sparsity_whole_model": report.sparsity_whole_model,
+    }
+    parts = {"components": report.by_component(), "layers": report.by_layer()}
+    modules = {module.name: module.sparsity for module in report.modules}
+    return Answer({**facts, **parts, "modules": modules}, [fact_table(facts), sparsity_table(report)])
+
+
+@app.command()
+@answering
+def verify(
+    name: Name, base: Base = None, revision: Revision = None, subfolder: Subfolder = None, as_json: Json = False
+) -> Answer:
+    """Open an adapter on its base: exit 0 if masks, head and base are those that were saved."""
+    adapter = read_adapter(name, revision=revision, subfolder=subfolder)
+    adapter.open(base)
+    config = adapter.config
+    facts = {
+        "name": name,
+        "base": base or config.base_model_name_or_path,
+        "fits": True,
+        "base_fingerprint": config.base_fingerprint,
+        "adapter_fingerprint": config.adapter_fingerprint,
+    }
+    return Answer(facts, [fact_table(facts)])
+
+
+@app.command()
+@answering
+def merge(
+    name: Name,
+    output: Annotated[Path, typer.Argument(help="A new or an empty folder.")],
+    base: Base = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    as_json: Json = False,
+) -> Answer:
+    """Write a plain checkpoint, with zeros for what is pruned, that needs neither peft nor hf_adaprune."""
+    try:
+        save_merged(read_adapter(name, revision=revision, subfolder=subfolder), output, base)
+    except FileExistsError as error:
+        raise typer.BadParameter(str(error), param_hint="OUTPUT") from None
+    facts = {"name": name, "output": str(output), "bytes": sum(path.stat().st_size for path in output.iterdir())}
+    return Answer(facts, [fact_table(facts)])
+
+
+@app.command()
+@answering
+def compare(
+    names: Annotated[list[str], typer.Argument(help="Two adapters or more, of one base.", metavar="NAMES...")],
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw Cohen's kappa of each pair here: .png, .svg or .pdf.")
+    ] = None,
+    as_json: Json = False,
+) -> Answer:
+    """Tell how much of what they keep adapters have in common, beside what chance would give; no base is needed."""
+    if len(set(names)) < 2:
+        raise typer.BadParameter(f"A comparison takes at least two adapters, got {names}.", param_hint="NAMES")
+    if figure is not None and figure.suffix not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(f"It must end in .png, .svg or .pdf, got {figure}.", param_hint="--figure")
+    check_same_base([read_adapter(name) for name in names])
+    pairs = pairwise_overlap({name: load_masks(name) for name in names})
+    if figure is not None:
+        plot_overlap(pairs).savefig(figure, dpi=150)
+    found = [
+        {"names": list(pair), **_overlap(report.whole)}
+        | {"components": {name: _overlap(part) for name, part in report.by_component().items()}}
+        | {"layers": {name: _overlap(part) for name, part in report.by_layer().items()}}
+        for pair, report in pairs.items()
+    ]
+    return Answer({"pairs": found, "figure": figure and str(figure)}, [overlap_table(pairs)])
+
+
+_MEASURES = ("agreement", "chance_agreement", "jaccard", "chance_jaccard", "kappa")
+
+
+def _overlap(overlap: Overlap) -> dict[str, float | None]:
+    # JSON has no NaN.
+    values = {measure: getattr(overlap, measure) for measure in _MEASURES}
+    return {measure: value if value == value else None for measure, value in values.items()}
+
+
+@app.command()
+@answering
+def push(
+    path: Annotated[Path, typer.Argument(help="The folder of a saved adapter.")],
+    name: Annotated[str, typer.Argument(help="Its name on the Hub, me/my-adapter.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to, made if need be.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload adapter",
+    as_json: Json = False,
+) -> Answer:
+    """Check an adapter, bring its card up to date, and push both in one commit: all of it, or nothing."""
+    commit = push_adapter(
+        path, name, private=private or None, revision=revision, create_pr=create_pr, commit_message=message
+    )
+    facts = {"name": name, "commit": commit.oid, "url": str(commit.pr_url or commit.commit_url)}
+    return Answer(facts, [fact_table(facts)])
+
+
+@app.command("eval")
+@answering
+def evaluate(
+    name: Name,
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(GLUE_COLUMNS)}.")],
+    split: Annotated[str, typer.Option(help="A labelled split.")] = "validation",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A csv, json or parquet file with the task's columns, or a folder of {split}.parquet."),
+    ] = None,
+    base: Base = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="How many examples are computed at once.")] = 32,
+    max_length: Annotated[int, typer.Option(min=1, help="Texts are cut to so many tokens.")] = 128,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default a GPU if there is one.")] = None,
+    as_json: Json = False,
+) -> Answer:
+    """Score an adapter on a GLUE task."""
+    adapter = read_adapter(name, revision=revision, subfolder=subfolder)
+    dataset = load_glue_split(task, split, data)
+    model = adapter.open(base).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    scores = score_on_glue(model, adapter.tokenizer(base), task, dataset, batch_size=batch_size, max_length=max_length)
+    facts = {"name": name, "task": task, "split": split, "examples": len(dataset)}
+    shown = {metric: f"{score:.4f}" for metric, score in scores.items()}
+    return Answer({**facts, "scores": scores}, [fact_table({**facts, **shown})])
+
+
+@app.command()
+@answering
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Where the adapter, its card and its picture go.")] = Path(
+        "demo_output"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of the task and of training.")] = 0,
+    as_json: Json = False,
+) -> Answer:
+    """Fine-tune, train a head, and prune a small BERT for a review task; five minutes on two cores, no network."""
+    return Answer({"output_dir": str(output_dir), "rows": run_demo(output_dir, seed)}, [])
