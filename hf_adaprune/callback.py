@@ -122,6 +122,7 @@ class AdaPruneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Save, with the checkpoint, the scores that its adapter does not hold."""
+        self._running.check_masks()
         if args.should_save and not args.save_only_model:
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             _save_training_state(model, folder)

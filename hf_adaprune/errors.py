@@ -33,3 +33,7 @@ class NonFiniteError(AdaPruneError, FloatingPointError):
 
 class NotPrunedError(AdaPruneError, RuntimeError):
     """There is nothing to drive: the model has no trainable masks of the given name."""
+
+
+class DivergenceError(AdaPruneError, RuntimeError):
+    """The processes of a distributed run have come to different masks."""

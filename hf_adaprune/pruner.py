@@ -16,7 +16,12 @@ from .config import AdaPruneConfig
 from .errors import NonFiniteError, NotPrunedError
 from .layer import adaprune_layers
 from .masks import sparsity_of, topk_mask
+from .replicas import check_same_masks
 from .schedule import cubic_sparsity
+
+
+# How often a run of several processes sees whether they all have the same masks, in steps.
+_CHECK_INTERVAL = 100
 
 
 class Pruner:
@@ -112,6 +117,7 @@ class Pruner:
 
         Raises:
             NonFiniteError: If a score is NaN or infinite; the masks are then those of the step before.
+            DivergenceError: If the processes have come to different masks (looked for every 100 steps).
         """
         self.num_steps += 1
         self._scale_head_update()
@@ -131,14 +137,31 @@ class Pruner:
         else:
             masks = self._topk_masks(self.target_sparsity)
         self._set(masks)
+        if self.num_steps % _CHECK_INTERVAL == 0:
+            self.check_masks()
+
+    def check_masks(self) -> None:
+        """Raise if the processes of a distributed run have different masks. Call it in all of them, or in none.
+
+        Raises:
+            DivergenceError: If they have.
+        """
+        check_same_masks(self._masks(), self.num_steps)
 
     @torch.no_grad()
     def finalize(self) -> None:
         """End the run at `final_sparsity`, to the last weight, whatever came between.
 
         A run that was cut short, or drifted too little, is below its target. Its lowest scores are pruned then, with
-        a warning: nothing was trained after that.
+        a warning: nothing was trained after that. In a distributed run all processes call this.
+
+        Raises:
+            DivergenceError: If the processes have different masks.
         """
+        self._prune_to_target()
+        self.check_masks()
+
+    def _prune_to_target(self) -> None:
         sparsity, target = self.sparsity, self.config.final_sparsity
         num_weights = sum(mask.numel() for mask in self._masks().values())
         if round(sparsity * num_weights) >= round(target * num_weights):
@@ -147,7 +170,7 @@ class Pruner:
             f"Training ended at a sparsity of {sparsity:.4f}, below `final_sparsity={target}`: the lowest scores were "
             "pruned to reach it, and nothing was trained after that. Train longer, or lower `pruning_end`; under "
             '`selection="threshold"`, raise `drift` or the learning rate.',
-            stacklevel=2,
+            stacklevel=3,
         )
         self._set(self._topk_masks(target))
 
