@@ -1,7 +1,7 @@
 """Prune in a training loop of your own, on one device or many:
 
     accelerate launch examples/accelerate_loop.py --output_dir adapter
-    accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/accelerate_loop.py --output_dir adapter
+    accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/accelerate_loop.py ...
 
 The task is the demo's: short reviews, positive or negative. `--checkpoint_dir` makes the run resumable: started again
 with the same flags it goes on after the last epoch that was saved whole.

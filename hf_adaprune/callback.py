@@ -19,6 +19,7 @@ from .errors import ConfigError, NotPrunedError
 from .layer import adaprune_layers
 from .model_card import write_model_card
 from .pruner import Pruner
+from .sharding import is_sharded
 
 
 logger = logging.get_logger(__name__)
@@ -123,7 +124,7 @@ class AdaPruneCallback(TrainerCallback):
     ) -> None:
         """Save, with the checkpoint, the scores that its adapter does not hold."""
         self._running.check_masks()
-        if args.should_save and not args.save_only_model:
+        if args.should_save and not args.save_only_model and not is_sharded(model.parameters()):
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             _save_training_state(model, folder)
         self._forget_best(state)

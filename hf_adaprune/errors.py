@@ -37,3 +37,7 @@ class NotPrunedError(AdaPruneError, RuntimeError):
 
 class DivergenceError(AdaPruneError, RuntimeError):
     """The processes of a distributed run have come to different masks."""
+
+
+class UnsupportedShardingError(AdaPruneError, NotImplementedError):
+    """The run is distributed in a way in which masks cannot be trained."""

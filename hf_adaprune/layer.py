@@ -17,6 +17,7 @@ from .binarize import sigmoid_relaxation, straight_through
 from .config import AdaPruneConfig
 from .masks import pack_mask, topk_mask, unpack_mask
 from .scores import initial_scores, scores_from_mask, wanda_ranks
+from .sharding import copy_whole, whole
 
 
 class _Effective(NamedTuple):
@@ -105,8 +106,8 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
     def calibrate_scores(self, adapter_name: str, input_norm: torch.Tensor) -> None:
         """Start the scores anew, from the weights and the norms of this layer's inputs, of shape `(in_features,)`."""
         assert self.input_dim is not None
-        ranks = wanda_ranks(self.weight, input_norm, self.input_dim)
-        self.adaprune_scores[adapter_name].copy_(ranks / self._configs[adapter_name].score_lr_ratio)
+        ranks = wanda_ranks(whole(self.weight), input_norm, self.input_dim)
+        copy_whole(self.adaprune_scores[adapter_name], ranks / self._configs[adapter_name].score_lr_ratio)
 
     def count(self, adapter_name: str) -> tuple[int, int]:
         """Return how many weights the adapter prunes here, and how many there are."""
@@ -121,19 +122,19 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         """
         mask = self.mask(adapter_name)
         scores, config = self.adaprune_scores[adapter_name], self._configs[adapter_name]
-        if not scores.is_meta and torch.equal(self._mask_of(scores.detach(), mask, config), mask):
+        if not scores.is_meta and torch.equal(self._mask_of(whole(scores.detach()), mask, config), mask):
             return False
-        made = scores_from_mask(self.weight.detach(), mask, config)
+        made = scores_from_mask(whole(self.weight.detach()), mask, config)
         if scores.is_meta:
             self.adaprune_scores[adapter_name] = nn.Parameter(made, requires_grad=scores.requires_grad)
         else:
-            scores.data.copy_(made)
+            copy_whole(scores.data, made)
         return True
 
     def _mask_of(self, scores: torch.Tensor, mask: torch.Tensor, config: AdaPruneConfig) -> torch.Tensor:
         if config.selection == "threshold":
             return scores > 0
-        return topk_mask(scores, int(mask.count_nonzero()), self.weight)
+        return topk_mask(scores, int(mask.count_nonzero()), whole(self.weight))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Zero the pruned weights in the base layer; what was there is kept for `unmerge`."""

@@ -15,9 +15,11 @@ from .calibration import InputNorms
 from .config import AdaPruneConfig
 from .errors import NonFiniteError, NotPrunedError
 from .layer import adaprune_layers
-from .masks import sparsity_of, topk_mask
+from .masks import sparsity_of
 from .replicas import check_same_masks
 from .schedule import cubic_sparsity
+from .selection import topk_masks
+from .sharding import check_sharding, whole
 
 
 # How often a run of several processes sees whether they all have the same masks, in steps.
@@ -37,6 +39,7 @@ class Pruner:
 
     Raises:
         NotPrunedError: If the model has no trainable masks under that name.
+        UnsupportedShardingError: If it is trained under DeepSpeed or FSDP1.
         ValueError: If `total_steps` is not positive.
 
     Example:
@@ -61,6 +64,7 @@ class Pruner:
                 "`peft.get_peft_model(model, AdaPruneConfig())`, or load an adapter with `is_trainable=True`."
             )
         self.adapter_name, self.total_steps, self.num_steps = adapter_name, total_steps, 0
+        check_sharding(self._scores())
         self.config: AdaPruneConfig = next(iter(self.layers.values())).config(adapter_name)
         if sum(layer.match_scores_to_mask(adapter_name) for layer in self.layers.values()):
             warnings.warn(
@@ -105,7 +109,7 @@ class Pruner:
             NonFiniteError: If a gradient of the scores or of the head is NaN or infinite.
         """
         gradients = [p.grad for p in (*self._scores().values(), *self._head) if p.grad is not None]
-        if gradients and not torch.isfinite(nn.utils.get_total_norm(gradients)):
+        if gradients and not torch.isfinite(whole(nn.utils.get_total_norm(gradients))):
             raise NonFiniteError(
                 f"A gradient is NaN or infinite after step {self.num_steps} of {self.total_steps}; the model is as it "
                 "was after that step and can be saved. Lower the learning rate, or look for bad values in the data."
@@ -127,13 +131,13 @@ class Pruner:
         for name, score in scores.items():
             if drift:
                 score -= drift
-            if not torch.isfinite(score.sum()):
+            if not torch.isfinite(whole(score.sum())):
                 raise NonFiniteError(
                     f"The scores of {name!r} are NaN or infinite at step {self.num_steps} of {self.total_steps}; its "
                     "masks are as they were after the step before. Lower the learning rate."
                 )
         if self.config.selection == "threshold":
-            masks = {name: score > 0 for name, score in scores.items()}
+            masks = {name: whole(score > 0) for name, score in scores.items()}
         else:
             masks = self._topk_masks(self.target_sparsity)
         self._set(masks)
@@ -227,25 +231,17 @@ class Pruner:
         groups: dict[str, list[str]] = defaultdict(list)
         for name in self.layers:
             groups[self._group(name)].append(name)
-        scores, masks = self._scores(), {}
-        seen = pruned = 0
+        scores, weights = self._scores(), {name: layer.weight for name, layer in self.layers.items()}
+        num_kept, seen, pruned = [], 0, 0
         for names in groups.values():
-            shapes = [scores[name].shape for name in names]
             # Rounding the running total, and not each group, makes the whole exact.
-            seen += sum(shape.numel() for shape in shapes)
+            size = sum(scores[name].numel() for name in names)
+            seen += size
             to_prune, pruned = round(sparsity * seen) - pruned, round(sparsity * seen)
-            grouped = _flat([scores[name] for name in names])
-            weights = _flat([self.layers[name].weight for name in names])
-            mask = topk_mask(grouped, grouped.numel() - to_prune, weights)
-            parts = mask.split([shape.numel() for shape in shapes])
-            masks.update({name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)})
-        return masks
+            num_kept.append(size - to_prune)
+        return topk_masks(scores, weights, list(groups.values()), num_kept)
 
     def _group(self, name: str) -> str:
         if self.config.scope == "global":
             return ""
         return re.sub(r"\.\d+(?=\.)", "", name) if self.config.scope == "kind" else name
-
-
-def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return tensors[0].reshape(-1) if len(tensors) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors])

@@ -13,6 +13,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -21,21 +22,26 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 from tiny import make_batch, make_model
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner
 from hf_adaprune.calibration import InputNorms
 from hf_adaprune.demo.reviews import make_reviews
-from hf_adaprune.errors import DivergenceError
+from hf_adaprune.errors import DivergenceError, UnsupportedShardingError
 from hf_adaprune.layer import adaprune_layers
 from hf_adaprune.masks import pack_mask
+from hf_adaprune.selection import topk_masks
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 GLOBAL_BATCH = 16
 # Without dropout, whose noise falls on other examples when they are dealt to more processes.
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # What is tried on the loop: flags, and what the configuration file of `accelerate launch` sets.
 LOOPS: dict[str, tuple[list[str], dict[str, str]]] = {
     "plain": ([], {}),
@@ -97,32 +103,28 @@ def run_loop(name: str, base: str, folder: Path) -> None:
     flags, environment = LOOPS[name]
     accumulated = int(environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1))
     batch = GLOBAL_BATCH // world()[1] // accumulated
-    sys.path.insert(0, str(EXAMPLES))
-    example = import_module("accelerate_loop")
-    make_pruner = example.Pruner
+    kept: list[nn.Module] = []
 
-    def keep(model: nn.Module, total_steps: int) -> Pruner:
-        nonlocal kept
-        kept = model
-        pruner: Pruner = make_pruner(model, total_steps)
-        return pruner
+    class Keep(Pruner):
+        def __init__(self, model: nn.Module, total_steps: int) -> None:
+            kept.append(model)
+            super().__init__(model, total_steps)
 
-    kept: Any = None
-    sys.argv = ["accelerate_loop.py", "--model", base, "--output_dir", str(folder / name), "--num_train", "96"]
-    sys.argv += ["--epochs", "2", "--batch_size", str(batch), *flags]
-    os.environ |= environment
-    example.Pruner = keep
     # To one length: else each process pads its part of a batch to another, and what pads is an input too.
-    example.DataCollatorWithPadding = partial(DataCollatorWithPadding, padding="max_length", max_length=24)
-    try:
-        example.main()
-    finally:
-        example.Pruner = make_pruner
-        for variable in environment:
-            del os.environ[variable]
-        AcceleratorState._reset_state()
-        GradientState._reset_state()
-    save_file(packed_masks(kept), folder / f"{name}-rank{world()[0]}.safetensors")
+    collate = partial(DataCollatorWithPadding, padding="max_length", max_length=24)
+    arguments = ["accelerate_loop.py", "--model", base, "--output_dir", str(folder / name), "--num_train", "96"]
+    arguments += ["--epochs", "2", "--batch_size", str(batch), *flags]
+    with (
+        mock.patch.object(sys, "path", [str(EXAMPLES), *sys.path]),
+        mock.patch.object(sys, "argv", arguments),
+        mock.patch.dict(os.environ, environment),
+    ):
+        example = import_module("accelerate_loop")
+        with mock.patch.multiple(example, Pruner=Keep, DataCollatorWithPadding=collate):
+            example.main()
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    save_file(packed_masks(kept[0]), folder / f"{name}-rank{world()[0]}.safetensors")
 
 
 def run_calibration(base: str, folder: Path) -> None:
@@ -155,7 +157,85 @@ def run_divergence(base: str, folder: Path) -> None:
     (folder / f"divergence-rank{world()[0]}.json").write_text(json.dumps(said))
 
 
-SCENARIOS: list[Callable[[str, Path], None]] = [run_trainer, run_calibration, run_divergence]
+def run_replicated(base: str, folder: Path) -> None:
+    """Train a model that every process has whole, by hand."""
+    model = get_peft_model(make_model(**NO_DROPOUT), AdaPruneConfig(scope="kind"))
+    _train_by_hand(model, DistributedDataParallel(model, find_unused_parameters=True), folder / "replicated")
+
+
+def run_sharded(base: str, folder: Path) -> None:
+    """Train the same model with weights and scores sharded over the processes (FSDP2)."""
+    model = get_peft_model(make_model(**NO_DROPOUT), AdaPruneConfig(scope="kind"))
+    mesh = init_device_mesh("cpu", (world()[1],))
+    for layer in model.get_submodule("base_model.model.bert.encoder.layer"):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    _train_by_hand(model, model, folder / "sharded")
+
+
+def _train_by_hand(model: Any, wrapped: nn.Module, path: Path) -> None:
+    wrapped.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-5)
+    pruner = Pruner(wrapped, total_steps=5)
+    rank, size = world()
+    for step in range(5):
+        batch = make_batch(seed=step, size=GLOBAL_BATCH)
+        wrapped(**{key: values.chunk(size)[rank] for key, values in batch.items()}).loss.backward()
+        pruner.check_gradients()
+        optimizer.step()
+        pruner.step()
+        optimizer.zero_grad()
+    pruner.finalize()
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        model.save_pretrained(path, state_dict=state)
+    save_file(packed_masks(model), path.with_name(f"{path.name}-rank{rank}.safetensors"))
+
+
+def run_selection(base: str, folder: Path) -> None:
+    """Choose from scores of every kind, sharded; write down the first choice that is not `topk_masks`'s."""
+    mesh = init_device_mesh("cpu", (world()[1],))
+    shapes = {"a": (7, 5), "b": (1, 4), "c": (3, 8)}
+    wrong = ""
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(40):
+        # Spread out, and all but equal: then the weights decide, and then the position.
+        made: list[dict[str, torch.Tensor]] = [
+            {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(2)
+        ]
+        for values in made[: trial % 3]:
+            values.update({name: values[name].round() * -0.0 + values[name].sign() for name in values})
+        groups = [["a", "c"], ["b"]] if trial % 2 else [["a", "b", "c"]]
+        sizes = [sum(made[0][name].numel() for name in group) for group in groups]
+        kept = [int(torch.randint(size + 1, (), generator=generator)) for size in sizes]
+        sharded = [{name: distribute_tensor(values[name], mesh, [Shard(0)]) for name in values} for values in made]
+        found, wanted = topk_masks(sharded[0], sharded[1], groups, kept), topk_masks(made[0], made[1], groups, kept)
+        if any(not torch.equal(found[name], wanted[name]) for name in shapes) and not wrong:
+            wrong = f"trial {trial}: {groups}, {kept}"
+    (folder / f"selection-rank{world()[0]}.json").write_text(json.dumps(wrong))
+
+
+def run_flattened(base: str, folder: Path) -> None:
+    """Hand a model under FSDP1 to a pruner; write down what is said of it."""
+    model = get_peft_model(make_model(**NO_DROPOUT), AdaPruneConfig())
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    try:
+        Pruner(wrapped, total_steps=1)
+        said = ""
+    except UnsupportedShardingError as error:
+        said = str(error)
+    (folder / f"flattened-rank{world()[0]}.json").write_text(json.dumps(said))
+
+
+SCENARIOS: list[Callable[[str, Path], None]] = [
+    run_trainer,
+    run_calibration,
+    run_divergence,
+    run_replicated,
+    run_sharded,
+    run_selection,
+    run_flattened,
+]
 
 
 def main(base: str, folder: Path) -> None:

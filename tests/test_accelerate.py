@@ -19,6 +19,7 @@ from hf_adaprune.masks import unpack_mask
 
 CONFIG = ranks.EXAMPLES / "accelerate_configs" / "ddp.yaml"
 RUNS = ("trainer", *ranks.LOOPS)
+BY_HAND = ("replicated", "sharded")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def masks(folder: Path, run: str, rank: int = 0) -> torch.Tensor:
     return torch.cat([unpack_mask(bits, torch.Size([8 * bits.numel()])) for _, bits in sorted(packed.items())])
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [*RUNS, *BY_HAND])
 def test_processes_end_with_one_mask(run: str, folder: Path) -> None:
     assert torch.equal(masks(folder / "two", run, rank=0), masks(folder / "two", run, rank=1))
 
@@ -75,7 +76,7 @@ def test_two_processes_prune_what_one_does_with_the_same_batches(run: str, folde
     assert (found == compared).float().mean() >= 0.995
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [*RUNS, *BY_HAND])
 def test_what_one_process_saves_is_what_all_have(run: str, folder: Path) -> None:
     saved = load_file(folder / "two" / run / "adapter_model.safetensors")
     packed = load_file(folder / "two" / f"{run}-rank1.safetensors")
@@ -95,6 +96,29 @@ def test_the_inputs_of_all_processes_count(folder: Path) -> None:
 
 def test_processes_that_diverge_are_all_stopped(folder: Path) -> None:
     for rank in range(2):
-        said = json.loads((folder / "two" / f"divergence-rank{rank}.json").read_text())
-        assert said.startswith("After step 2 the 2 processes have different masks in ['")
-        assert "layer.1.attention.self.key']: what they would save is no common adapter." in said
+        message = said(folder, "divergence", rank)
+        assert message.startswith("After step 2 the 2 processes have different masks in ['")
+        assert "layer.1.attention.self.key']: what they would save is no common adapter." in message
+
+
+def test_sharded_scores_make_the_masks_and_the_head_of_whole_ones(folder: Path) -> None:
+    whole, sharded = (load_file(folder / "two" / run / "adapter_model.safetensors") for run in BY_HAND)
+    assert whole.keys() == sharded.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(sharded[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+    assert int(masks(folder / "two", "sharded").count_nonzero()) == 6656
+
+
+def test_thresholds_over_shards_choose_what_thresholds_over_all_scores_do(folder: Path) -> None:
+    assert [said(folder, "selection", rank) for rank in range(2)] == ["", ""]
+
+
+def test_fsdp_of_the_first_version_is_refused(folder: Path) -> None:
+    for rank in range(2):
+        assert "are no longer a matrix but of shape" in said(folder, "flattened", rank)
+        assert "Set `fsdp_version: 2`" in said(folder, "flattened", rank)
+
+
+def said(folder: Path, scenario: str, rank: int) -> str:
+    text: str = json.loads((folder / "two" / f"{scenario}-rank{rank}.json").read_text())
+    return text
