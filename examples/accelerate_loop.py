@@ -67,7 +67,7 @@ def main() -> None:
 
         args.model = str(get_model_path())
 
-    # Launched with a configuration file, the accelerator follows the file: in precision, accumulation and sharding.
+    # How many processes there are, in which precision and sharded how is for `accelerate launch` to say.
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         # The same examples in each global batch, however many processes share it.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from filelock import FileLock
 from safetensors.torch import load_file
 
@@ -60,6 +61,14 @@ def masks(folder: Path, run: str, rank: int = 0) -> torch.Tensor:
     """Return all masks that a process ended with, as one."""
     packed = load_file(folder / f"{run}-rank{rank}.safetensors")
     return torch.cat([unpack_mask(bits, torch.Size([8 * bits.numel()])) for _, bits in sorted(packed.items())])
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG.parent.iterdir()), ids=lambda path: path.stem)
+def test_a_configuration_of_accelerate_can_be_read(path: Path) -> None:
+    config = load_config_from_file(str(path))
+    assert config.distributed_type == ("FSDP" if path.stem == "fsdp2" else "MULTI_GPU")
+    assert config.fsdp_config.get("fsdp_version") == (2 if path.stem == "fsdp2" else None)
+    assert config.mixed_precision == ("bf16" if "bf16" in path.stem else "no")
 
 
 @pytest.mark.parametrize("run", [*RUNS, *BY_HAND])
