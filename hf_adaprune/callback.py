@@ -21,6 +21,7 @@ from .layer import adaprune_layers
 from .model_card import CARD, write_model_card
 from .pruner import Pruner
 from .publish import fetch_card
+from .sharding import is_sharded
 from .trainer_card import complete_trainer_card
 
 
@@ -129,7 +130,8 @@ class AdaPruneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Save, with the checkpoint, the scores that its adapter does not hold."""
-        if args.should_save and not args.save_only_model:
+        self._running.check_masks()
+        if args.should_save and not args.save_only_model and not is_sharded(model.parameters()):
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             _save_training_state(model, folder)
         self._forget_best(state)

@@ -61,3 +61,11 @@ class MixedBatchError(AdaPruneError, ValueError):
 
 class CombineError(AdaPruneError, ValueError):
     """Adapters cannot be combined as was asked."""
+
+
+class DivergenceError(AdaPruneError, RuntimeError):
+    """The processes of a distributed run have come to different masks."""
+
+
+class UnsupportedShardingError(AdaPruneError, NotImplementedError):
+    """The run is distributed in a way in which masks cannot be trained."""
