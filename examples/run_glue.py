@@ -13,9 +13,12 @@ Your own csv, json (lines) or parquet, with one or two text columns and `label` 
 
     python run_glue.py ... --train_file train.csv --validation_file validation.csv
 
-To compare, `--method finetune` trains all weights and `--method feature_extraction` the head only. Learning rates that
-suit: 5e-5 (the default) for adaprune, 5e-5 to 1e-4 for finetune, 1e-3 for feature_extraction. Every flag of
-`TrainingArguments` works too: --eval_strategy epoch, --bf16, --seed, --push_to_hub ...
+To compare, `--method` names another one of `hf_adaprune.baselines`. Learning rates that suit: 5e-5 (the default) for
+adaprune, no_recovery and smp; 5e-5 to 1e-4 where all weights are trained: finetune, magnitude, movement, imp; 5e-4 for
+lora; 1e-3 where the head alone is: feature_extraction, random. Those that prune trained weights are scored twice: as
+trained, and (`eval_rewound_...`) with the pre-trained values under the same masks; that adapter goes to `rewound`.
+
+Every flag of `TrainingArguments` works too: --eval_strategy epoch, --bf16, --seed, --push_to_hub ...
 """
 
 import logging
@@ -33,11 +36,13 @@ from transformers import (
     AutoTokenizer,
     HfArgumentParser,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, sparsity_report
+from hf_adaprune.baselines import METHODS, TrainedWeightsCallback, ablate, make_callback
 from hf_adaprune.errors import AdaPruneError
 from hf_adaprune.glue import GLUE_COLUMNS
 from hf_adaprune.metrics import glue_metric
@@ -66,12 +71,15 @@ def flag(help: str, default: Any = None) -> Any:
 @dataclass
 class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "A pre-trained model: a name on the Hub, or a folder."})
-    method: Literal["adaprune", "finetune", "feature_extraction"] = flag(
-        "Train masks and head, everything, or the head only. Learning rates that suit: 5e-5, 5e-5 to 1e-4, 1e-3.",
-        "adaprune",
+    method: str = field(
+        default="adaprune",
+        metadata={"help": "What is trained, and how: see above.", "choices": list(METHODS)},
     )
-    final_sparsity: float = flag("adaprune: the fraction of the masked weights to remove, in [0, 1).", 0.5)
-    preset: Literal["default", "paper"] = flag("adaprune: our recipe, or Algorithm 1 of arXiv 2105.03343.", "default")
+    final_sparsity: float = flag("The fraction of the masked weights to remove, in [0, 1).", 0.5)
+    preset: Literal["default", "paper"] = flag(
+        "adaprune, no_recovery: our recipe, or Algorithm 1 of arXiv 2105.03343.", "default"
+    )
+    ablate: bool = flag("Score the trained masks shuffled, and over other weights, too.", False)
     tokenizer_name: str | None = flag("If not the model's own: a name or a folder.")
     model_revision: str = flag("Branch, tag or commit of the model on the Hub.", "main")
     cache_dir: str | None = flag("Where models and data sets are kept.")
@@ -229,9 +237,6 @@ def load_model(args: ModelArguments, label_names: list[str] | None) -> tuple[Any
         labels = {"id2label": dict(enumerate(label_names)), "problem_type": "single_label_classification"}
         labels["label2id"] = {name: number for number, name in enumerate(label_names)}
     model = AutoModelForSequenceClassification.from_pretrained(args.model_name_or_path, **labels, **hub)
-    if args.method == "feature_extraction":
-        for name, parameter in model.base_model.named_parameters():
-            parameter.requires_grad_(name.startswith("pooler."))
     return model, tokenizer
 
 
@@ -252,33 +257,47 @@ def make_compute_metrics(task: Task) -> Callable[[Any], dict[str, float]]:
     return compute_metrics
 
 
-def train(trainer: Trainer, args: ModelArguments) -> None:
+def count_bytes(folder: Path, name: str) -> int:
+    return sum(path.stat().st_size for path in folder.glob(f"{name}*.safetensors"))
+
+
+def train(trainer: Trainer, callback: TrainerCallback | None) -> Any:
+    """Train and save; return the model that holds the masks, a copy over pre-trained weights if these were trained."""
     folder = Path(trainer.args.output_dir)
     trainable = trainer.get_num_trainable_parameters()
     (folder / "all_results.json").unlink(missing_ok=True)  # an earlier run's
     metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
+    for _ in range(1, getattr(callback, "num_rounds", 1)):
+        metrics = trainer.train().metrics
     trainer.save_model()
+    is_adapter, masked = hasattr(trainer.model, "peft_config"), trainer.model
     metrics |= {"train_samples": len(trainer.train_dataset), "trainable_params": trainable}
-    files = "adapter_model*.safetensors" if args.method == "adaprune" else "model*.safetensors"
-    metrics["checkpoint_bytes"] = sum(path.stat().st_size for path in folder.glob(files))
-    if args.method == "adaprune":
-        report = sparsity_report(trainer.model)
+    metrics["checkpoint_bytes"] = count_bytes(folder, "adapter_model" if is_adapter else "model")
+    if isinstance(callback, TrainedWeightsCallback):
+        masked = callback.rewound(trainer.model)
+        if trainer.args.should_save:
+            masked.save_pretrained(folder / "rewound")
+            trainer.processing_class.save_pretrained(folder / "rewound")
+    if isinstance(callback, AdaPruneCallback):
+        report = sparsity_report(masked)
         metrics |= {"sparsity": report.sparsity, "sparsity_whole_model": report.sparsity_whole_model}
-        metrics["adapter_bytes"] = metrics["checkpoint_bytes"]
+        metrics["adapter_bytes"] = count_bytes(folder if is_adapter else folder / "rewound", "adapter_model")
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()
+    return masked
 
 
-def evaluate(trainer: Trainer, data: dict[str, datasets.Dataset]) -> dict[str, float]:
+def evaluate(trainer: Trainer, data: dict[str, datasets.Dataset], prefix: str = "eval") -> dict[str, float]:
     """Score each validation split; the names of MNLI's second, the mismatched one, end in `_mm`."""
     metrics: dict[str, float] = {}
     for split, ending in (("validation", ""), ("validation_mismatched", "_mm")):
         if split in data:
-            scores = {**trainer.evaluate(data[split]), "eval_samples": len(data[split])}
+            scores = trainer.evaluate(data[split], metric_key_prefix=prefix)
+            scores[f"{prefix}_samples"] = len(data[split])
             metrics |= {name + ending: value for name, value in scores.items()}
-    trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
+    trainer.log_metrics(prefix, metrics)
+    trainer.save_metrics(prefix, metrics)
     return metrics
 
 
@@ -305,34 +324,30 @@ def main(argv: list[str] | None = None) -> None:
     asked = [split for flag, split in SPLIT_OF_FLAG.items() if getattr(args, flag)]
     if not asked:
         raise InputError("There is nothing to do: give `--do_train`, `--do_eval` or `--do_predict`.")
-    callbacks = []
-    if model_args.method == "adaprune" and args.do_train:
-        config = AdaPruneConfig.from_preset(model_args.preset, final_sparsity=model_args.final_sparsity)
-        callbacks.append(AdaPruneCallback(config))
+    config = AdaPruneConfig.from_preset(model_args.preset, final_sparsity=model_args.final_sparsity)
+    callback = make_callback(model_args.method, config) if args.do_train else None
     set_seed(args.seed)
     with args.main_process_first(desc="reading the data"):
         task = load_task(data_args, asked, model_args.cache_dir)
         model, tokenizer = load_model(model_args, task.label_names)
         wanted = [split for split in task.splits if split.split("_")[0] in asked]
         data = {split: tokenize(task, split, tokenizer, data_args) for split in wanted}
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=data.get("train"),
-        eval_dataset=data.get("validation"),
-        processing_class=tokenizer,
-        compute_metrics=make_compute_metrics(task),
-        callbacks=callbacks,
-    )
-    if args.do_train:
-        train(trainer, model_args)
+    options = {"args": args, "processing_class": tokenizer, "compute_metrics": make_compute_metrics(task)}
+    options |= {"train_dataset": data.get("train"), "eval_dataset": data.get("validation")}
+    trainer = Trainer(model, **options, callbacks=[callback] if callback else [])
+    masked = train(trainer, callback) if args.do_train else model
     evaluated = evaluate(trainer, data) if args.do_eval else {}
+    if args.do_eval and masked is not trainer.model:
+        evaluate(Trainer(masked, **options), data, "eval_rewound")
     if args.do_predict:
         predict(trainer, data, task)
-    if model_args.method == "adaprune" and args.do_train and trainer.is_world_process_zero():
+    pruned_alone = isinstance(callback, AdaPruneCallback) and masked is trainer.model
+    if pruned_alone and trainer.is_world_process_zero():
         unscored = ("loss", "runtime", "samples", "per_second")
         scores = {name[5:]: value for name, value in evaluated.items() if not name.endswith((*unscored, "epoch"))}
         write_model_card(args.output_dir, metrics=scores, dataset="nyu-mll/glue" if data_args.task_name else None)
+    if args.do_eval and model_args.ablate:
+        trainer.save_metrics("ablations", ablate(trainer))
     if args.push_to_hub:
         source = "nyu-mll/glue" if data_args.task_name else "custom"
         trainer.push_to_hub(tasks="text-classification", dataset=task.name, dataset_tags=source)

@@ -47,6 +47,8 @@ class AdaPruneCallback(TrainerCallback):
         >>> model.push_to_hub("me/bert-base-uncased-sst2-adaprune")
     """
 
+    pruner_cls: type[Pruner] = Pruner
+
     def __init__(self, config: AdaPruneConfig | None = None, adapter_name: str = "default") -> None:
         self.config, self.adapter_name = config, adapter_name
         self.pruner: Pruner | None = None
@@ -83,8 +85,8 @@ class AdaPruneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Start, or go on, at the point of the schedule where training is."""
-        self.pruner = Pruner(model, state.max_steps, self.adapter_name)
-        self.pruner.num_steps = state.global_step
+        self.pruner = self.pruner_cls(model, state.max_steps, self.adapter_name)
+        self.pruner.load_state_dict({"num_steps": state.global_step})
         score_step = self.pruner.config.score_lr_ratio * args.learning_rate
         if score_step > _MAX_SCORE_STEP:
             logger.warning(

@@ -19,7 +19,7 @@ from .storage import check_weights_file, put_in_place
 FORMAT_VERSION = 1
 
 ESTIMATORS = ("straight_through", "sigmoid")
-SCORE_INITS = ("magnitude", "normal", "constant")
+SCORE_INITS = ("wanda", "magnitude", "normal", "constant")
 SCOPES = ("module", "kind", "global")
 SELECTIONS = ("topk", "threshold")
 HEADS = ("model", "layer_average")
@@ -52,8 +52,9 @@ class AdaPruneConfig(PeftConfig):
     """Configure how a frozen model is adapted to a task by pruning alone.
 
     The default prunes exactly `final_sparsity` of the masked weights: the lowest scores of each matrix go, by a cubic
-    ramp over the first part of training. `AdaPruneConfig.from_preset("paper")` is Algorithm 1 of "Adapting by Pruning:
-    A Case Study on BERT" (arXiv 2105.03343).
+    ramp over the first part of training, and scores start from what each weight contributes.
+    `AdaPruneConfig.from_preset("paper")` is Algorithm 1 of "Adapting by Pruning: A Case Study on BERT" (arXiv
+    2105.03343).
 
     Args:
         final_sparsity (`float`): The fraction of the masked weights to remove, in [0, 1).
@@ -81,8 +82,9 @@ class AdaPruneConfig(PeftConfig):
         pruning_start (`float`): The fraction of training after which the ramp begins, in [0, 1).
         pruning_end (`float`): The fraction of training after which the target is reached, in (`pruning_start`, 1].
         score_init (`str`):
-            `"magnitude"`: the ranks of |w| in the matrix, spread evenly over [0, 2]. `"normal"`: N(0.01, 0.001^2).
-            `"constant"`: 0.01 everywhere (ties are broken by |w|).
+            `"wanda"`: the ranks, among the weights of one output, of |w| times the norm of the input that w multiplies
+            in the first step, spread evenly over [0, 2] (arXiv 2306.11695). `"magnitude"`: the ranks of |w| in the
+            matrix, over [0, 2]. `"normal"`: N(0.01, 0.001^2). `"constant"`: 0.01 everywhere (ties are broken by |w|).
         estimator (`str`):
             How gradients reach the scores: `"straight_through"`, or `"sigmoid"` with the two temperatures (Eq. 4).
         forward_temperature (`float`, *optional*):
@@ -124,7 +126,7 @@ class AdaPruneConfig(PeftConfig):
     scope: str = _option("module", f"What shares one threshold; one of {SCOPES}.")
     pruning_start: float = _option(0.0, "Fraction of training after which the ramp begins.")
     pruning_end: float = _option(0.6, "Fraction of training after which the target is reached.")
-    score_init: str = _option("magnitude", f"One of {SCORE_INITS}.")
+    score_init: str = _option("wanda", f"One of {SCORE_INITS}.")
     estimator: str = _option("straight_through", f"One of {ESTIMATORS}.")
     forward_temperature: float | None = _option(None, "t_l of Eq. 4; None is a step.")
     backward_temperature: float = _option(1.0, "t_s of Eq. 4.")

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .binarize import sigmoid_relaxation, straight_through
 from .config import AdaPruneConfig
 from .masks import pack_mask, topk_mask, unpack_mask
-from .scores import initial_scores, scores_from_mask
+from .scores import initial_scores, scores_from_mask, wanda_ranks
 
 
 class _Effective(NamedTuple):
@@ -39,6 +39,8 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("adaprune_scores",)
     other_param_names: tuple[str, ...] = ("adaprune_mask", "_unpacked", "_configs")
+    # Which dimension of the weight the inputs run along, if the inputs are real.
+    input_dim: int | None = None
 
     if TYPE_CHECKING:
         weight: torch.Tensor
@@ -98,6 +100,13 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
     def set_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
         """Replace the mask of an adapter in training."""
         self._unpacked[adapter_name] = mask
+
+    @torch.no_grad()
+    def calibrate_scores(self, adapter_name: str, input_norm: torch.Tensor) -> None:
+        """Start the scores anew, from the weights and the norms of this layer's inputs, of shape `(in_features,)`."""
+        assert self.input_dim is not None
+        ranks = wanda_ranks(self.weight, input_norm, self.input_dim)
+        self.adaprune_scores[adapter_name].copy_(ranks / self._configs[adapter_name].score_lr_ratio)
 
     def count(self, adapter_name: str) -> tuple[int, int]:
         """Return how many weights the adapter prunes here, and how many there are."""
@@ -251,6 +260,8 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
 class Linear(AdaPruneLayer):
     """A masked `torch.nn.Linear`."""
 
+    input_dim = 1
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         weight = self.effective_weight()
         return F.linear(self._cast_input_dtype(x, weight.dtype), weight, self.bias)
@@ -258,6 +269,8 @@ class Linear(AdaPruneLayer):
 
 class Conv1DLinear(AdaPruneLayer):
     """A masked `transformers` `Conv1D`: a linear layer whose weight is stored transposed, `(in, out)`."""
+
+    input_dim = 0
 
     @staticmethod
     def _features(base_layer: Any) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from .calibration import InputNorms
 from .config import AdaPruneConfig
 from .errors import NonFiniteError, NotPrunedError
 from .layer import adaprune_layers
@@ -70,6 +71,8 @@ class Pruner:
         self._remember()
         # An adapter that is trained on starts from its mask, and not from the schedule's beginning.
         self._start_sparsity = min(self.sparsity, self.config.final_sparsity)
+        calibrates = self.config.score_init == "wanda" and self._start_sparsity == 0
+        self._input_norms = InputNorms(self.layers) if calibrates else None
 
     @property
     def sparsity(self) -> float:
@@ -112,6 +115,7 @@ class Pruner:
         """
         self.num_steps += 1
         self._scale_head_update()
+        self._calibrate()
         scores = self._scores()
         drift = self.config.drift / self.total_steps / self.config.score_lr_ratio
         for name, score in scores.items():
@@ -145,7 +149,12 @@ class Pruner:
             '`selection="threshold"`, raise `drift` or the learning rate.',
             stacklevel=2,
         )
-        self._set(self._topk_masks(target))
+        self.prune_to(target)
+
+    @torch.no_grad()
+    def prune_to(self, sparsity: float) -> None:
+        """Keep the highest scores, so many that exactly a fraction `sparsity` in [0, 1] of all masked weights goes."""
+        self._set(self._topk_masks(sparsity))
 
     def pop_flip_rate(self) -> float:
         """Return the share of mask entries that changed since the last call, in [0, 1]."""
@@ -161,6 +170,9 @@ class Pruner:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state; call it after the model's own state was loaded."""
         self.num_steps = state_dict["num_steps"]
+        if self._input_norms is not None and self.num_steps:
+            self._input_norms.close()
+            self._input_norms = None
         self._remember()
 
     def _masks(self) -> dict[str, torch.Tensor]:
@@ -176,6 +188,13 @@ class Pruner:
     def _remember(self) -> None:
         self._reference = self._masks()
         self._previous_head = [parameter.detach().clone() for parameter in self._head]
+
+    def _calibrate(self) -> None:
+        if self._input_norms is None:
+            return
+        for name, norm in self._input_norms.pop().items():
+            self.layers[name].calibrate_scores(self.adapter_name, norm)
+        self._input_norms = None
 
     def _scale_head_update(self) -> None:
         # A stock Trainer has one learning rate. What the optimizer did to the head is carried on in its direction:

@@ -1,4 +1,4 @@
-"""Where scores start: from nothing but the weights, or from a mask."""
+"""Where scores start: from the weights and the inputs they meet, or from a mask."""
 
 import torch
 
@@ -11,6 +11,26 @@ def magnitude_ranks(weight: torch.Tensor) -> torch.Tensor:
     ranks = torch.empty(flat.numel(), dtype=torch.float32, device=flat.device)
     ranks[flat.argsort(stable=True)] = torch.linspace(0, 2, flat.numel(), device=flat.device)
     return ranks.view(weight.shape)
+
+
+def wanda_ranks(weight: torch.Tensor, input_norm: torch.Tensor, input_dim: int) -> torch.Tensor:
+    """Return the ranks of |w| times the norm of the input that w multiplies, each output's spread over [0, 2].
+
+    The importance is that of Wanda (Sun et al., arXiv 2306.11695), and so is comparing the weights of one output.
+
+    Args:
+        weight (`torch.Tensor`): Of two dimensions.
+        input_norm (`torch.Tensor`): The norms, of shape `(weight.shape[input_dim],)`.
+        input_dim (`int`): Which dimension of the weight the inputs run along: 1 in a `torch.nn.Linear`.
+
+    Returns:
+        `torch.Tensor`: float32, of the weight's shape.
+    """
+    importance = weight.detach().float().abs().movedim(input_dim, -1) * input_norm
+    num_inputs = importance.shape[-1]
+    spread = torch.linspace(0, 2, num_inputs, device=weight.device).expand_as(importance)
+    ranks = torch.empty_like(importance).scatter_(-1, importance.argsort(dim=-1, stable=True), spread)
+    return ranks.movedim(-1, input_dim).contiguous()
 
 
 def initial_scores(weight: torch.Tensor, config: AdaPruneConfig) -> torch.Tensor:
@@ -28,7 +48,8 @@ def initial_scores(weight: torch.Tensor, config: AdaPruneConfig) -> torch.Tensor
     """
     if weight.is_meta:
         return torch.empty(weight.shape, dtype=torch.float32, device="meta")
-    if config.score_init == "magnitude":
+    if config.score_init in ("magnitude", "wanda"):
+        # Wanda's ranks take the place of these once there are inputs (`Pruner.step`).
         scores = magnitude_ranks(weight)
     elif config.score_init == "constant":
         scores = torch.full(weight.shape, 0.01, device=weight.device)
@@ -51,4 +72,5 @@ def scores_from_mask(weight: torch.Tensor, mask: torch.Tensor, config: AdaPruneC
     fresh = initial_scores(weight, config)
     if config.selection == "threshold":
         return fresh.abs() * torch.where(mask, 1.0, -1.0)
-    return fresh / 2 + mask / config.score_lr_ratio
+    # Less than half: the best of the pruned must not tie with the worst of the kept.
+    return 0.49 * fresh + mask / config.score_lr_ratio

@@ -3,9 +3,11 @@
 import json
 import sys
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from doors import save_base
@@ -73,29 +75,97 @@ def test_the_step_time_benchmark_prints_ratios(
     assert all(ratio > 0 for ratio in result["lora_over_finetune"])
 
 
-def test_the_grid_skips_what_is_there_and_the_report_tells_what_is(
-    example: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Return the runner's module; `study.go` runs it, with runs that take no time and are listed in `study.done`."""
     monkeypatch.syspath_prepend(str(EXAMPLES / "study"))
-    grid, report = import_module("run"), import_module("report")
-    results, done = tmp_path / "results.jsonl", []
+    runner = import_module("run")
+    done: list[Any] = []
 
-    def execute(run: Any, model: str, data_dir: str) -> dict[str, Any]:
+    def execute(run: Any, model: str, data_dir: str, keep: Path | None) -> dict[str, Any]:
         done.append(run)
+        if (run.task, run.seed) == ("rte", 2) and runner.fails:
+            raise RuntimeError(f"{run.name} failed")
         row = {"task": run.task, "method": run.method, "sparsity_asked": run.sparsity, "seed": run.seed}
-        scores = {"eval_accuracy": 0.8 + run.seed / 100, "eval_combined_score": 0.9}
-        return row | scores | {"sparsity": run.sparsity, "sparsity_whole_model": 0.2, "checkpoint_bytes": 1000}
+        row |= {"model": model, "sparsity": run.sparsity, "sparsity_whole_model": 0.2, "checkpoint_bytes": 1000}
+        scores = {"eval_accuracy": 0.8 + run.seed / 100, "eval_combined_score": 0.9, "eval_matthews_correlation": 0.3}
+        if run.method == "magnitude":
+            scores |= {"eval_rewound_combined_score": 0.45, "adapter_bytes": 100}
+        return row | scores
 
-    monkeypatch.setattr(grid, "execute", execute)
-    monkeypatch.setattr(sys, "argv", ["run.py", "--data_dir", "glue", "--results", str(results)])
-    grid.main()
-    assert len(done) == len(grid.grid()) == 36
-    results.write_text("\n".join(results.read_text().splitlines()[:-2]) + "\n")
-    grid.main()
-    assert len(done) == 38
-    table = report.table(results)
-    assert "| fine-tuning | 0 | 0 | 1,000 | 0.810 ± 0.010 (3) | 1.000 | 0.900 ± 0.000 (3) | 1.000 |" in table
-    assert len(table.splitlines()) == 2 + 6
+    def go(*flags: str) -> int:
+        done.clear()
+        monkeypatch.setattr(sys, "argv", ["run.py", "--data_dir", "glue", "--results", str(runner.results), *flags])
+        runner.main()
+        return len(done)
+
+    monkeypatch.setattr(runner, "execute", execute)
+    for name, value in {"go": go, "done": done, "results": tmp_path / "results.jsonl", "fails": False}.items():
+        monkeypatch.setattr(runner, name, value, raising=False)
+    return runner
+
+
+def test_the_grid_skips_what_is_there_and_the_report_tells_what_is(study: Any) -> None:
+    size = len(study.grid())
+    assert study.go() == size == len(set(study.grid()))
+    lines = study.results.read_text().splitlines()
+    # A kill in the middle of a line: that run and the one that is missing are done again, and the line is mended.
+    study.results.write_text("\n".join(lines[:-2]) + "\n" + lines[-2][:40])
+    assert study.go() == 2
+    assert study.go() == 0
+    table = import_module("report").table(study.results)
+    assert "| fine-tuning | 0 | 0 | 1,000 | 0.900 ± 0.000 (5) | 1.000 | 0.820 ± 0.016 (5) | 1.000 |" in table
+    assert "| magnitude pruning, pre-trained weights | 0.500 | 0.200 | 100 | 0.450 ± 0.000 (5) | 0.500 |" in table
+
+
+def test_a_run_is_a_command_that_leaves_its_line_and_what_it_saved(base_path: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES / "study"))
+        runner = import_module("run")
+    texts = [f"w{number} w{number + 1}" for number in range(5, 21)]
+    data = {"sentence1": texts, "sentence2": texts[::-1], "label": [number % 2 for number in range(16)]}
+    (tmp_path / "rte").mkdir()
+    for split in ("train", "validation"):
+        datasets.Dataset.from_dict(data).to_parquet(tmp_path / "rte" / f"{split}.parquet")
+    run = runner.Run("rte", "magnitude", 0.9, 3)
+    row = runner.execute(run, str(base_path), str(tmp_path), keep=tmp_path / "kept")
+    assert (row["task"], row["method"], row["sparsity_asked"], row["seed"]) == ("rte", "magnitude", 0.9, 3)
+    assert {"eval_accuracy", "eval_rewound_accuracy", "seconds", "versions", "revision", "device"} <= set(row)
+    pruned, total = (sum(counts) for counts in zip(*row["module_counts"].values(), strict=True))
+    assert pruned / total == row["sparsity"] == pytest.approx(0.9, abs=1e-4)
+    assert "--task_name rte" in row["command"]
+    assert str(tmp_path) not in row["command"]
+    assert (tmp_path / "kept" / run.name / "rewound" / "adapter_model.safetensors").is_file()
+
+
+def test_rows_of_another_base_are_other_runs_and_rows_that_name_none_are_of_the_packaged_one(study: Any) -> None:
+    first = "stsb/*/0.*/0"
+    count = study.go("--only", first)
+    rows = [json.loads(line) for line in study.results.read_text().splitlines()]
+    unnamed = [{key: value for key, value in row.items() if key != "model"} for row in rows]
+    study.results.write_text("".join(json.dumps(row) + "\n" for row in unnamed))
+    assert study.go("--only", first) == 0
+    assert study.go("--only", first, "--model", "another") == count
+
+
+def test_what_tells_most_comes_first_and_each_cell_before_a_second_seed(study: Any) -> None:
+    names = [run.name for run in study.grid()]
+    assert names[:4] == ["stsb/finetune/0.0/0", "sst2-8k/finetune/0.0/0", "mrpc/finetune/0.0/0", "stsb/adaprune/0.5/0"]
+    core = {run for run in study.grid() if run.sparsity in (0.0, 0.5, 0.9) and run.task in ("stsb", "sst2-8k", "mrpc")}
+    assert set(takewhile(lambda run: run.seed == 0, study.grid())) == {run for run in core if run.seed == 0}
+
+
+def test_a_filter_picks_runs_and_a_failed_run_stops_no_other(study: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert study.go("--only", "mrpc/imp/*/0", "*/adaprune/0.5/1") == 6 + 6
+    study.fails = True
+    with pytest.raises(SystemExit) as caught:
+        study.go("--only", "rte/*/0.5/*", "--workers", "2")
+    assert caught.value.code == 1
+    assert "rte/adaprune/0.5/2 failed" in capsys.readouterr().err
+    study.fails = False
+    assert {run.seed for run in study.done} == {0, 1, 2}
+    study.go("--only", "rte/*/0.5/*")
+    assert {run.seed for run in study.done} == {2}
 
 
 def test_the_command_line_says_what_it_can_do() -> None:

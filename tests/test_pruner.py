@@ -10,6 +10,7 @@ from torch import nn
 from hf_adaprune import AdaPruneConfig, Pruner
 from hf_adaprune.errors import NonFiniteError, NotPrunedError
 from hf_adaprune.layer import adaprune_layers
+from hf_adaprune.scores import wanda_ranks
 
 
 class Net(nn.Module):
@@ -52,7 +53,7 @@ def pruned_count(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("scope", ["module", "kind", "global"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.37, 0.5, 0.9, 0.99])
-@pytest.mark.parametrize("score_init", ["magnitude", "constant"])
+@pytest.mark.parametrize("score_init", ["wanda", "magnitude", "constant"])
 def test_the_sparsity_asked_for_is_the_sparsity_got(scope: str, sparsity: float, score_init: str) -> None:
     model = make(final_sparsity=sparsity, scope=scope, score_init=score_init)
     pruner = Pruner(model, total_steps=10)
@@ -132,6 +133,49 @@ def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner,
     optimizer.step()
     pruner.step()
     optimizer.zero_grad()
+
+
+def scores_of(model: Any, name: str = "first") -> torch.Tensor:
+    scores: torch.Tensor = model.get_submodule(f"base_model.model.{name}").adaprune_scores["default"]
+    return scores
+
+
+def test_scores_start_from_the_inputs_of_all_batches_of_the_first_step() -> None:
+    model = make(score_lr_ratio=10.0)
+    pruner = Pruner(model, total_steps=10)
+    batches = [torch.randn(8, 7, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    model.eval()
+    model(100 * torch.rand(8, 7))
+    model.train()
+    for batch in batches[:2]:
+        model(batch)
+    pruner.step()
+    layer = model.get_submodule("base_model.model.first")
+    norm = torch.cat(batches[:2]).norm(dim=0)
+    torch.testing.assert_close(scores_of(model) * 10, wanda_ranks(layer.weight, norm, input_dim=1))
+    before = scores_of(model).clone()
+    model(batches[2])
+    pruner.step()
+    assert torch.equal(scores_of(model), before)
+    assert not layer._forward_pre_hooks
+
+
+def test_a_model_that_is_not_called_keeps_the_scores_of_its_magnitudes() -> None:
+    model = make()
+    before = scores_of(model).clone()
+    Pruner(model, total_steps=10).step()
+    assert torch.equal(scores_of(model), before)
+
+
+def test_a_run_that_goes_on_does_not_start_its_scores_anew() -> None:
+    model = make(pruning_start=0.5)
+    pruner = Pruner(model, total_steps=10)
+    pruner.load_state_dict({"num_steps": 3})
+    before = scores_of(model).clone()
+    model(torch.randn(8, 7))
+    pruner.step()
+    assert pruner.sparsity == 0
+    assert torch.equal(scores_of(model), before)
 
 
 def test_flip_rate_counts_what_changed_since_it_was_last_asked() -> None:

@@ -164,6 +164,42 @@ def test_a_trained_model_is_evaluated_again_to_the_same_score(run: Any, tmp_path
         assert again["eval_loss"] == pytest.approx(first["eval_loss"], abs=1e-6)
 
 
+@pytest.mark.parametrize("method", ["random", "smp", "no_recovery", "lora"])
+def test_other_adapters_come_from_the_same_script(method: str, run: Any, tmp_path: Path) -> None:
+    files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
+    out, results = run("--method", method, "--do_train", "--do_eval", "--max_steps", 5, *files)
+    assert "eval_accuracy" in results
+    assert results["checkpoint_bytes"] == (out / "adapter_model.safetensors").stat().st_size
+    assert not (out / "model.safetensors").exists()
+    assert results.get("sparsity") == (None if method == "lora" else pytest.approx(0.5, abs=0.001))
+
+
+@pytest.mark.parametrize("method", ["magnitude", "movement", "imp"])
+def test_trained_weights_are_scored_as_trained_and_rewound(method: str, run: Any, tmp_path: Path) -> None:
+    files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
+    flags = ["--do_eval", *files]
+    out, results = run(
+        "--method", method, "--do_train", "--max_steps", 5, "--final_sparsity", 0.8, "--learning_rate", "1e-2", *flags
+    )
+    weights = [tensor for name, tensor in load_file(out / "model.safetensors").items() if ".layer." in name]
+    matrices = torch.cat([tensor.view(-1) for tensor in weights if tensor.dim() == 2])
+    assert float((matrices == 0).float().mean()) == results["sparsity"] == pytest.approx(0.8, abs=0.001)
+    assert results["checkpoint_bytes"] == (out / "model.safetensors").stat().st_size
+    assert results["adapter_bytes"] == (out / "rewound" / "adapter_model.safetensors").stat().st_size
+    for folder, key in ((out, "eval_loss"), (out / "rewound", "eval_rewound_loss")):
+        _, again = run("--method", "finetune", *flags, model=folder, out=f"{folder.name}-again")
+        assert again["eval_loss"] == pytest.approx(results[key], abs=1e-6)
+    assert results["eval_loss"] != pytest.approx(results["eval_rewound_loss"], abs=1e-3)
+
+
+def test_ablations_are_scored_beside_the_run(run: Any, tmp_path: Path) -> None:
+    files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
+    out, results = run("--ablate", "--do_train", "--do_eval", "--max_steps", 5, *files)
+    assert {"eval_accuracy", "eval_shuffled_accuracy", "eval_shuffled_retrained_accuracy"} <= set(results)
+    _, again = run("--do_eval", *files, model=out, out="again")
+    assert again["eval_loss"] == pytest.approx(results["eval_loss"], abs=1e-6)
+
+
 def test_a_pushed_adapter_keeps_its_own_card(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pushed: list[dict[str, str]] = []
 

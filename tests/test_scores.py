@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_adaprune import AdaPruneConfig
-from hf_adaprune.scores import initial_scores, magnitude_ranks, scores_from_mask
+from hf_adaprune.scores import initial_scores, magnitude_ranks, scores_from_mask, wanda_ranks
 
 
 def test_ranks_follow_magnitude_and_spread_evenly_over_their_range() -> None:
@@ -10,13 +10,21 @@ def test_ranks_follow_magnitude_and_spread_evenly_over_their_range() -> None:
     torch.testing.assert_close(ranks, torch.tensor([[2.0, 0.4], [1.2, 0.8], [0.0, 1.6]]))
 
 
+def test_weights_of_one_output_are_ranked_by_what_they_pass_on() -> None:
+    weight = torch.tensor([[1.0, -4.0, 3.0], [-2.0, 0.5, 0.1]])
+    norm = torch.tensor([10.0, 1.0, 2.0])
+    expected = torch.tensor([[2.0, 0.0, 1.0], [2.0, 1.0, 0.0]])
+    torch.testing.assert_close(wanda_ranks(weight, norm, input_dim=1), expected)
+    torch.testing.assert_close(wanda_ranks(weight.T, norm, input_dim=0), expected.T)
+
+
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_scores_made_from_a_mask_stand_for_it(preset: str) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(16, 8, generator=generator)
-    mask = torch.rand(16, 8, generator=generator) < 0.5
+    mask = weight.abs() < weight.abs().median()  # the largest are pruned
     scores = scores_from_mask(weight, mask, AdaPruneConfig.from_preset(preset))
-    assert scores[mask].min() >= scores[~mask].max()
+    assert scores[mask].min() > scores[~mask].max()
     if preset == "paper":
         assert torch.equal(scores > 0, mask)
 

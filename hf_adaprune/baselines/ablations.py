@@ -1,0 +1,118 @@
+"""What is left of a trained model once its masks, or the weights under them, are others."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from ..errors import NotPrunedError
+from ..layer import AdaPruneLayer, adaprune_layers
+from .fixed import FixedMaskCallback
+
+
+Change = Callable[[AdaPruneLayer, str, torch.Generator], None]
+
+
+def shuffle_mask(layer: AdaPruneLayer, adapter_name: str, generator: torch.Generator) -> None:
+    """Permute a layer's mask at random: as many weights are kept, but others."""
+    mask = layer.mask(adapter_name)
+    order = torch.randperm(mask.numel(), generator=generator).to(mask.device)
+    layer.set_mask(adapter_name, mask.reshape(-1)[order].view(mask.shape))
+
+
+def scale_weight(deviation: float) -> Change:
+    """Return a change that multiplies each weight of a layer by its own number from N(1, deviation^2)."""
+
+    @torch.no_grad()
+    def change(layer: AdaPruneLayer, adapter_name: str, generator: torch.Generator) -> None:
+        noise = torch.normal(1.0, deviation, layer.weight.shape, generator=generator)
+        layer.weight.mul_(noise.to(layer.weight))
+
+    return change
+
+
+@torch.no_grad()
+def redraw_weight(layer: AdaPruneLayer, adapter_name: str, generator: torch.Generator) -> None:
+    """Draw the weights of a layer anew, from a normal distribution with their mean and deviation."""
+    noise = torch.randn(layer.weight.shape, generator=generator).to(layer.weight)
+    layer.weight.copy_(layer.weight.mean() + layer.weight.std() * noise)
+
+
+ABLATIONS: dict[str, Change] = {
+    "shuffled": shuffle_mask,
+    # The paper's N(1, .01) does not say whether .01 is the deviation or the variance.
+    "reinit_deviation_01": scale_weight(0.01),
+    "reinit_variance_01": scale_weight(0.1),
+    "redrawn": redraw_weight,
+}
+"""Table 3 of "Adapting by Pruning" (arXiv 2105.03343), and its second row in three readings."""
+
+
+def ablate(trainer: Trainer, head_learning_rate: float = 1e-3, adapter_name: str = "default") -> dict[str, float]:
+    """Score a trained model with shuffled masks and with other weights: as it is then, and with its head trained on.
+
+    Args:
+        trainer (`transformers.Trainer`):
+            A Trainer whose model AdaPrune has adapted. Its model is changed, scored, and put back.
+        head_learning_rate (`float`): For training the head on, as long as the Trainer has trained.
+        adapter_name (`str`): The adapter's name.
+
+    Returns:
+        `dict[str, float]`:
+            What `Trainer.evaluate` returns, under `eval_{ablation}_...` with the head as it was trained and
+            `eval_{ablation}_retrained_...` with the head trained on, for each of `ABLATIONS`.
+
+    Raises:
+        NotPrunedError: If the model has no masks of that name.
+    """
+    layers = dict(adaprune_layers(trainer.model, adapter_name))
+    if not layers:
+        raise NotPrunedError(
+            f"The Trainer's model has no masks under the adapter name {adapter_name!r} to ablate: train it with "
+            "`AdaPruneCallback`, or load an adapter with `is_trainable=True`."
+        )
+    metrics: dict[str, float] = {}
+    for name, change in ABLATIONS.items():
+        with _restored(trainer.model):
+            generator = torch.Generator().manual_seed(trainer.args.seed)
+            for layer in layers.values():
+                change(layer, adapter_name, generator)
+            metrics |= trainer.evaluate(metric_key_prefix=f"eval_{name}")
+            retrainer = _head_trainer(trainer, head_learning_rate, adapter_name)
+            retrainer.train()
+            metrics |= retrainer.evaluate(metric_key_prefix=f"eval_{name}_retrained")
+    return metrics
+
+
+def _head_trainer(trainer: Trainer, learning_rate: float, adapter_name: str) -> Trainer:
+    unsaved = {"save_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False}
+    args = dataclasses.replace(trainer.args, learning_rate=learning_rate, **unsaved)
+    return Trainer(
+        trainer.model,
+        args,
+        data_collator=trainer.data_collator,
+        train_dataset=trainer.train_dataset,
+        eval_dataset=trainer.eval_dataset,
+        processing_class=trainer.processing_class,
+        compute_metrics=trainer.compute_metrics,
+        callbacks=[FixedMaskCallback(adapter_name=adapter_name)],
+    )
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Put back, at the end of the block, what it changes in a model."""
+    state = copy.deepcopy(model.state_dict())
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        yield
+    finally:
+        model.load_state_dict(state)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable[name])

@@ -1,0 +1,141 @@
+"""Pruning the smallest weights: gradually (MP), or in rounds that start over (IMP)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from ..config import AdaPruneConfig
+from ..errors import ConfigError
+from ..pruner import Pruner
+from .fixed import FixedMaskPruner
+from .trained import TrainedWeightsCallback
+
+
+class MagnitudePruner(Pruner):
+    """Prune by |w| a hundred times over a run, and no more once the target is reached."""
+
+    def __init__(self, model: nn.Module, total_steps: int, adapter_name: str = "default") -> None:
+        super().__init__(model, total_steps, adapter_name)
+        self._interval = max(1, total_steps // 100)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Make the next masks, if it is time."""
+        step = self.num_steps + 1
+        if step % self._interval == 0 and step - self._interval < self.config.pruning_end * self.total_steps:
+            for layer in self.layers.values():
+                layer.adaprune_scores[self.adapter_name].copy_(layer.weight.abs())
+            super().step()
+        else:
+            self.num_steps = step
+
+
+class MagnitudeCallback(TrainedWeightsCallback):
+    """Train the weights of a `Trainer`'s model and prune the smallest, more and more of them.
+
+    Gradual magnitude pruning (Zhu and Gupta, arXiv 1710.01878; `MP` of arXiv 2105.03343), over all matrices together.
+    A pruned weight keeps its value unseen, and is back if others have become smaller before the ramp ends. The ramp is
+    that of the magnitude pruning in "Movement Pruning" (arXiv 2005.07683): from a tenth of training to eight. The
+    learning rate is that of fine-tuning.
+
+    Args:
+        final_sparsity (`float`): The fraction of the masked weights to remove, in [0, 1).
+
+    Raises:
+        ConfigError: If `final_sparsity` is out of range.
+    """
+
+    pruner_cls = MagnitudePruner
+    trains_scores = False
+
+    def __init__(self, final_sparsity: float = 0.5) -> None:
+        config = AdaPruneConfig(
+            final_sparsity=final_sparsity,
+            scope="global",
+            pruning_start=0.1,
+            pruning_end=0.8,
+            score_init="constant",
+            score_lr_ratio=1.0,
+        )
+        super().__init__(config)
+
+
+class IterativeMagnitudeCallback(TrainedWeightsCallback):
+    """Train, prune the smallest weights, start over with those that are left; again and again.
+
+    Iterative magnitude pruning with rewinding (Frankle and Carbin, arXiv 1803.03635; for BERT, Chen et al., arXiv
+    2007.12223; `IMP` of arXiv 2105.03343), over all matrices together. Each round trains as long as the Trainer is
+    told to, from the same weights and the same head; the last one trains what the target leaves. The learning rate is
+    that of fine-tuning.
+
+    Args:
+        final_sparsity (`float`): The fraction of the masked weights to remove, in [0, 1).
+        rate (`float`): The fraction of the remaining weights that goes between two rounds, in (0, 1).
+
+    Raises:
+        ConfigError: If one of them is out of range, or a run is to be resumed.
+
+    Example:
+
+        >>> callback = IterativeMagnitudeCallback(final_sparsity=0.5)
+        >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[callback])
+        >>> for _ in range(callback.num_rounds):
+        ...     trainer.train()
+    """
+
+    pruner_cls = FixedMaskPruner
+    trains_scores = False
+
+    def __init__(self, final_sparsity: float = 0.5, rate: float = 0.2) -> None:
+        config = AdaPruneConfig(
+            final_sparsity=final_sparsity, scope="global", score_init="constant", score_lr_ratio=1.0
+        )
+        super().__init__(config)
+        if not 0 < rate < 1:
+            raise ConfigError(f"`rate` must be in (0, 1), got {rate}.")
+        self._sparsities = [0.0]
+        while self._sparsities[-1] < final_sparsity:
+            # Rounded, or 0.2 would be missed by a hair and take a round more.
+            following = round(1 - (1 - rate) ** len(self._sparsities), 9)
+            self._sparsities.append(min(following, final_sparsity))
+        self._round = -1
+
+    @property
+    def num_rounds(self) -> int:
+        """How many times the Trainer has to train."""
+        return len(self._sparsities)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Prune what the round before has trained, and put the rest back to where it started."""
+        if state.global_step:
+            raise ConfigError(
+                "The rounds of iterative pruning cannot be resumed from a checkpoint, which knows of one round only: "
+                "train without `resume_from_checkpoint`."
+            )
+        self._round += 1
+        if self.pruner is not None and self._round < self.num_rounds:
+            for layer in self.pruner.layers.values():
+                remaining = layer.weight.detach() * layer.mask(self.adapter_name)
+                layer.adaprune_scores[self.adapter_name].data.copy_(remaining.abs())
+            self.pruner.prune_to(self._sparsities[self._round])
+            self._rewind()
+            kwargs["optimizer"].state.clear()
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After the last round, make a plain model with zeros."""
+        if self._round == self.num_rounds - 1:
+            super().on_train_end(args, state, control, **kwargs)
+
+    @torch.no_grad()
+    def _rewind(self) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self._initial[name])

@@ -1,0 +1,82 @@
+"""Masks over frozen weights by the recipe of Static Model Pruning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from ..callback import AdaPruneCallback
+from ..config import AdaPruneConfig
+from ..errors import ConfigError
+from ..schedule import cubic_sparsity
+
+
+class SMPCallback(AdaPruneCallback):
+    """Adapt the model of a `Trainer` by pruning alone, by the recipe of SMP (Jiang et al., arXiv 2210.06210).
+
+    Scores from a constant, ties broken by |w|; straight-through; one threshold for each kind of matrix; the cubic ramp
+    over the first six tenths of training; a learning rate of 2e-2 for the scores, and a penalty on their mean sigmoid
+    that grows over the whole run. The paper trains 12 to 100 epochs and freezes a head of label words; here the head
+    is trained, as AdaPrune trains it at the Trainer's learning rate of 5e-5. There is no distillation.
+
+    Args:
+        final_sparsity (`float`): The fraction of the masked weights to remove, in [0, 1).
+        score_learning_rate (`float`): The learning rate of the scores, > 0.
+        max_penalty (`float`): The factor of the penalty at the end of training, >= 0.
+
+    Raises:
+        ConfigError: If `final_sparsity` is out of range, or the model computes no loss to add the penalty to.
+    """
+
+    config: AdaPruneConfig
+
+    def __init__(
+        self, final_sparsity: float = 0.5, score_learning_rate: float = 2e-2, max_penalty: float = 400.0
+    ) -> None:
+        super().__init__(AdaPruneConfig(final_sparsity=final_sparsity, scope="kind", score_init="constant"))
+        self.score_learning_rate, self.max_penalty = score_learning_rate, max_penalty
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Put masks on the Trainer's model, before its optimizer is made."""
+        self.config.score_lr_ratio = self.score_learning_rate / args.learning_rate
+        super().on_init_end(args, state, control, model, **kwargs)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Put the penalty into the model's loss."""
+        super().on_train_begin(args, state, control, model, **kwargs)
+        self._hook = model.register_forward_hook(self._penalize)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the penalty out of the loss, and end at exactly the sparsity that was asked for."""
+        self._hook.remove()
+        super().on_train_end(args, state, control, **kwargs)
+
+    def penalty(self) -> torch.Tensor:
+        """Return what is added to the loss now: a factor times the mean, over matrices, of the mean sigmoid(score)."""
+        pruner = self._running
+        factor = self.max_penalty * cubic_sparsity(pruner.num_steps / pruner.total_steps, 1.0)
+        means = [self._in_own_unit(layer.adaprune_scores[self.adapter_name]) for layer in pruner.layers.values()]
+        return factor * torch.stack([scores.sigmoid().mean() for scores in means]).mean()
+
+    def _in_own_unit(self, scores: torch.Tensor) -> torch.Tensor:
+        # Scores are stored divided by `score_lr_ratio`, and take their gradient from the loss as it is: this one too.
+        return scores + ((self.config.score_lr_ratio - 1) * scores).detach()
+
+    def _penalize(self, model: nn.Module, args: Any, output: Any) -> None:
+        if not (model.training and torch.is_grad_enabled()):
+            return
+        if getattr(output, "loss", None) is None:
+            raise ConfigError(
+                "The penalty of SMP is added to the loss that the model computes, and it computed none: train without "
+                "`label_smoothing_factor`, with the labels in the data."
+            )
+        output.loss = output.loss + self.penalty()

@@ -1,0 +1,109 @@
+"""Pruning while the weights are trained: what all methods of that kind share."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+
+from ..callback import AdaPruneCallback
+from ..config import AdaPruneConfig
+from ..errors import NotPrunedError
+from ..head import head_modules
+from ..layer import adaprune_layers, wrap
+from ..targets import resolve_targets
+
+
+class TrainedWeightsCallback(AdaPruneCallback):
+    """Prune a `Trainer`'s model while all of its weights are trained; use one of the methods made from it.
+
+    The layers that AdaPrune would mask are masked for as long as training lasts. Then the model is a plain one again,
+    with its pruned weights at zero: `Trainer.evaluate` scores it, and `Trainer.save_model` saves it. `rewound` gives
+    the other score, that of the pre-trained values under the masks that were found.
+
+    Args:
+        config (`AdaPruneConfig`): What is pruned, how much of it and when.
+    """
+
+    config: AdaPruneConfig
+    trains_scores = True
+
+    def __init__(self, config: AdaPruneConfig) -> None:
+        super().__init__(config)
+        self.masks: dict[str, torch.Tensor] = {}
+        self._initial: dict[str, torch.Tensor] = {}
+        self._parameters: dict[str, nn.Parameter] = {}
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Put masks on the Trainer's model, before its optimizer is made; remember the weights."""
+        if not isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
+            raise NotPrunedError(
+                f"`{type(self).__name__}` trains the weights of a plain transformers model, got a "
+                f"{type(model).__name__}{' with an adapter' * hasattr(model, 'peft_config')}. Give the Trainer the "
+                "model as `from_pretrained` loads it."
+            )
+        self._initial = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self._parameters = dict(model.named_parameters())
+        targets = copy.deepcopy(self.config)
+        resolve_targets(model, targets)
+        for name, module in list(model.named_modules()):
+            layer = wrap(module, self.adapter_name, self.config) if check_target_module_exists(targets, name) else None
+            if layer is not None:
+                layer.adaprune_scores[self.adapter_name].requires_grad_(self.trains_scores)
+                _replace(model, name, layer)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Leave the checkpoint as it is: the whole model is in it, masks and scores too."""
+        self._forget_best(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End at exactly the sparsity that was asked for, with zeros in a plain model."""
+        super().on_train_end(args, state, control, **kwargs)
+        for name, layer in list(adaprune_layers(kwargs["model"])):
+            mask = self.masks[name] = layer.mask(self.adapter_name)
+            module = layer.get_base_layer()
+            module.weight.data[~mask] = 0
+            _replace(kwargs["model"], name, module)
+
+    def rewound(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Return a copy of the trained model whose body has its pre-trained values under the trained masks.
+
+        So the paper (arXiv 2105.03343) scores its baselines. The copy is what AdaPrune itself would give: masks and a
+        head over an unchanged base, an adapter to be saved, pushed and analysed.
+
+        Args:
+            model (`transformers.PreTrainedModel`): The Trainer's model, after training.
+
+        Returns:
+            `transformers.PreTrainedModel`: The copy, on the same device.
+
+        Raises:
+            NotPrunedError: If training has not ended.
+        """
+        if not self.masks:
+            raise NotPrunedError(
+                "There are no masks yet to put on the pre-trained weights: call `Trainer.train` first."
+            )
+        head = tuple(f"{name}." for name in head_modules(model))
+        body = {name: tensor for name, tensor in self._initial.items() if not name.startswith(head)}
+        rewound = type(model)(model.config).to(device=model.device, dtype=model.dtype)
+        rewound.load_state_dict(model.state_dict() | body)
+        rewound.add_adapter(self.config, self.adapter_name)
+        for name, layer in adaprune_layers(rewound, self.adapter_name):
+            layer.set_mask(self.adapter_name, self.masks[name])
+        return rewound.eval()
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
