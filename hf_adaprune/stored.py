@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from .checks import run_checks
 from .config import AdaPruneConfig
 from .errors import AdapterFileError, AdapterNotFoundError, BaseMismatchError, ConfigError
+from .fingerprint import same_origin
 from .storage import check_shapes, read_shapes
 
 
@@ -128,11 +129,12 @@ def check_same_base(adapters: Sequence[StoredAdapter]) -> None:
     """
     first, *others = adapters
     for other in others:
-        for what, fits in (
-            ("of another base", other.config.base_fingerprint == first.config.base_fingerprint),
-            ("over other modules", _sizes(other) == _sizes(first)),
+        fingerprints = first.config.base_fingerprint or "", other.config.base_fingerprint or ""
+        for what, differs in (
+            ("of another base", same_origin(*fingerprints) is False),
+            ("over other modules", _sizes(other) != _sizes(first)),
         ):
-            if not fits:
+            if differs:
                 raise BaseMismatchError(f"The masks of {other.name!r} are {what} than those of {first.name!r}.")
 
 

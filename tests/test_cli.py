@@ -113,6 +113,17 @@ def test_verify_says_yes_to_a_copy_of_the_base_and_no_to_another(
     assert "made for other weights" in said
 
 
+@pytest.mark.filterwarnings("ignore:The masks of adapter 'default' were made on a base in bfloat16:UserWarning")
+def test_verify_does_not_say_yes_to_what_it_cannot_tell(base_path: Path, tmp_path: Path) -> None:
+    for name in ("bfloat16", "float16"):
+        AutoModel.from_pretrained(base_path, dtype=getattr(torch, name)).save_pretrained(tmp_path / name)
+    get_peft_model(load_base(tmp_path / "bfloat16"), AdaPruneConfig()).save_pretrained(str(tmp_path / "adapter"))
+    for base in (tmp_path / "bfloat16", base_path):
+        assert answer("verify", tmp_path / "adapter", "--base", base)["fits"] is True
+    said = refusal(5, "BaseMismatchError", "verify", tmp_path / "adapter", "--base", tmp_path / "float16")
+    assert "cannot be told" in said
+
+
 def test_verify_finds_a_single_wrong_bit(adapter: Path) -> None:
     tensors = load_file(adapter / WEIGHTS)
     tensors[min(key for key in tensors if "adaprune_mask" in key)][0] ^= 1

@@ -159,7 +159,6 @@ def test_a_scaled_embedding_stays_scaled() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.filterwarnings("ignore:The base model is in float16")
 def test_a_mask_takes_the_type_of_its_weight(saved: Saved, dtype: torch.dtype) -> None:
     model = PeftModel.from_pretrained(saved.load_base(dtype=dtype), saved.path)
     assert {layer.effective_weight().dtype for layer in layers_of(model)} == {dtype}

@@ -8,7 +8,9 @@ import typer
 
 from ..analysis import Overlap, load_masks, pairwise_overlap, plot_overlap, sparsity_report
 from ..checkpoint import save_merged
+from ..checks import base_fits
 from ..demo.run import run_demo
+from ..errors import BaseMismatchError
 from ..glue import GLUE_COLUMNS, load_glue_split, score_on_glue
 from ..publish import push_adapter
 from ..stored import check_same_base, read_adapter
@@ -63,8 +65,12 @@ def verify(
 ) -> Answer:
     """Open an adapter on its base: exit 0 if masks, head and base are those that were saved."""
     adapter = read_adapter(name, revision=revision, subfolder=subfolder)
-    adapter.open(base)
-    config = adapter.config
+    model, config = adapter.open(base), adapter.config
+    if base_fits(model.get_base_model(), config) is None:
+        raise BaseMismatchError(
+            f"It cannot be told whether the base is that of {name!r}: one is in bfloat16, the other in float16. Name "
+            "a copy in float32 with `--base`."
+        )
     facts = {
         "name": name,
         "base": base or config.base_model_name_or_path,
