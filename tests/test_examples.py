@@ -156,7 +156,7 @@ def test_what_tells_most_comes_first_and_each_cell_before_a_second_seed(study: A
 
 
 def test_a_filter_picks_runs_and_a_failed_run_stops_no_other(study: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert study.go("--only", "mrpc/imp/*/0", "*/adaprune/0.5/1") == 6 + 6
+    assert study.go("--only", "mrpc/imp/*/0", "*/adaprune/0.5/1") == 7 + 6
     study.fails = True
     with pytest.raises(SystemExit) as caught:
         study.go("--only", "rte/*/0.5/*", "--workers", "2")
