@@ -187,6 +187,19 @@ def test_a_fresh_adapter_has_the_labels_that_the_model_is_given_for_it(
         assert torch.equal(logits_of(model), tasks["two"].logits)
 
 
+def test_labels_for_a_fresh_adapter_are_not_those_of_a_base_that_is_at_work(
+    base: Path, tasks: dict[str, Task]
+) -> None:
+    model = open_wrapped(base, tasks, "two")
+    disable(model)
+    model.config.id2label = {0: "a", 1: "b", 2: "c", 3: "d"}
+    model.add_adapter("four", AdaPruneConfig())
+    assert model.config.id2label == load_base(base, 5).config.id2label
+    enable(model)
+    model.set_adapter("four")
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c", 3: "d"}
+
+
 def test_heads_of_two_kinds_share_a_base(base: Path, tasks: dict[str, Task], tmp_path: Path) -> None:
     found = dict(tasks)
     for name, num_labels in (("average", 3), ("another", 4)):
