@@ -39,6 +39,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "head_lr_ratio": 1.0,
         # The paper's own gammas add up to 0.0008 over a run, which no score of 0.01 can fall to zero by.
         "drift": 0.012,
+        "dropout": None,
         "mask_embeddings": True,
         "head": "layer_average",
     },
@@ -104,6 +105,8 @@ class AdaPruneConfig(PeftConfig):
             The learning rate of the scores over the optimizer's, > 0. Under Adam a score moves by about
             `score_lr_ratio * learning_rate` a step: 5e-3 at the Trainer's default of 5e-5.
         head_lr_ratio (`float`): The learning rate of `modules_to_save` over the optimizer's, > 0: 2e-4 at 5e-5.
+        dropout (`float`, *optional*):
+            The dropout of the whole model while `Pruner` trains it, in [0, 1). `None` leaves the model's own.
         drift (`float`):
             Subtracted from every score over the whole run, in equal steps, >= 0 (the sum of the gammas of Eq. 5).
 
@@ -146,6 +149,7 @@ class AdaPruneConfig(PeftConfig):
     backward_temperature: float = _option(1.0, "t_s of Eq. 4.")
     score_lr_ratio: float = _option(100.0, "Learning rate of the scores over the optimizer's.")
     head_lr_ratio: float = _option(4.0, "Learning rate of the head over the optimizer's.")
+    dropout: float | None = _option(0.0, "Dropout while masks are trained; None is the model's own.")
     drift: float = _option(0.0, "Subtracted from every score over the run (sum of the gammas of Eq. 5).")
 
     base_fingerprint: str | None = _option(None, "Which weights the masks belong to.")
@@ -268,6 +272,8 @@ class AdaPruneConfig(PeftConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 problems.append(f"`{name}` must be positive and finite, got {value}.")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            problems.append(f"`dropout` must be in [0, 1), or None for the model's own; got {self.dropout}.")
         if not 0 <= self.drift < float("inf"):
             problems.append(f"`drift` must be finite and >= 0, got {self.drift}.")
         choices = {"estimator": ESTIMATORS, "score_init": SCORE_INITS, "scope": SCOPES, "selection": SELECTIONS}

@@ -22,6 +22,7 @@ from .active import ActiveHead, active_head, check_one_head, keep_in_step, unfol
 from .checks import CheckOnce, check_base, head_keys, run_checks
 from .combine import combine_adapters
 from .config import AdaPruneConfig
+from .dropout import restore_dropout
 from .errors import AdapterFileError, ConfigError, MergeError, NoMatchingModuleError
 from .fingerprint import fingerprint, fingerprints_are_checked
 from .groups import Groups
@@ -195,6 +196,7 @@ class AdaPruneModel(BaseTuner):
             if isinstance(hook, (ActiveHead, CheckOnce)):
                 hook.handle.remove()
         plain = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        restore_dropout(plain)
         for name in ("save_pretrained", "set_adapter", "_load_pretrained_model", "_upload_modified_files"):
             vars(plain).pop(name, None)
         return plain
