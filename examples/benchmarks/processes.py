@@ -3,8 +3,8 @@
     python examples/benchmarks/processes.py --num_processes 1 2 4
     python examples/benchmarks/processes.py --config fsdp2 --num_processes 2 4       # on that many GPUs
 
-Prints a JSON line a run: the accuracy, the sparsity, and the share of mask entries that are the first run's. Where there
-is no GPU the processes share the CPU, over gloo.
+Prints a JSON line a run: the accuracy, the sparsity, and the share of mask entries that are as in the first run. Where
+there is no GPU the processes share the CPU, over gloo.
 """
 
 import json
