@@ -61,6 +61,11 @@ def test_a_loop_that_is_resumed_ends_where_the_whole_one_does(example: Any, base
     example("accelerate_loop.py", *flags, *checkpoint, "--output_dir", tmp_path / "cut")
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("whole", "cut")]
     assert files[0].read_bytes() == files[1].read_bytes()
+    # One that was cut short, and two that a kill before the former's deletion left.
+    for name in ("unfinished", "epoch-9", "epoch-10"):
+        (tmp_path / "left" / name).mkdir(parents=True)
+    assert module.find_checkpoint(tmp_path / "left") == tmp_path / "left" / "epoch-10"
+    assert module.find_checkpoint(tmp_path / "none") is None
 
 
 def test_the_step_time_benchmark_prints_ratios(
