@@ -42,14 +42,16 @@ class ActiveHead:
     def follow(self, model: Any, configs: Mapping[str, Any]) -> None:
         """Bring head and labels in step with the masks."""
         enabled = not self.layers[0].disable_adapters
-        names = self.layers[0].active_adapters if enabled else []
+        names = [name for name in self.layers[0].active_adapters if enabled and _is_ours(configs.get(name))]
         for head in self.heads:
+            if any(name in configs and not _is_ours(configs[name]) for name in head.active_adapters):
+                continue  # An adapter of another method has its own way.
             if head.disable_adapters == enabled:
                 head.enable_adapters(enabled)
             active = [name for name in names if name in head.modules_to_save]
             if enabled and head.active_adapters != active:
                 head.set_adapter(active, inference_mode=all(configs[name].inference_mode for name in active))
-        config = configs.get(names[0]) if names else None
+        config = configs[names[0]] if names else None
         if config is not self.shown:
             self.record(model)
             self.show(model, config)
@@ -74,6 +76,10 @@ class ActiveHead:
         """Return how many labels the head of an adapter has; without one, the head of the base."""
         saved = _saved(model, config)
         return self.base_num_labels if saved is None else saved.num_labels
+
+
+def _is_ours(config: Any) -> bool:
+    return isinstance(config, AdaPruneConfig)
 
 
 def _saved(model: Any, config: AdaPruneConfig | None) -> Any:
@@ -158,13 +164,21 @@ def check_one_head(heads: Iterable[ModulesToSaveWrapper], names: str | Sequence[
 
 
 def _set_adapter(model: Any, keeper: ActiveHead, adapter_name: str | list[str]) -> None:
-    """Do what transformers does, but for heads, which follow: it stops half way where an adapter has no such head."""
+    """Do what transformers does, which stops half way where an adapter lacks one of the modules of a head."""
     names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-    missing = [name for name in names if name not in getattr(model, "peft_config", {})]
+    configs = getattr(model, "peft_config", {})
+    missing = [name for name in names if name not in configs]
     if missing:
-        raise ValueError(f"The model has no adapter {missing}, but {sorted(getattr(model, 'peft_config', {}))}.")
+        raise ValueError(f"The model has no adapter {missing}, but {sorted(configs)}.")
+    if not all(_is_ours(configs[name]) for name in names):
+        type(model).set_adapter(model, adapter_name)
+        keeper(model)
+        return
     check_one_head(keeper.heads, names)
+    inference_mode = all(configs[name].inference_mode for name in names)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.set_adapter(adapter_name)
+        elif isinstance(module, ModulesToSaveWrapper):
+            module.set_adapter([name for name in names if name in module.modules_to_save], inference_mode)
     keeper(model)

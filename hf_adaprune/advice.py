@@ -18,8 +18,8 @@ def speed_advice(config: AdaPruneConfig) -> str:
     if config.n_of_m == (2, 4):
         return (
             "Expect no speed-up on a CPU: dense kernels multiply by zeros too. On an NVIDIA GPU of compute capability "
-            "8.0 or later, in half precision, `hf_adaprune.to_semi_structured(model)` uses the 2:4 pattern; whether "
-            "that pays depends on the shapes: measure it."
+            "8.0 or later, in half precision, `torch.sparse.to_sparse_semi_structured` uses the 2:4 pattern of merged "
+            "weights; whether that pays depends on the shapes: measure it."
         )
     return (
         "An unstructured mask makes a model exchangeable, not faster: expect no speed-up on dense kernels. For a "

@@ -48,10 +48,11 @@ def combine_adapters(
     wrappers = [module for module in base.modules() if isinstance(module, ModulesToSaveWrapper)]
     _check(base, wrappers, list(adapter_names), how, new_name, head)
     layers = {name: layer for name, layer in adaprune_layers(base) if {*adapter_names} & {*layer.adaprune_mask}}
-    masks = {name: _combine(layer, adapter_names, how) for name, layer in layers.items()}
+    grouped = _mask_the_same_groups(base.peft_config, list(layers.values()), adapter_names)
+    masks = {name: _combine(layer, adapter_names, how, grouped) for name, layer in layers.items()}
     if not any(mask.any() for mask in masks.values()):
         raise CombineError(f"The {how} of {list(adapter_names)} keeps nothing: they have no weight in common.")
-    config = _new_config(base.peft_config, adapter_names, head, masks)
+    config = _new_config(base.peft_config, adapter_names, head, masks, grouped)
     config.combination = f"{how} of {', '.join(adapter_names)}"
     _add(tuner, new_name, config)
     for name, layer in layers.items():
@@ -84,22 +85,33 @@ def _check(
         raise CombineError(f"{with_head} have heads: say with `head=` whose the combination is to get.")
 
 
-def _combine(layer: AdaPruneLayer, names: Sequence[str], how: str) -> torch.Tensor:
-    masks = [layer.mask(name) for name in names if name in layer.adaprune_mask]
+def _mask_the_same_groups(configs: Any, layers: list[AdaPruneLayer], names: Sequence[str]) -> bool:
+    """Return whether the adapters all mask neurons or heads, and the same: then groups are combined, not weights."""
+    return len({configs[name].granularity for name in names}) == 1 and all(
+        layer.groups(name) is not None for layer in layers for name in names
+    )
+
+
+def _combine(layer: AdaPruneLayer, names: Sequence[str], how: str, grouped: bool) -> torch.Tensor:
+    there = [name for name in names if name in layer.adaprune_mask]
+    masks = torch.stack([layer.entries(name) if grouped else layer.mask(name) for name in there])
     # Where an adapter has no mask it keeps everything.
-    num_keeping = torch.stack(masks).sum(0) + (len(names) - len(masks))
+    num_keeping = masks.sum(0) + (len(names) - len(there))
     return num_keeping >= {"intersection": len(names), "union": 1, "majority": len(names) // 2 + 1}[how]
 
 
 def _new_config(
-    configs: Any, names: Sequence[str], head: str | None, masks: dict[str, torch.Tensor]
+    configs: Any, names: Sequence[str], head: str | None, masks: dict[str, torch.Tensor], grouped: bool
 ) -> AdaPruneConfig:
     config: AdaPruneConfig = copy.deepcopy(configs[names[0] if head is None else head])
-    config.target_modules, config.final_sparsity = set(masks), sparsity_of(masks.values())
+    config.final_sparsity = sparsity_of(masks.values())
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.granularity = configs[names[0]].granularity if grouped else "weight"
+    config.target_modules = configs[names[0]].target_modules if grouped else set(masks)
     config.mask_embeddings = any(configs[name].mask_embeddings for name in names)
     # What is written when an adapter is made or saved is written anew.
-    config.base_fingerprint = config.adapter_fingerprint = config.module_counts = config.head_tensors = None
+    config.base_fingerprint = config.adapter_fingerprint = config.head_tensors = None
+    config.module_counts = config.group_counts = None
     config.is_stored, config.inference_mode = False, True
     return config
 

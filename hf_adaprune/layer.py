@@ -201,7 +201,17 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         if torch.is_grad_enabled() and (weight.requires_grad or any(self._is_trained(name) for name in names)):
             self._effective = None
             return self._trained_weight(weight, names)
-        return self._built_weight(weight, names) if names else weight
+        if not names:
+            return weight
+        if torch.compiler.is_compiling():
+            # What was built cannot be told from what would be: a compiled model unpacks its masks in each pass.
+            return self._masked(weight, names)
+        return self._built_weight(weight, names)
+
+    def _masked(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
+        for name in names:
+            weight = weight * self.mask(name).view(torch.uint8)
+        return weight
 
     def _is_trained(self, adapter_name: str) -> bool:
         return adapter_name in self.adaprune_scores and self.adaprune_scores[adapter_name].requires_grad
@@ -240,9 +250,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         ):
             # Built outside of inference mode, so that it may take part in a later backward pass.
             with torch.inference_mode(False), torch.no_grad():
-                product = weight.detach().clone()
-                for name in names:
-                    product *= self.mask(name).view(torch.uint8)
+                product = self._masked(weight.detach(), names)
             self._effective = built = _Effective(product, weight, masks, versions)
         return built.weight
 

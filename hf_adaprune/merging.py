@@ -30,6 +30,6 @@ def merged(model: Any) -> PreTrainedModel:
     if not any(True for _ in adaprune_layers(base)):
         raise NotPrunedError(f"There is no AdaPrune adapter on this {type(base).__name__}.")
     plain = AdaPruneModel.around(copy.deepcopy(base)).merge_and_unload()
-    for name in ("save_pretrained", "create_or_update_model_card", "_hf_peft_config_loaded"):
+    for name in ("create_or_update_model_card", "_hf_peft_config_loaded"):
         vars(plain).pop(name, None)
     return plain.eval()

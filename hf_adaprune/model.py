@@ -194,7 +194,10 @@ class AdaPruneModel(BaseTuner):
         for hook in list(self.model._forward_pre_hooks.values()):
             if isinstance(hook, (ActiveHead, CheckOnce)):
                 hook.handle.remove()
-        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        plain = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        for name in ("save_pretrained", "set_adapter", "_load_pretrained_model", "_upload_modified_files"):
+            vars(plain).pop(name, None)
+        return plain
 
     def _zero_producers(self, adapter_names: list[str] | None) -> None:
         for _, layer in adaprune_layers(self.model):

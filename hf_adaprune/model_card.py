@@ -138,7 +138,7 @@ def _title(text: str) -> str | None:
 
 def _without_peft_version(text: str) -> str:
     # PEFT adds this to any card that lacks it.
-    return re.sub(r"\n### Framework versions\n+- PEFT \S+\s*\Z", "\n", text)
+    return re.sub(r"\n+### Framework versions\n+- PEFT \S+\s*\Z", "", text)
 
 
 def describe_base(base: str | None) -> tuple[str | None, str]:

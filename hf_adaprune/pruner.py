@@ -220,6 +220,8 @@ class Pruner:
 
     def _remember(self) -> None:
         self._reference = self._masks()
+        # Unpacked from the first step on: a compiled model would be compiled anew where that changes.
+        self._set(self._reference)
         self._previous_head = [parameter.detach().clone() for parameter in self._head]
 
     def _calibrate(self) -> None:

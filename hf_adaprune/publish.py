@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -95,6 +96,8 @@ def _upload(model: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: An
     """Complete the cards in a folder that is about to be pushed: of the adapter in it, and of those in subfolders."""
     revision, token = kwargs.get("revision"), kwargs.get("token")
     for config in sorted(Path(working_dir).glob(f"**/{CONFIG_NAME}")):
+        if json.loads(config.read_text(encoding="utf-8")).get("peft_type") != "ADAPRUNE":
+            continue  # The model that had ours has one of another method now.
         subfolder = config.parent.relative_to(working_dir).as_posix()
         if subfolder == "." and revision is not None:
             # It has been fetched from the main branch.

@@ -57,6 +57,11 @@ def weights_first() -> Iterator[None]:
 
 def save_weights_first(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
     """Save a transformers model that holds an adapter: its own `save_pretrained` writes the configuration first."""
+    active = model.active_adapters() if model._hf_peft_config_loaded else []
+    if not any(getattr(model.peft_config.get(name), "peft_type", None) == "ADAPRUNE" for name in active):
+        # The model has had one of ours, and has another kind now, or none.
+        type(model).save_pretrained(model, save_directory, *args, **kwargs)
+        return
     pushed = kwargs.pop("push_to_hub", False)
     given = {key: kwargs.pop(key) for key in _PUSH_OPTIONS if pushed and key in kwargs}
     with weights_first():

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from doors import label_names, load_base, logits_of, rows, save_base, train
-from peft import PeftModel, get_layer_status, get_model_status, get_peft_model
+from peft import LoraConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
 from tiny import make_batch, make_model, train_masks
 from torch import nn
 
@@ -187,6 +187,19 @@ def test_a_fresh_adapter_has_the_labels_that_the_model_is_given_for_it(
         assert torch.equal(logits_of(model), tasks["two"].logits)
 
 
+def test_labels_for_a_fresh_adapter_are_not_those_of_a_base_that_is_at_work(
+    base: Path, tasks: dict[str, Task]
+) -> None:
+    model = open_wrapped(base, tasks, "two")
+    disable(model)
+    model.config.id2label = {0: "a", 1: "b", 2: "c", 3: "d"}
+    model.add_adapter("four", AdaPruneConfig())
+    assert model.config.id2label == load_base(base, 5).config.id2label
+    enable(model)
+    model.set_adapter("four")
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c", 3: "d"}
+
+
 def test_heads_of_two_kinds_share_a_base(base: Path, tasks: dict[str, Task], tmp_path: Path) -> None:
     found = dict(tasks)
     for name, num_labels in (("average", 3), ("another", 4)):
@@ -295,6 +308,29 @@ def test_nothing_of_ours_is_left_on_a_model_that_is_unloaded(base: Path, tasks: 
     assert active_head(plain) is None
     assert plain.config.id2label == label_names(3)
     assert torch.equal(logits_of(plain), tasks["three"].logits)
+
+
+@pytest.mark.parametrize("gone", ["unloaded", "deleted", "left beside"])
+def test_an_adapter_of_another_method_has_its_own_head(
+    gone: str, base: Path, tasks: dict[str, Task], tmp_path: Path
+) -> None:
+    lora = LoraConfig(target_modules=["intermediate.dense"], modules_to_save=["pooler", "classifier"])
+    model = open_wrapped(base, tasks, "two").unload() if gone == "unloaded" else open_plain(base, tasks, "two")
+    if gone == "deleted":
+        model.delete_adapter("two")
+    model.add_adapter(lora, "lora")
+    head = next(module for name, module in model.named_modules() if name.endswith("classifier.modules_to_save.lora"))
+    before = logits_of(model)
+    with torch.no_grad():
+        head.bias += 1
+    torch.testing.assert_close(logits_of(model), before + 1)
+    model.save_pretrained(tmp_path / "lora")
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    if gone == "left beside":
+        model.set_adapter("two")
+        assert torch.equal(logits_of(model), tasks["two"].logits)
+        model.set_adapter("lora")
+        torch.testing.assert_close(logits_of(model), before + 1)
 
 
 def test_a_model_without_labels_takes_many_adapters_too() -> None:

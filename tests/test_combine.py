@@ -79,6 +79,28 @@ def test_a_module_without_a_mask_counts_as_kept(how: str) -> None:
     assert torch.equal(query.mask("new"), query.mask("task 0") if both else torch.ones_like(query.mask("task 0")))
 
 
+@pytest.mark.parametrize(("first", "second"), [("neuron+head", "neuron+head"), ("neuron", "head"), ("2:4", "weight")])
+@pytest.mark.parametrize("how", ["intersection", "union"])
+def test_neurons_and_heads_are_combined(first: str, second: str, how: str, tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", head="none", num_attention_heads=4)
+    model = get_peft_model(HEADS["none"].from_pretrained(base), AdaPruneConfig(granularity=first), "x")
+    model.add_adapter("y", AdaPruneConfig(granularity=second))
+    for seed, name in enumerate("xy"):
+        generator = torch.Generator().manual_seed(seed)
+        for _, layer in adaprune_layers(model, name):
+            layer.set_mask(name, torch.rand(layer.entries(name).shape, generator=generator) < 0.6)
+    combine_adapters(model, ["x", "y"], how, "new")
+    assert model.peft_config["new"].granularity == (first if first == second else "weight")
+    for _, layer in adaprune_layers(model, "new"):
+        masks = [layer.mask(name) if name in layer.adaprune_mask else torch.tensor(True) for name in "xy"]
+        wanted = masks[0] & masks[1] if how == "intersection" else masks[0] | masks[1]
+        assert torch.equal(layer.mask("new"), wanted.expand(layer.weight.shape))
+    model.set_adapter("new")
+    model.save_pretrained(tmp_path / "saved")
+    opened = PeftModel.from_pretrained(HEADS["none"].from_pretrained(base), tmp_path / "saved" / "new")
+    assert torch.equal(logits_of(opened, "none"), logits_of(model, "none"))
+
+
 def with_heads(base: Path, plain: bool) -> Any:
     model = HEADS["sequence"].from_pretrained(base)
     for seed, (name, labels) in enumerate({"x": ("a", "b"), "y": ("c", "d", "e"), "z": ("f", "g")}.items()):

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftConfig, get_peft_model
+from peft import AutoPeftModelForSequenceClassification, PeftConfig, get_peft_model
 from tiny import logits_of, make_model, save_model, train_masks
 from transformers import AutoModelForSequenceClassification
 
@@ -56,6 +56,17 @@ def test_what_a_person_wrote_around_our_part_survives(adapter: tuple[Path, torch
     assert written.text.count("## What was pruned") == 1
     assert "| accuracy | 0.5000 |" in written.text
     assert written.data.license == "mit"
+
+
+def test_a_second_save_adds_nothing_of_pefts_own(adapter: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    model = AutoPeftModelForSequenceClassification.from_pretrained(adapter[0])
+    cards = []
+    for _ in range(3):
+        model.save_pretrained(tmp_path / "saved")
+        cards.append((tmp_path / "saved" / "README.md").read_text(encoding="utf-8"))
+    assert cards[0] == cards[1] == cards[2]
+    # PEFT enters the base's folder as its name.
+    assert str(adapter[0].parent) not in cards[0]
 
 
 def test_a_base_on_the_hub_is_named_in_the_metadata(adapter: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
