@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .checkpoints import save_state_no_more, save_state_with_checkpoints, set_torn_aside
+from .checkpoints import put_state_in_place, save_state_no_more, save_state_with_checkpoints, set_torn_aside
 from .config import AdaPruneConfig
 from .errors import ConfigError, NotPrunedError
 from .layer import adaprune_layers
@@ -129,8 +129,10 @@ class AdaPruneCallback(TrainerCallback):
             state.log_history[-1].update(measured)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """See that all processes have the masks that were saved."""
+        """See that all processes have the masks that were saved; put the scores where a resumed run looks for them."""
         self._running.check_masks()
+        if args.should_save:
+            put_state_in_place(Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
         self._forget_best(state)
 
     def on_push_begin(
@@ -147,10 +149,10 @@ class AdaPruneCallback(TrainerCallback):
             write_model_card(checkpoint, name=name, card=card, picture=False)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """End at exactly the sparsity that was asked for."""
-        save_state_no_more(model)
+        save_state_no_more(kwargs["model"])
         self._running.finalize()
 
     @property

@@ -81,7 +81,7 @@ def test_the_former_checkpoint_is_there_until_the_next_has_its_scores(
 
     def check(output_dir: str, **kwargs: Any) -> None:
         rotated.append(len(list(Path(output_dir).glob("checkpoint-*"))))
-        assert all((path / "model.safetensors").is_file() for path in Path(output_dir).glob("checkpoint-*"))
+        assert all((path / "training_state.safetensors").is_file() for path in Path(output_dir).glob("checkpoint-*"))
         rotate(output_dir, **kwargs)
 
     monkeypatch.setattr(module, "rotate_checkpoints", check)
@@ -90,7 +90,46 @@ def test_the_former_checkpoint_is_there_until_the_next_has_its_scores(
     assert rotated == [1, 2, 2, 2]
     # What is saved afterwards is the adapter alone.
     model.save_pretrained(tmp_path / "checkpoint-99")
-    assert not (tmp_path / "checkpoint-99" / "model.safetensors").exists()
+    assert {path.name for path in (tmp_path / "checkpoint-99").glob("*.safetensors")} == {"adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_scores_that_were_not_yet_put_in_place_when_a_run_was_killed_are_not_lost(
+    wrapped: bool, links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError
+
+    whole = fresh(wrapped)
+    trainer(whole, tmp_path / "whole", AdaPruneCallback).train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(fresh(wrapped), tmp_path / "cut", AdaPruneCallback, Kill(12)).train()
+    (tmp_path / "cut" / "checkpoint-10" / "model.safetensors").unlink()
+    if not links:
+        monkeypatch.setattr("hf_adaprune.checkpoints.os.link", refuse)
+    resumed = fresh(wrapped)
+    trainer(resumed, tmp_path / "cut", AdaPruneCallback).train(resume_from_checkpoint=True)
+    for key, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[key], tensor), key
+
+
+def test_a_run_in_the_folder_of_an_earlier_one_takes_nothing_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(folder: str) -> None:
+        raise KeyboardInterrupt
+
+    trainer(fresh(), tmp_path, AdaPruneCallback, max_steps=5, seed=1).train()
+    before = (tmp_path / "checkpoint-5" / "model.safetensors").read_bytes()
+    run = trainer(fresh(), tmp_path, AdaPruneCallback, max_steps=10)
+    # Killed between the adapter and the Trainer's own state: what is there is of two runs.
+    monkeypatch.setattr(run, "_save_optimizer_and_scheduler", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert not (tmp_path / "checkpoint-5" / "trainer_state.json").exists()
+    trainer(fresh(), tmp_path, AdaPruneCallback, max_steps=10).train()
+    assert (tmp_path / "checkpoint-5" / "model.safetensors").read_bytes() != before
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
