@@ -31,6 +31,7 @@ def main() -> None:
     """Run, count and print."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=200_000)
+    parser.add_argument("--minutes", type=float, help="After how many to end, whatever is left.")
     parser.add_argument("--start", type=int, default=0, help="The number of the first case.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="The number of a case to be looked at; its files are kept.")
@@ -43,9 +44,11 @@ def main() -> None:
             print(fuzzer.run(args.only))
             print(shutil.copytree(fuzzer.folder, f"fuzzed-{args.only}", dirs_exist_ok=True))
             return
-        start = time.process_time()
+        start, end = time.process_time(), time.monotonic() + 60 * (args.minutes or float("inf"))
         for number in tqdm(range(args.start, args.start + args.cases), unit="case", mininterval=5):
             fuzzer.run(number)
+            if time.monotonic() > end:
+                break
     kinds: dict[str, Counter[str]] = {}
     for (kind, outcome), count in sorted(fuzzer.outcomes.items()):
         kinds.setdefault(kind, Counter())[outcome] += count
@@ -53,7 +56,7 @@ def main() -> None:
         print(json.dumps({"kind": kind, "cases": outcomes.total(), **dict(outcomes.most_common())}))
     total = sum(kinds.values(), Counter[str]())
     seconds = round(time.process_time() - start)
-    print(json.dumps({"cases": args.cases, "cpu_seconds": seconds, **dict(total.most_common())}))
+    print(json.dumps({"cases": total.total(), "cpu_seconds": seconds, **dict(total.most_common())}))
     for number, fault in fuzzer.faults.items():
         print(json.dumps({"number": number, "fault": fault[:500]}))
     sys.exit(bool(fuzzer.faults))
