@@ -170,9 +170,10 @@ def check_modules_to_save(model: nn.Module, config: AdaPruneConfig) -> None:
     if not config.is_stored:
         return
     added = {"modules_to_save", "original_module"}
-    names = [name for name, _ in model.named_modules() if name and not added & set(name.split("."))]
+    modules = {name: module for name, module in model.named_modules() if name and not added & set(name.split("."))}
     # As PEFT finds them.
-    copied = [name for name in names if name.endswith(tuple(config.modules_to_save or ()))]
+    endings = tuple(config.modules_to_save or ())
+    copied = [name for name, module in modules.items() if name.endswith(endings) and _has_parameters(module)]
     held = tuple(config.head_tensors or ())
     missing = [name for name in copied if not any(key.startswith(f"{name}.") for key in held)]
     if missing:

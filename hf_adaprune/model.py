@@ -247,7 +247,7 @@ class AdaPruneModel(BaseTuner):
         _report_unfinished(config, any(adapter_name in layer.adaprune_scores for layer in layers.values()))
         keys = head_keys(model, adapter_name)
         head = [state_dict[key] for key in keys]
-        config.head_tensors = list(_head_shapes(model, adapter_name))
+        config.head_tensors = [_stored_key(key, adapter_name) for key in keys]
         config.adapter_fingerprint = fingerprint([*masks.values(), *head], exact=True)
         return masks
 
