@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
 from .errors import ConfigError
+from .labels import labels_fingerprint
 from .masks import PACKED_BITS
 from .storage import check_weights_file, put_in_place
+from .validation import mistyped, problems_of_storage
 
 
 FORMAT_VERSION = 1
@@ -112,6 +114,7 @@ class AdaPruneConfig(PeftConfig):
 
         base_fingerprint (`str`, *optional*): Written when an adapter is made; which weights the masks belong to.
         adapter_fingerprint (`str`, *optional*): Written when an adapter is saved; what its masks and head are.
+        labels_fingerprint (`str`, *optional*): Written when an adapter is saved; what its labels are.
         model_config (`dict`, *optional*): Written when an adapter is made; the model's own configuration.
         num_parameters (`int`, *optional*): Written when an adapter is made; how many the whole model has.
         module_counts (`dict[str, list[int]]`, *optional*):
@@ -154,6 +157,7 @@ class AdaPruneConfig(PeftConfig):
 
     base_fingerprint: str | None = _option(None, "Which weights the masks belong to.")
     adapter_fingerprint: str | None = _option(None, "What the saved masks and head are.")
+    labels_fingerprint: str | None = _option(None, "What the labels in `model_config` are.")
     model_config: dict[str, Any] | None = _option(None, "The model's own configuration.")
     num_parameters: int | None = _option(None, "How many parameters the whole model has.")
     module_counts: dict[str, list[int]] | None = _option(None, "Pruned and all weights of each masked module.")
@@ -169,12 +173,14 @@ class AdaPruneConfig(PeftConfig):
         # Whether this comes with a stored adapter: asked now, since what is written into it later is of one in memory.
         self.is_stored = self.module_counts is not None
         self.is_filled = False  # whether the stored masks are in place
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
         problems = self._problems()
         if problems:
             raise ConfigError("\n".join(problems))
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
+        # From here on the labels may be changed: they are held against it once.
+        self.labels_fingerprint = None
 
     @property
     def group_kinds(self) -> tuple[str, ...]:
@@ -184,13 +190,20 @@ class AdaPruneConfig(PeftConfig):
     @property
     def n_of_m(self) -> tuple[int, int] | None:
         """How many of how many neighbouring weights are kept, under such a granularity."""
-        found = re.fullmatch(r"(\d+):(\d+)", self.granularity)
+        found = re.fullmatch(r"(\d{1,4}):(\d{1,4})", self.granularity)
         return (int(found[1]), int(found[2])) if found else None
 
     @property
     def mask_lengths(self) -> dict[str, int]:
         """How many entries each mask of a stored adapter has: weights, or groups."""
         return {name: length for name, (_, length) in (self.group_counts or self.module_counts or {}).items()}
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether modules are chosen by regular expressions, or by parts of them."""
+        return (
+            isinstance(self.target_modules, str) or isinstance(self.exclude_modules, str) or bool(self.layers_pattern)
+        )
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> AdaPruneConfig:
@@ -223,6 +236,12 @@ class AdaPruneConfig(PeftConfig):
         output = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
         # A stored adapter is opened for inference unless its reader says otherwise: PEFT's convention.
         output.update({"inference_mode": True, "auto_mapping": auto_mapping or self.auto_mapping})
+        if self.module_counts is not None and self.has_patterns:
+            # What is stored is matched by nobody's regular expression.
+            output.update(dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")))
+            output["target_modules"] = sorted(self.mask_lengths)
+        if self.model_config is not None:
+            output["labels_fingerprint"] = labels_fingerprint(self.model_config)
         os.makedirs(save_directory, exist_ok=True)
         path = Path(save_directory, CONFIG_NAME)
         aside = path.with_suffix(".json.tmp")
@@ -255,10 +274,7 @@ class AdaPruneConfig(PeftConfig):
         return config
 
     def _problems(self) -> list[str]:
-        problems = [
-            f"`{name}` must be of type {'number' if kind is float else kind.__name__}, got {value!r}."
-            for name, kind, value in self._mistyped()
-        ]
+        problems = mistyped(self) or problems_of_storage(self)
         if problems:
             return problems
         if not 0 <= self.final_sparsity < 1:
@@ -287,7 +303,7 @@ class AdaPruneConfig(PeftConfig):
                 f"The adapter has format version {self.format_version}, this hf_adaprune reads up to "
                 f"{FORMAT_VERSION}: upgrade hf_adaprune to open it."
             )
-        if self.layers_to_transform is not None and not isinstance(self.target_modules, set):
+        if self.layers_to_transform is not None and not isinstance(self.target_modules, (set, list, tuple)):
             problems.append("`layers_to_transform` needs `target_modules` as a list of names.")
         if self.layers_pattern and self.layers_to_transform is None:
             problems.append("`layers_pattern` needs `layers_to_transform`.")
@@ -310,17 +326,3 @@ class AdaPruneConfig(PeftConfig):
         if self.granularity != "weight" and self.mask_embeddings:
             problems.append(f"`granularity={self.granularity!r}` masks no embeddings: leave `mask_embeddings` False.")
         return problems
-
-    def _mistyped(self) -> list[tuple[str, type, Any]]:
-        kinds = {"float": float, "int": int, "str": str, "bool": bool}
-        kinds |= {"dict[str, Any]": dict, "dict[str, list[int]]": dict}
-        found = []
-        for spec in fields(self):
-            value, (first, *rest) = getattr(self, spec.name), str(spec.type).split(" | ")
-            kind = kinds.get(first)
-            if kind is None or (value is None and rest == ["None"]):
-                continue
-            accepted = (int, float) if kind is float else kind
-            if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-                found.append((spec.name, kind, value))
-        return found

@@ -26,12 +26,12 @@ from .dropout import restore_dropout
 from .errors import AdapterFileError, ConfigError, MergeError, NoMatchingModuleError
 from .fingerprint import fingerprint, fingerprints_are_checked
 from .groups import Groups
-from .head import check_architecture, fitting_head, plan_head
+from .head import check_architecture, check_modules_to_save, fitting_head, plan_head
 from .layer import MASKABLE, AdaPruneLayer, Embedding, adaprune_layers, module_counts, wrap
 from .mixed_batch import mixed_batch
 from .publish import push_with_card
 from .selection import check_reachable
-from .storage import forget_check, load_checked, save_weights_first
+from .storage import check_head, forget_check, load_checked, save_weights_first
 from .structure import check_patterns, plan_units
 from .targets import linear_endings, no_match, resolve_targets
 
@@ -87,6 +87,7 @@ class AdaPruneModel(BaseTuner):
         if config.num_parameters is None:
             config.num_parameters = _count_parameters(model)
         plan_head(model, config)
+        check_modules_to_save(model, config)
         if state_dict is not None:
             config.target_modules = {key.rpartition(f".{self.prefix}")[0] for key in state_dict if self.prefix in key}
         self._plan(model, config)
@@ -106,7 +107,8 @@ class AdaPruneModel(BaseTuner):
             keep_in_step(model, keeper, self.peft_config)
             model.save_pretrained = functools.partial(save_weights_first, model)
             if config.is_stored:
-                model._load_pretrained_model = functools.partial(load_checked, config)
+                shapes = _head_shapes(model, adapter_name)
+                model._load_pretrained_model = functools.partial(load_checked, config, shapes)
         if config.is_stored and fingerprints_are_checked():
             check = CheckOnce(adapter_name, config)
             check.handle = model.register_forward_pre_hook(check)
@@ -247,8 +249,8 @@ class AdaPruneModel(BaseTuner):
         _report_unfinished(config, any(adapter_name in layer.adaprune_scores for layer in layers.values()))
         keys = head_keys(model, adapter_name)
         head = [state_dict[key] for key in keys]
-        config.head_tensors = [_plain(key.replace(f".modules_to_save.{adapter_name}.", ".")) for key in keys]
-        config.adapter_fingerprint = fingerprint([*masks.values(), *head])
+        config.head_tensors = [_stored_key(key, adapter_name) for key in keys]
+        config.adapter_fingerprint = fingerprint([*masks.values(), *head], exact=True)
         return masks
 
     @classmethod
@@ -278,6 +280,10 @@ class AdaPruneModel(BaseTuner):
                 f"The adapter's file does not fit the model: {'; '.join(problems)}. "
                 "Fetch the adapter again, or open it on the base that it was made for."
             )
+        if config.is_stored:
+            shapes = {_stored_key(key, adapter_name): tuple(tensor.shape) for key, tensor in remapped.items()}
+            shapes = {f"base_model.model.{key}": shape for key, shape in shapes.items()}
+            check_head("The adapter's file", shapes, _head_shapes(model, adapter_name))
         config.is_filled = True
         return remapped
 
@@ -309,6 +315,16 @@ def _report_unfinished(config: AdaPruneConfig, is_trained: bool) -> None:
             f"The adapter is saved at a sparsity of {pruned / total:.4f}, below its `final_sparsity` of "
             f"{config.final_sparsity}: training has not ended. In your own loop, call `Pruner.finalize()` at its end."
         )
+
+
+def _head_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of an adapter's head, by their names in its file."""
+    state = model.state_dict()
+    return {_stored_key(key, adapter_name): tuple(state[key].shape) for key in head_keys(model, adapter_name)}
+
+
+def _stored_key(key: str, adapter_name: str) -> str:
+    return _plain(key.replace(f".modules_to_save.{adapter_name}.", "."))
 
 
 def _plain(name: str) -> str:
