@@ -10,6 +10,8 @@ import torch
 # The name under which `adapter_config.json` records how masks are stored. Entry `i` of the flattened mask is bit
 # `i % 8`, counted from the least significant, of byte `i // 8`; the unused bits of the last byte are zero.
 PACKED_BITS: Final = "packed-bits-lsb"
+# That, or what `codec.encode_mask` makes of them, whichever is shorter.
+SHORTEST: Final = "auto"
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:

@@ -85,7 +85,14 @@ def load_checked(config: AdaPruneConfig, /, *, model: Any, checkpoint_files: lis
         if Path(path).suffix != ".safetensors":
             raise AdapterFileError(_refusal(path))
         _check_tensors(Path(path), config)
-    return model._load_pretrained_model(model=model, checkpoint_files=checkpoint_files, **kwargs)
+    loaded = model._load_pretrained_model(model=model, checkpoint_files=checkpoint_files, **kwargs)
+    if config.mask_bytes:
+        # Imported here: a layer has a configuration.
+        from .layer import adaprune_layers, decode_loaded
+
+        for _, layer in adaprune_layers(model):
+            decode_loaded(layer)
+    return loaded
 
 
 def forget_check(model: Any) -> None:
@@ -112,7 +119,7 @@ def check_weights_file(name: str, config: AdaPruneConfig, subfolder: str | None,
 
 
 def read_masks(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: Any) -> dict[str, torch.Tensor]:
-    """Read a stored adapter's masks, packed as they are stored, and nothing else of it.
+    """Read a stored adapter's masks as they are stored, and nothing else of it.
 
     Args:
         name (`str`): The adapter's folder, or its name on the Hub.
@@ -121,7 +128,7 @@ def read_masks(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: 
         hub: What `huggingface_hub.hf_hub_download` takes besides.
 
     Returns:
-        `dict[str, torch.Tensor]`: For each mask a `uint8` tensor of shape `(ceil(entries / 8),)`.
+        `dict[str, torch.Tensor]`: For each mask a `uint8` tensor of shape `(ceil(entries / 8),)`, or a shorter one.
 
     Raises:
         AdapterFileError: If the weights are a pickle, or are not all there.
@@ -191,7 +198,7 @@ def check_shapes(path: str | Path, shapes: dict[str, tuple[int, ...]], config: A
     Raises:
         AdapterFileError: If it does.
     """
-    masks = {f"{module}.adaprune_mask": (-(-length // 8),) for module, length in config.mask_lengths.items()}
+    masks = {f"{module}.adaprune_mask": (size,) for module, size in config.mask_sizes.items()}
     missing = [key for key in (*masks, *(config.head_tensors or ())) if f"base_model.model.{key}" not in shapes]
     resized = [key for key, shape in masks.items() if shapes.get(f"base_model.model.{key}", shape) != shape]
     if missing or resized:

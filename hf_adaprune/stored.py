@@ -41,7 +41,7 @@ class StoredAdapter:
 
     @property
     def mask_bytes(self) -> int:
-        """How many of the bytes are masks: one bit a weight, rounded up for each module."""
+        """How many of the bytes are masks: one bit a weight, rounded up for each module, or less."""
         return sum(shape[0] for key, shape in self.shapes.items() if key.endswith(".adaprune_mask"))
 
     def open(self, base: str | None = None) -> PeftModel:
