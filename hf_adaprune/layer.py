@@ -17,7 +17,7 @@ from .binarize import sigmoid_relaxation, straight_through
 from .codec import decode_mask, encode_mask, is_coded
 from .config import AdaPruneConfig
 from .groups import Groups
-from .masks import SHORTEST, pack_mask, topk_mask, unpack_mask
+from .masks import SHORTEST, apply_mask, pack_mask, topk_mask, unpack_mask
 from .scores import initial_scores, magnitude_ranks, scores_from_mask, wanda_ranks
 from .sharding import copy_whole, is_sharded, whole
 
@@ -268,7 +268,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
 
     def _masked(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
         for name in names:
-            weight = weight * self.mask(name).view(torch.uint8)
+            weight = apply_mask(weight, self.mask(name))
         return weight
 
     def _is_trained(self, adapter_name: str) -> bool:
@@ -278,7 +278,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         for name in names:
             mask = self.mask(name)
             if not self._is_trained(name):
-                weight = weight * mask.view(torch.uint8)
+                weight = apply_mask(weight, mask)
                 continue
             config, scores = self._configs[name], self._spread(name, self.adaprune_scores[name])
             if config.estimator == "straight_through":

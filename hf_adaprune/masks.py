@@ -55,6 +55,14 @@ def unpack_mask(packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return bits.view(-1)[: shape.numel()].view(torch.bool).view(shape)
 
 
+def apply_mask(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Multiply a tensor by a mask, boolean or real, of the same shape; the result has the tensor's dtype."""
+    if mask.dtype == torch.bool and _on_cpu(mask):
+        # The same zeros and ones; a CPU multiplies numbers of one type many times as fast as of two.
+        mask = mask.view(torch.uint8).to(tensor.dtype)
+    return tensor * mask
+
+
 def sparsity_of(masks: Iterable[torch.Tensor]) -> float:
     """Return the fraction of entries that the masks remove, in [0, 1], all masks taken together."""
     pruned = total = 0
