@@ -27,8 +27,13 @@ class _Effective(NamedTuple):
 
     weight: torch.Tensor
     base: torch.Tensor
+    active: list[str]
+    names: list[str]
     masks: list[torch.Tensor]
-    versions: list[int]
+    # Those of the weight and the masks whose changes are counted, and their counts.
+    counted: list[torch.Tensor]
+    counts: list[int]
+    pointer: int
 
 
 class AdaPruneLayer(nn.Module, BaseTunerLayer):
@@ -50,7 +55,6 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         weight: torch.Tensor
         bias: torch.Tensor | None
 
-        def get_base_layer(self) -> Any: ...
         def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None: ...
         def _cast_input_dtype(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
         def _get_embed_scale(self) -> torch.Tensor | None: ...
@@ -103,6 +107,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         """
         weight = self.get_base_layer().weight
         self._configs[adapter_name] = config
+        self._effective = None
         if groups is not None:
             self._groups[adapter_name] = groups
         everything = torch.ones(self._entries(adapter_name), dtype=torch.bool, device="cpu")
@@ -111,6 +116,11 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         if not config.inference_mode:
             self.adaprune_scores[adapter_name] = nn.Parameter(initial_scores(self.measure(adapter_name), config))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def get_base_layer(self) -> Any:
+        """Return the masked layer. As PEFT's, which has Python raise an exception each time, in each forward pass."""
+        base: Any = self._modules["base_layer"]
+        return super().get_base_layer() if "base_layer" in base._modules else base
 
     def mask(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's mask: boolean, of the weight's shape, True = kept."""
@@ -250,6 +260,14 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         With gradients enabled and an active adapter in training the result carries the gradient to its scores.
         Otherwise it is built once and reused until a mask or the weight changes.
         """
+        built = self._effective
+        # A compiled model cannot tell what was built from what would be: it unpacks its masks in each pass.
+        if (
+            built is not None
+            and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+            and self._is_current(built)
+        ):
+            return built.weight
         if self.merged and self.disable_adapters:
             self.unmerge()
         weight = self.get_base_layer().weight
@@ -262,8 +280,9 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         if not names:
             return weight
         if torch.compiler.is_compiling():
-            # What was built cannot be told from what would be: a compiled model unpacks its masks in each pass.
             return self._masked(weight, names)
+        if built is not None and self._is_current(built):
+            return built.weight
         return self._built_weight(weight, names)
 
     def _masked(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
@@ -295,22 +314,33 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         return weight
 
     def _built_weight(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
-        masks = [self._unpacked[name] if name in self._unpacked else self.packed(name) for name in names]
-        versions = [0 if tensor.is_inference() else tensor._version for tensor in (weight, *masks)]
-        versions.append(weight.data_ptr())
-        built = self._effective
-        if (
-            built is None
-            or built.base is not weight
-            or built.versions != versions
-            or any(old is not new for old, new in zip(built.masks, masks, strict=True))
-            or (built.weight.dtype, built.weight.device) != (weight.dtype, weight.device)
-        ):
-            # Built outside of inference mode, so that it may take part in a later backward pass.
-            with torch.inference_mode(False), torch.no_grad():
-                product = self._masked(weight.detach(), names)
-            self._effective = built = _Effective(product, weight, masks, versions)
-        return built.weight
+        # Built outside of inference mode, so that it may take part in a later backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            product = self._masked(weight.detach(), names)
+        masks = [self._mask_tensor(name) for name in names]
+        counted = [tensor for tensor in (weight, *masks) if not tensor.is_inference()]
+        counts = [tensor._version for tensor in counted]
+        active = list(self.active_adapters)
+        self._effective = _Effective(product, weight, active, names, masks, counted, counts, weight.data_ptr())
+        return product
+
+    def _is_current(self, built: _Effective) -> bool:
+        """Return whether a weight that was built is what would be: asked by every layer in every forward pass."""
+        weight = self.get_base_layer().weight
+        return (
+            weight is built.base
+            and not self._disable_adapters
+            and not self.merged_adapters
+            and self.active_adapters == built.active
+            and all(self._mask_tensor(name) is mask for name, mask in zip(built.names, built.masks, strict=True))
+            and [tensor._version for tensor in built.counted] == built.counts
+            and weight.data_ptr() == built.pointer
+        )
+
+    def _mask_tensor(self, adapter_name: str) -> torch.Tensor:
+        unpacked = self._unpacked.get(adapter_name)
+        buffers: Any = self._modules["adaprune_mask"]
+        return buffers._buffers[adapter_name] if unpacked is None else unpacked
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

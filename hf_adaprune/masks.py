@@ -60,6 +60,8 @@ def apply_mask(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     if mask.dtype == torch.bool and _on_cpu(mask):
         # The same zeros and ones; a CPU multiplies numbers of one type many times as fast as of two.
         mask = mask.view(torch.uint8).to(tensor.dtype)
+        if not tensor.requires_grad:
+            return mask.mul_(tensor)
     return tensor * mask
 
 
