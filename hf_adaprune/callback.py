@@ -8,10 +8,11 @@ from typing import Any
 from huggingface_hub import HfApi
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .checkpoints import put_state_in_place, save_state_no_more, save_state_with_checkpoints, set_torn_aside
 from .config import AdaPruneConfig
@@ -71,6 +72,8 @@ class AdaPruneCallback(TrainerCallback):
                     "one, or a plain model."
                 )
             return
+        # A model of sentence-transformers is several modules, of which one is a transformers model.
+        model = getattr(model, "transformers_model", None) or model
         if not isinstance(model, PreTrainedModel):
             raise NotPrunedError(
                 f"`AdaPruneCallback` puts masks on a transformers model, got a {type(model).__name__}. Wrap it first: "
@@ -87,6 +90,10 @@ class AdaPruneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Start, or go on, at the point of the schedule where training is."""
+        checkpoint = _folder_of_step(args, state)
+        if state.global_step and hasattr(model, "transformers_model") and (checkpoint / SAFE_WEIGHTS_NAME).is_file():
+            # sentence-transformers resumes from the adapter alone.
+            model.load_state_dict(load_file(checkpoint / SAFE_WEIGHTS_NAME), strict=False)
         self.pruner = self.pruner_cls(model, state.max_steps, self.adapter_name)
         self.pruner.load_state_dict({"num_steps": state.global_step})
         score_step = self.pruner.config.score_lr_ratio * args.learning_rate
@@ -132,7 +139,7 @@ class AdaPruneCallback(TrainerCallback):
         """See that all processes have the masks that were saved; put the scores where a resumed run looks for them."""
         self._running.check_masks()
         if args.should_save:
-            put_state_in_place(Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
+            put_state_in_place(_folder_of_step(args, state))
         self._forget_best(state)
 
     def on_push_begin(
@@ -144,7 +151,7 @@ class AdaPruneCallback(TrainerCallback):
         card, name = Path(args.output_dir, CARD), _name_on_hub(args)
         fetch_card(card, name, revision=args.hub_revision, token=args.hub_token)
         self._card = (card.read_text(encoding="utf-8") if card.is_file() else None), name
-        checkpoint = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        checkpoint = _folder_of_step(args, state)
         if (checkpoint / CONFIG_NAME).is_file():
             write_model_card(checkpoint, name=name, card=card, picture=False)
 
@@ -172,6 +179,10 @@ class AdaPruneCallback(TrainerCallback):
         # A model that is not pruned as asked is no candidate for `load_best_model_at_end`.
         if self._running.num_steps < self._running.config.pruning_end * self._running.total_steps:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+
+def _folder_of_step(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def _name_on_hub(args: TrainingArguments) -> str:

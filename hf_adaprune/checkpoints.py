@@ -55,8 +55,10 @@ def _save(
     save: Callable[..., None], model: Any, num_processes: int, resumable: bool, folder: str, *args: Any, **kwargs: Any
 ) -> None:
     checkpoint = Path(folder)
+    # A model of sentence-transformers holds one that may have an adapter.
+    holder = getattr(model, "transformers_model", None) or model
     # A model without an adapter is saved whole, and so is, by the Trainer itself, what FSDP trains.
-    if not (_CHECKPOINT.fullmatch(checkpoint.name) and hasattr(model, "peft_config")) or is_sharded(
+    if not (_CHECKPOINT.fullmatch(checkpoint.name) and hasattr(holder, "peft_config")) or is_sharded(
         model.parameters()
     ):
         save(folder, *args, **kwargs)

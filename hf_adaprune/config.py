@@ -14,7 +14,7 @@ from peft.utils import CONFIG_NAME, PeftType
 
 from .errors import ConfigError
 from .labels import labels_fingerprint
-from .masks import PACKED_BITS
+from .masks import PACKED_BITS, SHORTEST
 from .storage import check_weights_file, put_in_place
 from .validation import mistyped, problems_of_storage
 
@@ -124,7 +124,12 @@ class AdaPruneConfig(PeftConfig):
             pruned, and how many there are.
         head_tensors (`list[str]`, *optional*): Written when an adapter is saved; the names of its head's tensors.
         combination (`str`, *optional*): Written by `combine_adapters`; how the masks were made, and of which adapters.
-        mask_codec (`str`): How masks are stored.
+        mask_bytes (`dict[str, int]`, *optional*):
+            Written when an adapter is saved whose masks are coded; how many bytes each takes, where that is less than
+            one bit a weight.
+        mask_codec (`str`):
+            How masks are stored. `"packed-bits-lsb"`: one bit a weight. `"auto"`: in less, where they are predictable
+            from their weights, as trained masks are; such an adapter can only be read together with its base.
         format_version (`int`): Version of the stored format.
 
     Raises:
@@ -164,7 +169,8 @@ class AdaPruneConfig(PeftConfig):
     group_counts: dict[str, list[int]] | None = _option(None, "Pruned and all groups of each mask of groups.")
     head_tensors: list[str] | None = _option(None, "Names of the tensors of the saved head.")
     combination: str | None = _option(None, "How the masks were made of those of other adapters.")
-    mask_codec: str = _option(PACKED_BITS, "How masks are stored.")
+    mask_bytes: dict[str, int] | None = _option(None, "How many bytes each mask takes that is coded.")
+    mask_codec: str = _option(PACKED_BITS, f"How masks are stored: {PACKED_BITS}, or {SHORTEST} for less.")
     format_version: int = _option(FORMAT_VERSION, "Version of the stored format.")
 
     def __post_init__(self) -> None:
@@ -204,6 +210,11 @@ class AdaPruneConfig(PeftConfig):
         return (
             isinstance(self.target_modules, str) or isinstance(self.exclude_modules, str) or bool(self.layers_pattern)
         )
+
+    @property
+    def mask_sizes(self) -> dict[str, int]:
+        """How many bytes each mask of a stored adapter takes: one bit an entry, or less."""
+        return {name: -(-length // 8) for name, length in self.mask_lengths.items()} | (self.mask_bytes or {})
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> AdaPruneConfig:
@@ -293,7 +304,7 @@ class AdaPruneConfig(PeftConfig):
         if not 0 <= self.drift < float("inf"):
             problems.append(f"`drift` must be finite and >= 0, got {self.drift}.")
         choices = {"estimator": ESTIMATORS, "score_init": SCORE_INITS, "scope": SCOPES, "selection": SELECTIONS}
-        choices |= {"head": HEADS, "mask_codec": (PACKED_BITS,)}
+        choices |= {"head": HEADS, "mask_codec": (PACKED_BITS, SHORTEST)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 problems.append(f"`{name}` must be one of {list(allowed)}, got {getattr(self, name)!r}.")

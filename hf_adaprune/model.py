@@ -28,6 +28,7 @@ from .fingerprint import fingerprint, fingerprints_are_checked
 from .groups import Groups
 from .head import check_architecture, check_modules_to_save, fitting_head, plan_head
 from .layer import MASKABLE, AdaPruneLayer, Embedding, adaprune_layers, module_counts, wrap
+from .masks import SHORTEST
 from .mixed_batch import mixed_batch
 from .publish import push_with_card
 from .selection import check_reachable
@@ -138,11 +139,11 @@ class AdaPruneModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        groups = self._groups.get(current_key)
+        groups, mask_bytes = self._groups.get(current_key), (peft_config.mask_bytes or {}).get(current_key)
         if isinstance(target, AdaPruneLayer):
-            target.update_layer(adapter_name, peft_config, groups)
+            target.update_layer(adapter_name, peft_config, groups, mask_bytes)
             return
-        layer = wrap(target, adapter_name, peft_config, groups)
+        layer = wrap(target, adapter_name, peft_config, groups, mask_bytes)
         if layer is None:
             raise _unmaskable(current_key, target)
         if adapter_name not in self.active_adapters:
@@ -250,8 +251,12 @@ class AdaPruneModel(BaseTuner):
         keys = head_keys(model, adapter_name)
         head = [state_dict[key] for key in keys]
         config.head_tensors = [_stored_key(key, adapter_name) for key in keys]
+        masks = {
+            key: layer.decode(adapter_name, mask)
+            for (key, mask), layer in zip(masks.items(), layers.values(), strict=True)
+        }
         config.adapter_fingerprint = fingerprint([*masks.values(), *head], exact=True)
-        return masks
+        return _shortest(masks, layers, adapter_name, config)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -271,7 +276,7 @@ class AdaPruneModel(BaseTuner):
             mask = remapped.get(key)
             if mask is None:
                 problems.append(f"no mask for {name!r}")
-            elif mask.dtype != torch.uint8 or tuple(mask.shape) != (size,):
+            elif not layer.takes(adapter_name, mask):
                 problems.append(
                     f"the mask for {name!r} is {tuple(mask.shape)} {mask.dtype}, not ({size},) torch.uint8"
                 )
@@ -303,6 +308,21 @@ def _count_parameters(model: nn.Module) -> int:
 def _group_counts(layers: dict[str, AdaPruneLayer], adapter_name: str) -> dict[str, list[int]] | None:
     masks = {_plain(name): layer.entries(adapter_name) for name, layer in layers.items() if layer.groups(adapter_name)}
     return {name: [int((~mask).sum()), mask.numel()] for name, mask in masks.items()} or None
+
+
+def _shortest(
+    packed: dict[str, torch.Tensor], layers: dict[str, AdaPruneLayer], adapter_name: str, config: AdaPruneConfig
+) -> dict[str, torch.Tensor]:
+    """Return masks as their configuration wants them stored, and write into that how long each is."""
+    config.mask_bytes = None
+    if config.mask_codec != SHORTEST:
+        return packed
+    stored = {}
+    for (key, mask), (name, layer) in zip(packed.items(), layers.items(), strict=True):
+        stored[key] = layer.encode(adapter_name, mask)
+        if stored[key].numel() < mask.numel():
+            config.mask_bytes = {**(config.mask_bytes or {}), _plain(name): stored[key].numel()}
+    return stored
 
 
 def _report_unfinished(config: AdaPruneConfig, is_trained: bool) -> None:

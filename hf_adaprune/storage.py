@@ -94,7 +94,14 @@ def load_checked(
         shapes = read_shapes(Path(path))
         check_shapes(path, shapes, config)
         check_head(path, shapes, head_shapes)
-    return model._load_pretrained_model(model=model, checkpoint_files=checkpoint_files, **kwargs)
+    loaded = model._load_pretrained_model(model=model, checkpoint_files=checkpoint_files, **kwargs)
+    if config.mask_bytes:
+        # Imported here: a layer has a configuration.
+        from .layer import adaprune_layers, decode_loaded
+
+        for _, layer in adaprune_layers(model):
+            decode_loaded(layer)
+    return loaded
 
 
 def forget_check(model: Any) -> None:
@@ -121,7 +128,7 @@ def check_weights_file(name: str, config: AdaPruneConfig, subfolder: str | None,
 
 
 def read_masks(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: Any) -> dict[str, torch.Tensor]:
-    """Read a stored adapter's masks, packed as they are stored, and nothing else of it.
+    """Read a stored adapter's masks as they are stored, and nothing else of it.
 
     Args:
         name (`str`): The adapter's folder, or its name on the Hub.
@@ -130,7 +137,7 @@ def read_masks(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: 
         hub: What `huggingface_hub.hf_hub_download` takes besides.
 
     Returns:
-        `dict[str, torch.Tensor]`: For each mask a `uint8` tensor of shape `(ceil(entries / 8),)`.
+        `dict[str, torch.Tensor]`: For each mask a `uint8` tensor of shape `(ceil(entries / 8),)`, or a shorter one.
 
     Raises:
         AdapterFileError: If the weights are a pickle, or are not all there.
@@ -202,7 +209,7 @@ def check_shapes(path: str | Path, shapes: dict[str, tuple[int, ...]], config: A
     Raises:
         AdapterFileError: If it does.
     """
-    masks = {f"{module}.adaprune_mask": (-(-length // 8),) for module, length in config.mask_lengths.items()}
+    masks = {f"{module}.adaprune_mask": (size,) for module, size in config.mask_sizes.items()}
     wanted = [f"base_model.model.{key}" for key in (*masks, *(config.head_tensors or ()))]
     missing = [key.removeprefix("base_model.model.") for key in wanted if key not in shapes]
     surplus = sorted(shapes.keys() - set(wanted))

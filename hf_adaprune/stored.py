@@ -42,7 +42,7 @@ class StoredAdapter:
 
     @property
     def mask_bytes(self) -> int:
-        """How many of the bytes are masks: one bit a weight, rounded up for each module."""
+        """How many of the bytes are masks: one bit a weight, rounded up for each module, or less."""
         return sum(math.prod(shape) for key, shape in self.shapes.items() if key.endswith(".adaprune_mask"))
 
     def open(self, base: str | None = None) -> PeftModel:

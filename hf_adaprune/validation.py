@@ -38,6 +38,12 @@ def problems_of_storage(config: AdaPruneConfig) -> list[str]:
         for name, counts in (getattr(config, field) or {}).items()
         if not _are_counts(counts)
     ]
+    packed = {name: -(-length // 8) for name, length in config.mask_lengths.items()} if not problems else {}
+    problems += [
+        f"`mask_bytes` must be of masks that take less than one bit a weight, got {name!r}: {size}."
+        for name, size in (config.mask_bytes or {}).items()
+        if not 0 < size < packed.get(name, 0)
+    ]
     if config.is_stored and config.has_patterns:
         problems.append("A stored adapter names its `target_modules`: regular expressions are not read.")
     if config.model_config is not None:
@@ -73,8 +79,9 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "list[int]": lambda value: _is_list_of(int, [*value] if isinstance(value, range) else value),
     "dict[str, Any]": lambda value: isinstance(value, dict),
     "dict[str, list[int]]": lambda value: isinstance(value, dict),
+    "dict[str, int]": lambda value: isinstance(value, dict) and _is_list_of(int, [*value.values()]),
 }
-_SPOKEN = {"float": "number", "dict[str, Any]": "dict", "dict[str, list[int]]": "dict"}
+_SPOKEN = {"float": "number"} | dict.fromkeys(["dict[str, Any]", "dict[str, list[int]]", "dict[str, int]"], "dict")
 
 # Fields of PEFT's own that are read from a stored adapter.
 _INHERITED = {

@@ -411,7 +411,7 @@ def test_a_damaged_adapter_never_computes(
     [
         ({"final_sparsity": 2}, r"`final_sparsity` must be in \[0, 1\), got 2"),
         ({"estimator": "ste"}, "`estimator` must be one of .* got 'ste'"),
-        ({"mask_codec": "rle"}, r"`mask_codec` must be one of \['packed-bits-lsb'\], got 'rle'"),
+        ({"mask_codec": "rle"}, r"`mask_codec` must be one of \['packed-bits-lsb', 'auto'\], got 'rle'"),
         ({"format_version": 2}, "format version 2, this hf_adaprune reads up to 1: upgrade"),
         ({"model_config": "bert"}, "`model_config` must be of type dict, got 'bert'"),
         ({"model_config": {"architectures": 5}}, r"`model_config\['architectures'\]` must be a list of names, got 5"),

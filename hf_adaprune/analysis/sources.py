@@ -19,6 +19,7 @@ from ..groups import Groups
 from ..layer import AdaPruneLayer, adaprune_layers
 from ..masks import unpack_mask
 from ..storage import read_masks
+from ..stored import read_adapter
 from ..structure import stored_units
 from .names import in_order
 
@@ -32,7 +33,7 @@ Masks = Mapping[str, torch.Tensor]
 
 
 def load_masks(name_or_path: str | Path, *, subfolder: str | None = None, **hub: Any) -> dict[str, torch.Tensor]:
-    """Read the masks of a stored adapter. Its base is neither needed nor loaded.
+    """Read the masks of a stored adapter. Its base is neither needed nor loaded, unless the masks are coded by it.
 
     Args:
         name_or_path (`str` or `Path`): The adapter's folder, or its name on the Hub.
@@ -48,6 +49,7 @@ def load_masks(name_or_path: str | Path, *, subfolder: str | None = None, **hub:
 
     Raises:
         AdapterFileError: If the weights are a pickle, or are not all there, or what is told of the model is wrong.
+        AdapterNotFoundError: If the masks are coded, and the base is not within reach.
         NotPrunedError: If the adapter is of another method, or holds no masks.
         ValueError: If there is no adapter of that name.
 
@@ -61,6 +63,9 @@ def load_masks(name_or_path: str | Path, *, subfolder: str | None = None, **hub:
             f"{str(name_or_path)!r} must be an adapter that AdaPrune has saved; it is one of the method "
             f"{config.peft_type.value}, and its configuration tells of no masks. Name another."
         )
+    if config.mask_bytes:
+        given = {key: hub[key] for key in ("revision", "token") if key in hub}
+        return model_masks(read_adapter(name_or_path, subfolder=subfolder, **given).open())
     packed = read_masks(str(name_or_path), config, subfolder, **hub)
     skeleton: Any = _skeleton(config)
     units = {} if skeleton is None else stored_units(skeleton, config)
