@@ -12,6 +12,7 @@ from .config import AdaPruneConfig  # noqa: E402
 from .fingerprint import skip_fingerprint_check  # noqa: E402
 from .model import AdaPruneModel  # noqa: E402
 from .pruner import Pruner  # noqa: E402
+from .semi_structured import to_semi_structured  # noqa: E402
 
 
 __version__ = "0.1.0"
@@ -24,4 +25,5 @@ __all__ = [
     "compact",
     "skip_fingerprint_check",
     "sparsity_report",
+    "to_semi_structured",
 ]

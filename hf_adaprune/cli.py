@@ -5,10 +5,13 @@ from typing import Annotated
 
 import typer
 
+from . import commands
 from .demo.run import run_demo
 
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app.command()(commands.export)
+app.command()(commands.speed)
 
 
 @app.callback()
