@@ -58,7 +58,7 @@ def compare(bench: Bench) -> None:
     bench.enter("the paper's method", masks)
     bench.enter("the same with t_l = 10", adapt(bench.problems, forward_temperature=10.0))
     bench.enter("random masks, as many kept", noise.argsort(1).argsort(1) < kept)
-    bench.enter("largest |w|, as many kept", (-weight.abs()).argsort(1).argsort(1) < kept)
+    bench.enter("largest weights, as many kept", (-weight.abs()).argsort(1).argsort(1) < kept)
     bench.enter("nothing pruned", torch.ones_like(masks))
     bench.enter("the best in [0, 1], rounded", bench.problems.relaxed_optimum() > 0.5)
 

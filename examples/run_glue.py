@@ -24,7 +24,7 @@ Every flag of `TrainingArguments` works too: --eval_strategy epoch, --bf16, --se
 import logging
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -44,23 +44,13 @@ from transformers import (
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, sparsity_report
 from hf_adaprune.baselines import METHODS, TrainedWeightsCallback, ablate, make_callback
 from hf_adaprune.errors import AdaPruneError
+from hf_adaprune.glue import GLUE_COLUMNS
 from hf_adaprune.metrics import glue_metric
 from hf_adaprune.model_card import write_model_card
 
 
 logger = logging.getLogger("run_glue")
 
-TASK_COLUMNS = {
-    "cola": ["sentence"],
-    "mnli": ["premise", "hypothesis"],
-    "mrpc": ["sentence1", "sentence2"],
-    "qnli": ["question", "sentence"],
-    "qqp": ["question1", "question2"],
-    "rte": ["sentence1", "sentence2"],
-    "sst2": ["sentence"],
-    "stsb": ["sentence1", "sentence2"],
-    "wnli": ["sentence1", "sentence2"],
-}
 FILE_KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SPLIT_OF_FLAG = {"do_train": "train", "do_eval": "validation", "do_predict": "test"}
 SPLITS = ("train", "validation", "validation_mismatched", "test", "test_mismatched")
@@ -97,7 +87,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    task_name: str | None = flag(f"A GLUE task: {', '.join(TASK_COLUMNS)}.")
+    task_name: str | None = flag(f"A GLUE task: {', '.join(GLUE_COLUMNS)}.")
     data_dir: str | None = flag("Folder with train.parquet and validation.parquet, or with such a folder a task.")
     train_file: str | None = flag("Your own csv, json (lines) or parquet.")
     validation_file: str | None = flag("The same, to evaluate on.")
@@ -109,8 +99,8 @@ class DataArguments:
     sample_seed: int = flag("Seed of these draws; `--seed` does not change them.", 42)
 
     def __post_init__(self) -> None:
-        if self.task_name is not None and self.task_name not in TASK_COLUMNS:
-            raise InputError(f"`--task_name` must be one of {sorted(TASK_COLUMNS)}, got {self.task_name!r}.")
+        if self.task_name is not None and self.task_name not in GLUE_COLUMNS:
+            raise InputError(f"`--task_name` must be one of {sorted(GLUE_COLUMNS)}, got {self.task_name!r}.")
         glue = [f"--{name}" for name in ("task_name", "data_dir") if getattr(self, name)]
         own = [f"--{name}" for name in ("train_file", "validation_file") if getattr(self, name)]
         if bool(glue) == bool(own) or own == ["--validation_file"]:
@@ -129,7 +119,7 @@ class Task:
 
     name: str
     splits: dict[str, datasets.Dataset]
-    columns: list[str]
+    columns: Sequence[str]
     label_names: list[str] | None
 
 
@@ -169,7 +159,7 @@ def find_text_columns(dataset: datasets.Dataset) -> list[str]:
     return texts
 
 
-def check_columns(dataset: datasets.Dataset, split: str, columns: list[str]) -> None:
+def check_columns(dataset: datasets.Dataset, split: str, columns: Sequence[str]) -> None:
     missing = [column for column in columns if column not in dataset.column_names]
     if missing:
         have = dataset.column_names
@@ -215,7 +205,7 @@ def load_task(args: DataArguments, asked: list[str], cache_dir: str | None) -> T
             f"There must be {missing} data for what is asked, got {list(splits)}: add {missing[0]}.parquet to "
             f"`--data_dir`, or give `--{missing[0]}_file`."
         )
-    columns = TASK_COLUMNS.get(args.task_name or "") or find_text_columns(next(iter(splits.values())))
+    columns = GLUE_COLUMNS.get(args.task_name or "") or find_text_columns(next(iter(splits.values())))
     for split, dataset in splits.items():
         check_columns(dataset, split, [*columns, "label"] if split in labelled else columns)
     names = number_labels(labelled)
@@ -257,7 +247,7 @@ def decide(logits: Any, task: Task) -> np.ndarray:
 
 def make_compute_metrics(task: Task) -> Callable[[Any], dict[str, float]]:
     # Your own data are scored as these two are: by correlation, or by accuracy.
-    scored_as = task.name if task.name in TASK_COLUMNS else "stsb" if task.label_names is None else "sst2"
+    scored_as = task.name if task.name in GLUE_COLUMNS else "stsb" if task.label_names is None else "sst2"
     metric = glue_metric(scored_as, keep_in_memory=True)
 
     def compute_metrics(output: Any) -> dict[str, float]:
@@ -285,8 +275,9 @@ def train(trainer: Trainer, callback: TrainerCallback | None) -> Any:
     metrics["checkpoint_bytes"] = count_bytes(folder, "adapter_model" if is_adapter else "model")
     if isinstance(callback, TrainedWeightsCallback):
         masked = callback.rewound(trainer.model)
-        masked.save_pretrained(folder / "rewound")
-        trainer.processing_class.save_pretrained(folder / "rewound")
+        if trainer.args.should_save:
+            masked.save_pretrained(folder / "rewound")
+            trainer.processing_class.save_pretrained(folder / "rewound")
     if isinstance(callback, AdaPruneCallback):
         report = sparsity_report(masked)
         metrics |= {"sparsity": report.sparsity, "sparsity_whole_model": report.sparsity_whole_model}

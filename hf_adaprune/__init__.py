@@ -7,9 +7,11 @@ register()
 
 from .analysis import sparsity_report  # noqa: E402
 from .callback import AdaPruneCallback  # noqa: E402
+from .combine import combine_adapters  # noqa: E402
 from .compaction import compact  # noqa: E402
 from .config import AdaPruneConfig  # noqa: E402
 from .fingerprint import skip_fingerprint_check  # noqa: E402
+from .mixed_batch import mixed_batch  # noqa: E402
 from .model import AdaPruneModel  # noqa: E402
 from .pruner import Pruner  # noqa: E402
 from .semi_structured import to_semi_structured  # noqa: E402
@@ -22,7 +24,9 @@ __all__ = [
     "AdaPruneConfig",
     "AdaPruneModel",
     "Pruner",
+    "combine_adapters",
     "compact",
+    "mixed_batch",
     "skip_fingerprint_check",
     "sparsity_report",
     "to_semi_structured",

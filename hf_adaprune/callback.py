@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from safetensors.torch import save_file
@@ -17,8 +18,11 @@ from transformers.utils import SAFE_WEIGHTS_NAME, logging
 from .config import AdaPruneConfig
 from .errors import ConfigError, NotPrunedError
 from .layer import adaprune_layers
-from .model_card import write_model_card
+from .model_card import CARD, write_model_card
 from .pruner import Pruner
+from .publish import fetch_card
+from .sharding import is_sharded
+from .trainer_card import complete_trainer_card
 
 
 logger = logging.get_logger(__name__)
@@ -49,13 +53,15 @@ class AdaPruneCallback(TrainerCallback):
     def __init__(self, config: AdaPruneConfig | None = None, adapter_name: str = "default") -> None:
         self.config, self.adapter_name = config, adapter_name
         self.pruner: Pruner | None = None
+        # The adapter's card as it was before a push, and the name that it is pushed under.
+        self._card: tuple[str | None, str | None] = (None, None)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Put masks on the Trainer's model, before its optimizer is made."""
         # `Trainer.push_to_hub` writes a card of its own over the adapter's, and then has the model complete it.
-        model.create_or_update_model_card = _complete_card  # type: ignore[assignment]
+        model.create_or_update_model_card = self._complete_card  # type: ignore[assignment]
         wrapped = isinstance(model, PeftModel) or any(True for _ in adaprune_layers(model))
         if wrapped:
             if self.config is not None:
@@ -124,10 +130,24 @@ class AdaPruneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Save, with the checkpoint, the scores that its adapter does not hold."""
-        if args.should_save and not args.save_only_model:
+        self._running.check_masks()
+        if args.should_save and not args.save_only_model and not is_sharded(model.parameters()):
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             _save_training_state(model, folder)
         self._forget_best(state)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the adapter's card through a push: the Trainer copies it from no checkpoint, and overwrites it."""
+        if not state.is_world_process_zero:
+            return
+        card, name = Path(args.output_dir, CARD), _name_on_hub(args)
+        fetch_card(card, name, revision=args.hub_revision, token=args.hub_token)
+        self._card = (card.read_text(encoding="utf-8") if card.is_file() else None), name
+        checkpoint = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        if (checkpoint / CONFIG_NAME).is_file():
+            write_model_card(checkpoint, name=name, card=card, picture=False)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -143,15 +163,26 @@ class AdaPruneCallback(TrainerCallback):
             )
         return self.pruner
 
+    def _complete_card(self, folder: str) -> None:
+        (former, name), self._card = self._card, (None, None)
+        if Path(folder, CONFIG_NAME).is_file():
+            complete_trainer_card(folder, former, name)
+
     def _forget_best(self, state: TrainerState) -> None:
         # A model that is not pruned as asked is no candidate for `load_best_model_at_end`.
         if self._running.num_steps < self._running.config.pruning_end * self._running.total_steps:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
-def _complete_card(folder: str) -> None:
-    if Path(folder, CONFIG_NAME).is_file():
-        write_model_card(folder, picture=False)
+def _name_on_hub(args: TrainingArguments) -> str:
+    """Return the full name of the repository that a Trainer pushes to, as far as can be told."""
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    if "/" in name:
+        return name
+    try:
+        return f"{HfApi(token=args.hub_token).whoami()['name']}/{name}"
+    except Exception:  # Whatever the Hub has against it, the push itself will say so.
+        return name
 
 
 def _save_training_state(model: nn.Module, folder: Path) -> None:

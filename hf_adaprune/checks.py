@@ -13,7 +13,7 @@ from torch import nn
 
 from .config import AdaPruneConfig
 from .errors import AdapterFileError, BaseMismatchError
-from .fingerprint import fingerprint, fingerprints_are_checked
+from .fingerprint import fingerprint, fingerprints_are_checked, matches
 from .head import body_name, head_modules
 from .layer import adaprune_layers
 
@@ -40,22 +40,23 @@ def check_base(model: nn.Module, adapter_name: str, config: AdaPruneConfig) -> N
     weights = _body_weights(model)
     if any(weight.is_meta for weight in weights):
         return
-    if config.base_fingerprint is not None and any(weight.dtype == torch.float16 for weight in weights):
+    if config.base_fingerprint is None:
+        config.base_fingerprint = fingerprint(weights)
+        return
+    fits = matches(weights, config.base_fingerprint)
+    if fits is None:
         warnings.warn(
-            "The base model is in float16, where its fingerprint cannot be checked: make sure that it is "
+            f"The masks of adapter {adapter_name!r} were made on a base in bfloat16 and this one is in float16, or "
+            "the other way round: two roundings cannot be held against each other. Make sure that it is "
             f"{config.base_model_name_or_path!r}.",
             stacklevel=2,
         )
-        return
-    found = fingerprint(weights)
-    if config.base_fingerprint is None:
-        config.base_fingerprint = found
-    elif found != config.base_fingerprint and fingerprints_are_checked():
+    if fits is False and fingerprints_are_checked():
         raise BaseMismatchError(
             f"The masks of adapter {adapter_name!r} were made for other weights: those of "
             f"{config.base_model_name_or_path!r} have the fingerprint {config.base_fingerprint}, the model's have "
-            f"{found}. Load the adapter's own base, in float32 or bfloat16; or, to open it here all the same, do so "
-            "inside `hf_adaprune.skip_fingerprint_check()`."
+            f"{fingerprint(weights)}. Load the adapter's own base, in any precision; or, to open it here all the "
+            "same, do so inside `hf_adaprune.skip_fingerprint_check()`."
         )
 
 
@@ -80,17 +81,30 @@ class CheckOnce:
             return
         state = model.state_dict()
         head = [state[key] for key in head_keys(model, self.adapter_name)]
-        if any(tensor.dtype == torch.float16 for tensor in head):
-            self.handle.remove()
-            return
         masks = [layer.adaprune_mask[self.adapter_name] for _, layer in adaprune_layers(model, self.adapter_name)]
-        if fingerprint([*masks, *head]) != expected:
+        if matches([*masks, *head], expected) is False:
             raise AdapterFileError(
                 f"The masks or the head of adapter {self.adapter_name!r} are not those that were saved: its files are "
                 "damaged, incomplete or edited by hand, or a head of the wrong size was skipped. Fetch it again."
             )
         # Only now: what is damaged is so at the second forward pass too.
         self.handle.remove()
+
+
+def base_fits(model: nn.Module, config: AdaPruneConfig) -> bool | None:
+    """Return whether a model holds the weights that an adapter was made for; `None` if it cannot be told."""
+    return matches(_body_weights(model), config.base_fingerprint or "")
+
+
+def run_checks(model: nn.Module) -> None:
+    """Check now the adapters of a model that have not been checked yet.
+
+    Raises:
+        AdapterFileError: If what was loaded is not what was saved.
+    """
+    for hook in list(model._forward_pre_hooks.values()):
+        if isinstance(hook, CheckOnce):
+            hook(model, ())
 
 
 def head_keys(model: nn.Module, adapter_name: str) -> list[str]:

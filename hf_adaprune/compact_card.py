@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from transformers.models.auto import modeling_auto
 
 from .advice import COMPACT_ADVICE
 from .config import AdaPruneConfig
-from .model_card import BEGIN, END, describe_base, pipeline_of, put_card
-from .opening import auto_class
+from .model_card import BEGIN, CARD, END, describe_base, pipeline_of, put_card
 
 
 _TEMPLATE = Path(__file__).parent / "templates" / "compact_card.md"
@@ -59,7 +59,7 @@ class CompactCard:
             title=name,
             name=name,
             base=description,
-            auto_class=auto_class(self.architecture),
+            auto_class=_auto_class(self.architecture),
             advice=COMPACT_ADVICE,
             **{field: getattr(self, field) for field in ("stock", "before", "after", "blocks")},
         )
@@ -70,9 +70,18 @@ class CompactCard:
         model.push_to_hub = functools.partial(_push, self, model)
 
 
+def _auto_class(architecture: str) -> str:
+    """Return the Auto class whose name ends as the architecture's does: `AutoModel` if there is no other."""
+    if architecture.endswith("LMHeadModel"):
+        return "AutoModelForCausalLM"
+    names = [name for name in modeling_auto.__all__ if name.startswith("AutoModelFor")]
+    fitting = [name for name in names if architecture.endswith(name.removeprefix("AutoModel"))]
+    return max(fitting, key=len, default="AutoModel")
+
+
 def _save(card: CompactCard, model: Any, save_directory: str | Path, **kwargs: Any) -> None:
     type(model).save_pretrained(model, save_directory, **kwargs)
-    put_card(Path(save_directory), card.render(kwargs.get("repo_id") or Path(save_directory).resolve().name))
+    put_card(Path(save_directory, CARD), card.render(kwargs.get("repo_id") or Path(save_directory).resolve().name))
 
 
 def _push(card: CompactCard, model: Any, repo_id: str, **kwargs: Any) -> Any:

@@ -15,8 +15,8 @@ from .compact_card import CompactCard
 from .compact_model import config_class, model_class
 from .errors import CompactionError
 from .groups import Groups
-from .head import LayerAverageHead
 from .layer import AdaPruneLayer, adaprune_layers
+from .layer_average import LayerAverageHead
 from .merging import merged
 from .shrink import keep_heads, keep_inputs, keep_outputs
 from .structure import Unit, features

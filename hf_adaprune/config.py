@@ -117,6 +117,7 @@ class AdaPruneConfig(PeftConfig):
             Written when an adapter is saved whose masks are of neurons or heads; for each mask how many groups are
             pruned, and how many there are.
         head_tensors (`list[str]`, *optional*): Written when an adapter is saved; the names of its head's tensors.
+        combination (`str`, *optional*): Written by `combine_adapters`; how the masks were made, and of which adapters.
         mask_codec (`str`): How masks are stored.
         format_version (`int`): Version of the stored format.
 
@@ -154,6 +155,7 @@ class AdaPruneConfig(PeftConfig):
     module_counts: dict[str, list[int]] | None = _option(None, "Pruned and all weights of each masked module.")
     group_counts: dict[str, list[int]] | None = _option(None, "Pruned and all groups of each mask of groups.")
     head_tensors: list[str] | None = _option(None, "Names of the tensors of the saved head.")
+    combination: str | None = _option(None, "How the masks were made of those of other adapters.")
     mask_codec: str = _option(PACKED_BITS, "How masks are stored.")
     format_version: int = _option(FORMAT_VERSION, "Version of the stored format.")
 
@@ -162,6 +164,7 @@ class AdaPruneConfig(PeftConfig):
         self.peft_type = PeftType("ADAPRUNE")
         # Whether this comes with a stored adapter: asked now, since what is written into it later is of one in memory.
         self.is_stored = self.module_counts is not None
+        self.is_filled = False  # whether the stored masks are in place
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)

@@ -43,9 +43,41 @@ class HardwareError(AdaPruneError, RuntimeError):
     """What is asked for needs another machine, or another dtype, than the model is on."""
 
 
+class SizeError(AdaPruneError, ValueError):
+    """A batch, a length or a number of rounds is not one that can be run or measured."""
+
+
 class NonFiniteError(AdaPruneError, FloatingPointError):
     """Training met a NaN or an infinity."""
 
 
 class NotPrunedError(AdaPruneError, RuntimeError):
     """There is nothing to drive: the model has no trainable masks of the given name."""
+
+
+class AdapterNotFoundError(AdaPruneError, FileNotFoundError):
+    """There is no adapter, or no base, of that name within reach."""
+
+
+class PushError(AdaPruneError, ConnectionError):
+    """The Hub refused a push, or the connection broke: nothing was changed there."""
+
+
+class TaskError(AdaPruneError, ValueError):
+    """There is no such task, its data cannot be read, or the model's head is not for it."""
+
+
+class MixedBatchError(AdaPruneError, ValueError):
+    """A batch of several tasks cannot be computed in one pass."""
+
+
+class CombineError(AdaPruneError, ValueError):
+    """Adapters cannot be combined as was asked."""
+
+
+class DivergenceError(AdaPruneError, RuntimeError):
+    """The processes of a distributed run have come to different masks."""
+
+
+class UnsupportedShardingError(AdaPruneError, NotImplementedError):
+    """The run is distributed in a way in which masks cannot be trained."""

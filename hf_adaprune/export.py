@@ -16,14 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import ExportError
-from .example_inputs import example_inputs, input_names
+from .example_inputs import example_inputs, input_names, longest_input
 from .layer import adaprune_layers
 from .merging import merged
 
 
 ONNX_FILE = "model.onnx"
-# What transformers' models call their results, in the order in which an exported model has them.
-_OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
 _NEEDED = ("onnx", "onnxruntime", "onnxscript")
 
 
@@ -32,12 +30,13 @@ def export_onnx(model: Any, folder: str | Path) -> Path:
 
     What is written is run on ONNX Runtime before it takes its place: batches of other sizes and lengths, with padding,
     give PyTorch's results, or it is an error. Inputs are `input_ids`, `attention_mask` and, where the model tells
-    segments apart, `token_type_ids`, all int64 of shape `(batch, length)`. Outputs are `logits` (or `start_logits` and
-    `end_logits`, or `last_hidden_state`).
+    segments apart, `token_type_ids`, all int64 of shape `(batch, length)`. Outputs are those of the model, by their
+    names: `logits`, or `last_hidden_state`, or `start_logits` and `end_logits`.
 
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`):
-            A plain model, such as `compact` returns; one with an adapter is merged first, in a copy.
+            A plain model, such as `compact` returns, in float32 on the CPU; one with an adapter is merged first, in a
+            copy.
         folder (`str` or `Path`): Where `model.onnx` and the model's configuration go; made if it is not there.
 
     Returns:
@@ -51,21 +50,25 @@ def export_onnx(model: Any, folder: str | Path) -> Path:
 
         >>> export_onnx(compact(model), "bert-sst2-small")
     """
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ExportError(f"Exporting needs {', '.join(missing)}: run `pip install 'hf_adaprune[onnx]'`.")
+    _require_packages()
     if any(True for _ in adaprune_layers(model)):
         model = merged(model)
     if not isinstance(model, PreTrainedModel):
         raise ExportError(f"`export_onnx` takes a transformers model, got a {type(model).__name__}.")
+    if model.dtype != torch.float32 or model.device.type != "cpu":
+        raise ExportError(
+            f"`export_onnx` takes a model in float32 on the CPU, got one in {model.dtype} on {str(model.device)!r}: "
+            "call `model.float().cpu()` first."
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     was_training = model.training
     try:
         with TemporaryDirectory(dir=folder) as aside:
-            path = _export(_Named(model.eval()), Path(aside, ONNX_FILE))
-            _check(_Named(model), path)
-            path.replace(folder / ONNX_FILE)
+            _export(_Tensors(model.eval()), Path(aside, ONNX_FILE))
+            _check(_Tensors(model), Path(aside, ONNX_FILE))
+            for file in Path(aside).iterdir():  # more than one where weights are too many for one file
+                file.replace(folder / file.name)
     finally:
         model.train(was_training)
     model.config.save_pretrained(folder)
@@ -78,46 +81,61 @@ class OnnxModel:
     Args:
         path (`str` or `Path`): The file.
         num_threads (`int`, *optional*): How many threads to compute with; by default ONNX Runtime decides.
+
+    Attributes:
+        inputs (`list[str]`): The names of what it takes.
+
+    Raises:
+        ExportError: If a package of the extra `onnx` is missing.
     """
 
     def __init__(self, path: str | Path, num_threads: int | None = None) -> None:
+        _require_packages()
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads or 0
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self._inputs = [value.name for value in self.session.get_inputs()]
+        self.inputs = [value.name for value in self.session.get_inputs()]
 
     def __call__(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the model's outputs; inputs that it does not have are left out."""
-        arrays = {name: inputs[name].numpy() for name in self._inputs}
+        arrays = {name: inputs[name].numpy() for name in self.inputs}
         return tuple(torch.from_numpy(output) for output in self.session.run(None, arrays))
 
 
-class _Named(nn.Module):
-    """A model whose results are a plain tuple."""
+def _require_packages() -> None:
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"ONNX needs {', '.join(missing)}: run `pip install 'hf_adaprune[onnx]'`.")
+
+
+class _Tensors(nn.Module):
+    """A model whose results are a plain tuple of tensors."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(self.named(*inputs).values())
+
+    def named(self, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         output = self.model(**dict(zip(input_names(self.model), inputs, strict=True)))
-        return tuple(output[name] for name in _OUTPUTS if name in output)
+        return {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
 
 
-def _export(model: _Named, path: Path) -> Path:
+@torch.no_grad()
+def _export(model: _Tensors, path: Path) -> None:
     inputs = example_inputs(model.model, 2, 8, padded=True)
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    with torch.no_grad():
-        names = [name for name in _OUTPUTS if name in model.model(**inputs)]
     try:
         with _quiet():
             program: Any = torch.onnx.export(
                 model,
                 tuple(inputs.values()),
                 input_names=list(inputs),
-                output_names=names,
+                output_names=list(model.named(*inputs.values())),
                 dynamic_shapes=(tuple(dynamic for _ in inputs),),
                 dynamo=True,
                 verbose=False,
@@ -128,7 +146,6 @@ def _export(model: _Named, path: Path) -> Path:
         ) from error
     _name_dimensions(program.model.graph)
     program.save(path)
-    return path
 
 
 def _name_dimensions(graph: Any) -> None:
@@ -156,10 +173,10 @@ def _quiet() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _check(model: _Named, path: Path) -> None:
+def _check(model: _Tensors, path: Path) -> None:
     exported = OnnxModel(path)
     # Long enough for a window of local attention to leave something out.
-    longest = min(160, getattr(model.model.config, "max_position_embeddings", 160) // 2)
+    longest = min(160, longest_input(model.model))
     for batch_size, length in ((1, 2), (3, 5), (2, longest)):
         inputs = example_inputs(model.model, batch_size, length, padded=True)
         for expected, found in zip(model(*inputs.values()), exported(**inputs), strict=True):

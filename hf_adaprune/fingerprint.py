@@ -14,25 +14,69 @@ _checked: ContextVar[bool] = ContextVar("hf_adaprune_fingerprints_checked", defa
 
 
 def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
-    """Return a digest of the tensors' shapes and values, in order.
+    """Return a digest of the tensors' shapes and values, in order, that copies in lower precision can be held against.
 
-    Floating-point values are rounded to bfloat16 first: a float32 model and its bfloat16 copy have one fingerprint.
-    (A float16 copy has not: two roundings are not one.)
+    It is two digests, of the values rounded to bfloat16 and to float16, and the precision that the values have. A copy
+    in either has one of the digests in common with its original; the roundings of one original to the two have none
+    (two roundings are not one), which `matches` then says.
 
     Args:
         tensors (`Iterable[torch.Tensor]`): Tensors of any shape and dtype.
 
     Returns:
-        `str`: 32 hexadecimal digits.
+        `str`: Twice 32 hexadecimal digits, and `"float32"`, `"bfloat16"` or `"float16"`, with dots between.
     """
+    tensors = list(tensors)
+    return ".".join((_digest(tensors, torch.bfloat16), _digest(tensors, torch.float16), _precision(tensors)))
+
+
+def matches(tensors: Iterable[torch.Tensor], expected: str) -> bool | None:
+    """Return whether tensors have a fingerprint, in whatever precision they and its original are.
+
+    Args:
+        tensors (`Iterable[torch.Tensor]`): Tensors of any shape and dtype.
+        expected (`str`): What `fingerprint` has returned for the original, or, in earlier versions, its first digest.
+
+    Returns:
+        `bool`, *optional*: `None` if it cannot be told: the one is in bfloat16, the other in float16.
+    """
+    tensors = list(tensors)
+    bfloat16, float16, made_in = [*expected.split("."), "", ""][:3]
+    if _digest(tensors, torch.bfloat16) == bfloat16 or (float16 and _digest(tensors, torch.float16) == float16):
+        return True
+    made_in = made_in or "bfloat16"
+    return None if {_precision(tensors), made_in} == {"bfloat16", "float16"} else False
+
+
+def same_origin(first: str, second: str) -> bool | None:
+    """Return whether two fingerprints are of copies of one original; `None` if it cannot be told, as by `matches`."""
+    one, other = first.split("."), second.split(".")
+    if any(digest == another for digest, another in zip(one[:2], other[:2], strict=False)):
+        return True
+    return None if {(one[2:] or [""])[0], (other[2:] or [""])[0]} == {"bfloat16", "float16"} else False
+
+
+def _digest(tensors: list[torch.Tensor], dtype: torch.dtype) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(str(tuple(tensor.shape)).encode())
         tensor = tensor.detach()
         if tensor.is_floating_point():
-            tensor = tensor.to(torch.bfloat16).view(torch.int16)
+            tensor = tensor.to(dtype).view(torch.int16)
         digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()[:32]
+
+
+def _precision(tensors: list[torch.Tensor]) -> str:
+    floating = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        # In float32 too, what was once rounded shows it.
+        rounded = (
+            tensor.dtype == dtype or torch.equal(tensor, tensor.to(dtype).to(tensor.dtype)) for tensor in floating
+        )
+        if any(tensor.dtype == dtype for tensor in floating) or (floating and all(rounded)):
+            return name
+    return "float32"
 
 
 @contextmanager

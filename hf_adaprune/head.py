@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .config import AdaPruneConfig
 from .errors import BaseMismatchError, ConfigError
+from .layer_average import make_layer_average_head
 
 
 _TASK_TYPES = {
@@ -22,7 +25,6 @@ _TASK_TYPES = {
     "ForMaskedLM": None,
     "Model": TaskType.FEATURE_EXTRACTION,
 }
-_LABEL_FIELDS = ("id2label", "label2id", "problem_type")
 
 
 def head_modules(model: nn.Module) -> list[str]:
@@ -79,17 +81,41 @@ def plan_head(model: nn.Module, config: AdaPruneConfig) -> None:
     config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *head])) or None
 
 
-def put_head(model: nn.Module, config: AdaPruneConfig) -> None:
-    """Give a model the head that an adapter has: with the adapter's labels, where a door built the base with others.
+@contextmanager
+def fitting_head(model: nn.Module, config: AdaPruneConfig, num_labels: int | None) -> Iterator[None]:
+    """Have a model hold, for the time of a block, a head like that of an adapter: PEFT copies what it finds.
+
+    Afterwards the model's own is back in its place, as what computes when no adapter is active.
 
     Args:
-        model (`torch.nn.Module`): The model; changed in place.
+        model (`torch.nn.Module`): The model.
         config (`AdaPruneConfig`): The adapter's configuration, after `plan_head`.
+        num_labels (`int`, *optional*): How many labels the model's own head has, if it is one of transformers'.
     """
-    if isinstance(model, PreTrainedModel):
-        _adapt_labels(model, config)
-    if config.head == "layer_average":
-        _install_layer_average(model)
+    fitting: dict[str, nn.Module] = {}
+    if isinstance(model, PreTrainedModel) and config.model_config is not None:
+        saved = type(model.config).from_dict(dict(config.model_config))
+        if saved.num_labels != num_labels:
+            fitting = _build_head(model, type(model)._from_config, saved)
+        if config.head == "layer_average":
+            fitting["classifier"] = make_layer_average_head(model, saved.num_labels)
+    own = {name: _swap(model, name, module) for name, module in fitting.items()}
+    try:
+        yield
+    finally:
+        for name, module in own.items():
+            is_wrapped = isinstance(model.get_submodule(name), ModulesToSaveWrapper)
+            _swap(model, name, module.requires_grad_(False) if is_wrapped else module)
+
+
+def _swap(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    parent, _, child = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    if isinstance(getattr(owner, child), ModulesToSaveWrapper):
+        owner, child = getattr(owner, child), "original_module"
+    current = getattr(owner, child)
+    setattr(owner, child, module)
+    return current
 
 
 def _record(model: PreTrainedModel, config: AdaPruneConfig) -> None:
@@ -120,106 +146,17 @@ def check_architecture(model: nn.Module, config: AdaPruneConfig) -> None:
         )
 
 
-def record_labels(model: Any, config: AdaPruneConfig) -> None:
-    """Write into an adapter's configuration what the labels of its head are by now.
-
-    Training settles the kind of problem: a head with one output becomes a regression with the first batch.
-    """
-    if config.model_config is not None:
-        current = model.config.to_dict()
-        config.model_config |= {field: current[field] for field in _LABEL_FIELDS if current.get(field) is not None}
-
-
-def _adapt_labels(model: PreTrainedModel, config: AdaPruneConfig) -> None:
-    saved = type(model.config).from_dict(dict(config.model_config or {}))
-    if saved.num_labels != model.config.num_labels:
-        _rebuild_head(model, type(model)._from_config, saved)
-    for field in _LABEL_FIELDS:
-        setattr(model.config, field, getattr(saved, field, None))
-    if hasattr(model, "num_labels"):
-        model.num_labels = saved.num_labels
-
-
-def _rebuild_head(model: PreTrainedModel, build: Any, saved: Any) -> None:
+def _build_head(model: PreTrainedModel, build: Any, saved: Any) -> dict[str, nn.Module]:
+    """Build those modules of a head that differ in size from what the model has."""
     with torch.device("meta"):
         template = build(saved)
     reference = next(model.parameters())
+    built = {}
     for name in head_modules(model):
-        parent, _, child = name.rpartition(".")
-        owner, fresh = model.get_submodule(parent), template.get_submodule(name)
-        current = getattr(owner, child)
-        if isinstance(current, ModulesToSaveWrapper):
-            owner, child, current = current, "original_module", current.original_module
-        if [p.shape for p in fresh.parameters()] == [p.shape for p in current.parameters()]:
-            continue
-        fresh.to_empty(device=reference.device).to(reference.dtype)
-        fresh.apply(model._init_weights)
-        setattr(owner, child, fresh)
-
-
-class LayerAverageHead(nn.Module):
-    """The head of "Adapting by Pruning" (arXiv 2105.03343): a learned average of every layer's first vector, a ReLU
-    layer of the hidden size, and an output layer.
-
-    Args:
-        num_states (`int`): How many hidden states there are: the embeddings and one a layer.
-        hidden_size (`int`): Their width.
-        num_labels (`int`): The width of the output.
-    """
-
-    def __init__(self, num_states: int, hidden_size: int, num_labels: int) -> None:
-        super().__init__()
-        self.layer_weights = nn.Parameter(torch.zeros(num_states))
-        self.dense = nn.Linear(hidden_size, hidden_size)
-        self.out_proj = nn.Linear(hidden_size, num_labels)
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Map hidden states of shape `(num_states, batch, hidden_size)` to logits of shape `(batch, num_labels)`."""
-        average = torch.einsum("l,lbh->bh", self.layer_weights.softmax(0), states)
-        return self.out_proj(torch.relu(self.dense(average)))
-
-
-class _FirstVectors:
-    """Carry the first vector of every hidden state from the body's output to the head's input."""
-
-    def __init__(self) -> None:
-        self.states: torch.Tensor | None = None
-        self.wanted = False
-
-    def ask(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        wanted = kwargs.get("output_hidden_states")
-        self.wanted = module.config.output_hidden_states if wanted is None else wanted
-        return args, {**kwargs, "output_hidden_states": True, "return_dict": True}
-
-    def take(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.states = torch.stack([state[:, 0] for state in output.hidden_states])
-        if not self.wanted:
-            # Else the model hands them on, and the Trainer takes them for predictions.
-            output.hidden_states = None
-
-    def give(self, module: nn.Module, args: Any) -> tuple[torch.Tensor | None]:
-        states, self.states = self.states, None
-        return (states,)
-
-    def __deepcopy__(self, memo: Any) -> _FirstVectors:
-        # PEFT copies the head for each adapter: the copies are fed by the same body.
-        return self
-
-
-def _install_layer_average(model: Any) -> None:
-    current = model.classifier
-    if isinstance(current, LayerAverageHead) or isinstance(
-        getattr(current, "original_module", None), LayerAverageHead
-    ):
-        return
-    body, courier = model.base_model, _FirstVectors()
-    head = LayerAverageHead(model.config.num_hidden_layers + 1, model.config.hidden_size, model.config.num_labels)
-    # Under `low_cpu_mem_usage` PEFT makes every parameter on the meta device, this one too.
-    reference = next(model.parameters())
-    head.to_empty(device=reference.device).to(reference.dtype)
-    head.apply(model._init_weights)
-    nn.init.zeros_(head.layer_weights)
-    model.classifier = head
-    body.register_forward_pre_hook(courier.ask, with_kwargs=True)
-    body.register_forward_hook(courier.take)
-    head.register_forward_pre_hook(courier.give)
+        fresh, current = template.get_submodule(name), model.get_submodule(name)
+        current = current.original_module if isinstance(current, ModulesToSaveWrapper) else current
+        if [p.shape for p in fresh.parameters()] != [p.shape for p in current.parameters()]:
+            fresh.to_empty(device=reference.device).to(reference.dtype)
+            fresh.apply(model._init_weights)
+            built[name] = fresh
+    return built

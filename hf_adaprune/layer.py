@@ -18,6 +18,7 @@ from .config import AdaPruneConfig
 from .groups import Groups
 from .masks import pack_mask, topk_mask, unpack_mask
 from .scores import initial_scores, magnitude_ranks, scores_from_mask, wanda_ranks
+from .sharding import copy_whole, whole
 
 
 class _Effective(NamedTuple):
@@ -109,7 +110,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
     def measure(self, adapter_name: str) -> torch.Tensor:
         """Return what is known of each entry of the mask beforehand: the weight, or the sum of |w| over the group."""
         groups = self.groups(adapter_name)
-        return self.weight.detach() if groups is None else groups.magnitudes()
+        return whole(self.weight.detach()) if groups is None else groups.magnitudes()
 
     def _entries(self, adapter_name: str) -> torch.Size:
         groups = self.groups(adapter_name)
@@ -133,12 +134,12 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         assert self.input_dim is not None
         groups = self.groups(adapter_name)
         if groups is None:
-            ranks = wanda_ranks(self.weight, input_norm, self.input_dim)
+            ranks = wanda_ranks(whole(self.weight), input_norm, self.input_dim)
         else:
             # A group is worth what is read of it: the importance of Wanda, added up (as in FLAP, arXiv 2312.11983).
             read = self.weight.float().abs().movedim(self.input_dim, -1) * input_norm
             ranks = magnitude_ranks(groups.sums(read.movedim(-1, self.input_dim)))
-        self.adaprune_scores[adapter_name].copy_(ranks / self._configs[adapter_name].score_lr_ratio)
+        copy_whole(self.adaprune_scores[adapter_name], ranks / self._configs[adapter_name].score_lr_ratio)
 
     def count(self, adapter_name: str) -> tuple[int, int]:
         """Return how many weights the adapter's mask prunes, and how many it decides on, in other layers too."""
@@ -154,13 +155,13 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         """
         mask, measure = self.entries(adapter_name), self.measure(adapter_name)
         scores, config = self.adaprune_scores[adapter_name], self._configs[adapter_name]
-        if not scores.is_meta and torch.equal(_mask_of(scores.detach(), mask, measure, config), mask):
+        if not scores.is_meta and torch.equal(_mask_of(whole(scores.detach()), mask, measure, config), mask):
             return False
         made = scores_from_mask(measure, mask, config)
         if scores.is_meta:
             self.adaprune_scores[adapter_name] = nn.Parameter(made, requires_grad=scores.requires_grad)
         else:
-            scores.data.copy_(made)
+            copy_whole(scores.data, made)
         return True
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -200,7 +201,17 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         if torch.is_grad_enabled() and (weight.requires_grad or any(self._is_trained(name) for name in names)):
             self._effective = None
             return self._trained_weight(weight, names)
-        return self._built_weight(weight, names) if names else weight
+        if not names:
+            return weight
+        if torch.compiler.is_compiling():
+            # What was built cannot be told from what would be: a compiled model unpacks its masks in each pass.
+            return self._masked(weight, names)
+        return self._built_weight(weight, names)
+
+    def _masked(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
+        for name in names:
+            weight = weight * self.mask(name).view(torch.uint8)
+        return weight
 
     def _is_trained(self, adapter_name: str) -> bool:
         return adapter_name in self.adaprune_scores and self.adaprune_scores[adapter_name].requires_grad
@@ -239,9 +250,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         ):
             # Built outside of inference mode, so that it may take part in a later backward pass.
             with torch.inference_mode(False), torch.no_grad():
-                product = weight.detach().clone()
-                for name in names:
-                    product *= self.mask(name).view(torch.uint8)
+                product = self._masked(weight.detach(), names)
             self._effective = built = _Effective(product, weight, masks, versions)
         return built.weight
 

@@ -40,7 +40,7 @@ def _without_adapter(model: Any, merge: bool) -> PreTrainedModel:
         raise NotPrunedError(f"There is no AdaPrune adapter on this {type(base).__name__}.")
     tuner = AdaPruneModel.around(copy.deepcopy(base))
     plain = tuner.merge_and_unload() if merge else tuner.unload()
-    # What belongs to the adapter: how it is saved and, where transformers has loaded it, how its keys are renamed.
-    for name in ("save_pretrained", "create_or_update_model_card", "_hf_peft_config_loaded", "_weight_conversions"):
+    # What transformers leaves of an adapter that it has loaded: a card, a flag, and how its keys are renamed.
+    for name in ("create_or_update_model_card", "_hf_peft_config_loaded", "_weight_conversions"):
         vars(plain).pop(name, None)
     return plain.eval()

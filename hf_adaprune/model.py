@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
@@ -15,13 +18,17 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .checks import CheckOnce, check_base, head_keys
+from .active import ActiveHead, active_head, check_one_head, keep_in_step, unfollowed
+from .checks import CheckOnce, check_base, head_keys, run_checks
+from .combine import combine_adapters
 from .config import AdaPruneConfig
-from .errors import AdapterFileError, MergeError, NoMatchingModuleError
+from .errors import AdapterFileError, ConfigError, MergeError, NoMatchingModuleError
 from .fingerprint import fingerprint, fingerprints_are_checked
 from .groups import Groups
-from .head import check_architecture, plan_head, put_head, record_labels
+from .head import check_architecture, fitting_head, plan_head
 from .layer import MASKABLE, AdaPruneLayer, Embedding, adaprune_layers, module_counts, wrap
+from .mixed_batch import mixed_batch
+from .publish import push_with_card
 from .selection import check_reachable
 from .storage import forget_check, load_checked, save_weights_first
 from .structure import check_patterns, plan_units
@@ -57,6 +64,7 @@ class AdaPruneModel(BaseTuner):
         """Put an adapter on the model: PEFT's own injection, on a checked configuration and a checked base."""
         # What is written into it is of this adapter alone: the caller's own may be used again.
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        config.is_filled = False
         try:
             self._inject(model, adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
@@ -83,15 +91,18 @@ class AdaPruneModel(BaseTuner):
         self._plan(model, config)
         self._check_targets(model, config)
         targets = config.target_modules
-        put_head(model, config)
+        keeper = (active_head(model) or ActiveHead(model)) if isinstance(model, PreTrainedModel) else None
+        num_labels = None if keeper is None else keeper.base_num_labels
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            with fitting_head(model, config, num_labels), unfollowed(keeper):
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except NoMatchingPeftModuleError as error:
             message = no_match(config.target_modules, linear_endings(model))
             raise NoMatchingModuleError(f"{message} ({error})") from None
         # PEFT shortens long lists, and a bare `embed_tokens` means "save the embeddings whole" to it.
         config.target_modules = targets
-        if isinstance(model, PreTrainedModel):
+        if isinstance(model, PreTrainedModel) and keeper is not None:
+            keep_in_step(model, keeper, self.peft_config)
             model.save_pretrained = functools.partial(save_weights_first, model)
             if config.is_stored:
                 model._load_pretrained_model = functools.partial(load_checked, config)
@@ -142,21 +153,51 @@ class AdaPruneModel(BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Have one adapter active, with its head and its labels; or several, whose masks multiply."""
+        if keeper := active_head(self.model):
+            check_one_head(keeper.heads, adapter_name)
+        super().set_adapter(adapter_name, inference_mode)
+        self._follow()
+
+    def combine_adapters(
+        self, adapter_names: Sequence[str], how: str, new_name: str, *, head: str | None = None
+    ) -> None:
+        """Make a new adapter of the masks of several: see `hf_adaprune.combine_adapters`."""
+        combine_adapters(self, adapter_names, how, new_name, head=head)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        with nullcontext() if names is None else mixed_batch(self.model, names):
+            yield
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._follow()
+
+    def _follow(self) -> None:
+        if keeper := active_head(self.model):
+            keeper(self.model)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, from layers too whose names contain PEFT's prefix for this method."""
         super().delete_adapter(adapter_name)
         for _, layer in adaprune_layers(self.model, adapter_name):
             layer.delete_adapter(adapter_name)
+        self._follow()
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
+            run_checks(self.model)
             self._zero_producers(kwargs.get("adapter_names"))
         for hook in list(self.model._forward_pre_hooks.values()):
-            if isinstance(hook, CheckOnce):
-                if merge:
-                    hook(self.model, ())
+            if isinstance(hook, (ActiveHead, CheckOnce)):
                 hook.handle.remove()
-        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        plain = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        for name in ("save_pretrained", "set_adapter", "_load_pretrained_model", "_upload_modified_files"):
+            vars(plain).pop(name, None)
+        return plain
 
     def _zero_producers(self, adapter_names: list[str] | None) -> None:
         for _, layer in adaprune_layers(self.model):
@@ -187,7 +228,11 @@ class AdaPruneModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        record_labels(model, config)
+        base = model.base_model.model if isinstance(model, PeftModel) else model
+        push_with_card(model)
+        keeper = active_head(base)
+        if keeper is not None and keeper.shown is config:
+            keeper.record(base)
         layers = dict(adaprune_layers(model, adapter_name))
         for key in [key for name in layers for key in state_dict if key.startswith(f"{name}.base_layer.")]:
             # PEFT saves the weight of an embedding that is targeted. The base has it.
@@ -209,6 +254,12 @@ class AdaPruneModel(BaseTuner):
         cls, model: nn.Module, config: AdaPruneConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         forget_check(model)  # PEFT has loaded the file by itself
+        if config.is_filled and config.inference_mode:
+            # In training the same is what loads the best checkpoint.
+            raise ConfigError(
+                f"There is an adapter {adapter_name!r} on the model already. Load this one under another name, or "
+                f"call `delete_adapter({adapter_name!r})` first."
+            )
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         problems = []
         for name, layer in adaprune_layers(model, adapter_name):
@@ -225,6 +276,7 @@ class AdaPruneModel(BaseTuner):
                 f"The adapter's file does not fit the model: {'; '.join(problems)}. "
                 "Fetch the adapter again, or open it on the base that it was made for."
             )
+        config.is_filled = True
         return remapped
 
 

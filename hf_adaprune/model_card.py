@@ -16,7 +16,10 @@ from .config import AdaPruneConfig
 
 
 BEGIN, END = "<!-- hf_adaprune: what is between these lines is written anew -->", "<!-- hf_adaprune: end -->"
-PICTURE = "sparsity.png"
+CARD, PICTURE = "README.md", "sparsity.png"
+
+# What the templates of transformers and PEFT are full of.
+_UNFILLED = "[More Information Needed]"
 
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -53,9 +56,11 @@ def write_model_card(
     folder: str | Path,
     *,
     name: str | None = None,
+    subfolder: str | None = None,
     metrics: Mapping[str, float] | None = None,
     dataset: str | None = None,
     picture: bool = True,
+    card: str | Path | None = None,
 ) -> ModelCard:
     """Write, or bring up to date, the `README.md` of a saved adapter, and the picture of what it prunes.
 
@@ -64,11 +69,13 @@ def write_model_card(
 
     Args:
         folder (`str` or `Path`): A folder with a saved adapter.
-        name (`str`, *optional*): The adapter's name on the Hub; by default the folder's.
+        name (`str`, *optional*): The adapter's name on the Hub; by default the one that it has, or else the folder's.
+        subfolder (`str`, *optional*): Where it is in the repository of that name.
         metrics (`Mapping[str, float]`, *optional*):
             Scores to show, and to enter in the card's `model-index`; by default those that it already has.
         dataset (`str`, *optional*): Name of the data set that the scores are for.
         picture (`bool`): Whether to draw `sparsity.png` too.
+        card (`str` or `Path`, *optional*): The card's file, if it is not the folder's `README.md`.
 
     Returns:
         `huggingface_hub.ModelCard`: What was written.
@@ -86,26 +93,57 @@ def write_model_card(
     if picture:
         plot_sparsity(sparsity_report(config)).savefig(folder / PICTURE, dpi=150)
     drawn = PICTURE if (folder / PICTURE).is_file() else None
-    written = _written(folder)
-    if metrics is None and written is not None:
-        metrics = {result.metric_type: result.metric_value for result in written.data.eval_results or []}
-    return put_card(folder, _render(config, name or folder.resolve().name, dict(metrics or {}), dataset, drawn))
+    path = Path(card or folder / CARD)
+    written = _written(path)
+    if written is not None:
+        name = name or _title(written.text)
+        if metrics is None:
+            metrics = {result.metric_type: result.metric_value for result in written.data.eval_results or []}
+    name = name or folder.resolve().name
+    return put_card(path, _render(config, name, subfolder, dict(metrics or {}), dataset, drawn))
 
 
-def put_card(folder: Path, card: ModelCard) -> ModelCard:
-    """Write a card to a folder; of one that stands there, keep the text and metadata that somebody has written."""
-    written, path = _written(folder), folder / "README.md"
-    if written is not None and "[More Information Needed]" not in written.text:
-        card = _update(written, card)
+def put_card(path: Path, made: ModelCard) -> ModelCard:
+    """Write a card; of one that stands there, keep the text and metadata that somebody has written."""
+    written = _written(path)
+    if written is not None and _UNFILLED not in written.text:
+        made = _update(written, made)
     aside = path.with_suffix(".tmp")
-    card.save(aside)
+    made.save(aside)
     aside.replace(path)
-    return card
+    return made
+
+
+def written_by_hand(text: str) -> str:
+    """Return what people have written in a card: what is neither metadata nor between comment lines of ours."""
+    if _UNFILLED in text:
+        return ""
+    body = re.sub(r"\A---\r?\n.*?\n---\s*\n", "", text, flags=re.DOTALL)
+    return _without_peft_version(
+        re.sub(r"<!-- hf_adaprune: .*?<!-- hf_adaprune: end -->", "", body, flags=re.DOTALL)
+    ).strip()
+
+
+def replace_block(text: str, begin: str, end: str, block: str) -> str:
+    """Replace what stands between two comment lines, the lines included; add it at the end if they are missing."""
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    return before + block + after if found and closed else f"{text.rstrip()}\n\n{block}\n".lstrip()
+
+
+def _title(text: str) -> str | None:
+    title = re.search(rf"{re.escape(BEGIN)}\s*# (.+)", text)
+    return title[1].strip() if title else None
+
+
+def _without_peft_version(text: str) -> str:
+    # PEFT adds this to any card that lacks it.
+    return re.sub(r"\n+### Framework versions\n+- PEFT \S+\s*\Z", "", text)
 
 
 def describe_base(base: str | None) -> tuple[str | None, str]:
     """Return a base's name if it is one on the Hub, and how a card's text speaks of it."""
-    on_hub = base is not None and not Path(base).exists() and _REPOSITORY.fullmatch(base) is not None
+    on_hub = _on_hub(base)
     text = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{Path(base or 'a local model').name}`"
     return base if on_hub else None, text
 
@@ -115,27 +153,37 @@ def pipeline_of(config: AdaPruneConfig) -> str | None:
     return _PIPELINES.get(str(getattr(config.task_type, "value", config.task_type)))
 
 
-def _written(folder: Path) -> Any:
-    path = folder / "README.md"
+def _written(path: Path) -> Any:
     return ModelCard.load(path, ignore_metadata_errors=True) if path.exists() else None
 
 
 def _update(written: Any, card: Any) -> ModelCard:
     block = card.text[card.text.index(BEGIN) : card.text.index(END) + len(END)]
-    before, begin, rest = written.text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    card.text = before + block + after if begin and end else f"{written.text.rstrip()}\n\n{block}\n"
+    card.text = replace_block(_without_peft_version(written.text), BEGIN, END, block)
     for field, value in vars(written.data).items():
         if field == "tags":
-            card.data.tags = sorted({*(value or []), *card.data.tags})
+            # PEFT writes local paths into tags, and into `base_model`.
+            kept = [tag for tag in value or [] if not tag.startswith("base_model:adapter:")]
+            card.data.tags = sorted({*kept, *card.data.tags})
+        elif field == "base_model":
+            card.data.base_model = card.data.base_model or (value if _on_hub(value) else None)
         elif value and field not in ("library_name", "eval_results", "model_name"):
             setattr(card.data, field, value)
     card.data.eval_results = card.data.eval_results or written.data.eval_results
     return card
 
 
+def _on_hub(name: Any) -> bool:
+    return isinstance(name, str) and not Path(name).exists() and _REPOSITORY.fullmatch(name) is not None
+
+
 def _render(
-    config: AdaPruneConfig, name: str, metrics: dict[str, float], dataset: str | None, picture: str | None
+    config: AdaPruneConfig,
+    name: str,
+    subfolder: str | None,
+    metrics: dict[str, float],
+    dataset: str | None,
+    picture: str | None,
 ) -> ModelCard:
     (base, description), pipeline = describe_base(config.base_model_name_or_path), pipeline_of(config)
     results = [
@@ -166,6 +214,7 @@ def _render(
         end=END,
         title=name,
         name=name,
+        subfolder=subfolder,
         base=description,
         module="transformers" if auto_class else "peft",
         auto_class=auto_class or "AutoPeftModel",
@@ -174,5 +223,6 @@ def _render(
         report=sparsity_report(config),
         metrics=metrics,
         picture=picture,
+        combination=config.combination,
         options={option: getattr(config, option) for option in _OPTIONS},
     )

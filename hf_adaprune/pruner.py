@@ -13,9 +13,15 @@ from .calibration import InputNorms
 from .config import AdaPruneConfig
 from .errors import NonFiniteError, NotPrunedError
 from .layer import adaprune_layers
-from .masks import topk_mask
+from .replicas import check_same_masks
 from .schedule import cubic_sparsity
 from .selection import protect_best, prune_groups, share_threshold
+from .sharding import check_sharding, whole
+from .thresholds import topk_masks
+
+
+# How often a run of several processes sees whether they all have the same masks, in steps.
+_CHECK_INTERVAL = 100
 
 
 class Pruner:
@@ -31,6 +37,7 @@ class Pruner:
 
     Raises:
         NotPrunedError: If the model has no trainable masks under that name.
+        UnsupportedShardingError: If it is trained under DeepSpeed or FSDP1.
         ValueError: If `total_steps` is not positive.
 
     Example:
@@ -56,6 +63,7 @@ class Pruner:
             )
         self.adapter_name, self.total_steps, self.num_steps = adapter_name, total_steps, 0
         self.config: AdaPruneConfig = next(iter(self.layers.values())).config(adapter_name)
+        check_sharding(self._scores(), self.config.granularity)
         if sum(layer.match_scores_to_mask(adapter_name) for layer in self.layers.values()):
             warnings.warn(
                 "The scores behind the loaded masks are not stored: training goes on from the masks.", stacklevel=2
@@ -101,7 +109,7 @@ class Pruner:
             NonFiniteError: If a gradient of the scores or of the head is NaN or infinite.
         """
         gradients = [p.grad for p in (*self._scores().values(), *self._head) if p.grad is not None]
-        if gradients and not torch.isfinite(nn.utils.get_total_norm(gradients)):
+        if gradients and not torch.isfinite(whole(nn.utils.get_total_norm(gradients))):
             raise NonFiniteError(
                 f"A gradient is NaN or infinite after step {self.num_steps} of {self.total_steps}; the model is as it "
                 "was after that step and can be saved. Lower the learning rate, or look for bad values in the data."
@@ -113,6 +121,7 @@ class Pruner:
 
         Raises:
             NonFiniteError: If a score is NaN or infinite; the masks are then those of the step before.
+            DivergenceError: If the processes have come to different masks (looked for every 100 steps).
         """
         self.num_steps += 1
         self._scale_head_update()
@@ -122,27 +131,44 @@ class Pruner:
         for name, score in scores.items():
             if drift:
                 score -= drift
-            if not torch.isfinite(score.sum()):
+            if not torch.isfinite(whole(score.sum())):
                 raise NonFiniteError(
                     f"The scores of {name!r} are NaN or infinite at step {self.num_steps} of {self.total_steps}; its "
                     "masks are as they were after the step before. Lower the learning rate."
                 )
         if self.config.selection == "threshold":
-            masks = {name: score > 0 for name, score in scores.items()}
+            masks = {name: whole(score > 0) for name, score in scores.items()}
             if self.config.group_kinds:
                 # A block keeps its best group.
                 masks = {name: mask | (scores[name] == scores[name].max()) for name, mask in masks.items()}
         else:
             masks = self._topk_masks(self.target_sparsity)
         self._set(masks)
+        if self.num_steps % _CHECK_INTERVAL == 0:
+            self.check_masks()
+
+    def check_masks(self) -> None:
+        """Raise if the processes of a distributed run have different masks. Call it in all of them, or in none.
+
+        Raises:
+            DivergenceError: If they have.
+        """
+        check_same_masks(self._masks(), self.num_steps)
 
     @torch.no_grad()
     def finalize(self) -> None:
         """End the run at `final_sparsity`, to the last weight, whatever came between.
 
         A run that was cut short, or drifted too little, is below its target. Its lowest scores are pruned then, with
-        a warning: nothing was trained after that.
+        a warning: nothing was trained after that. In a distributed run all processes call this.
+
+        Raises:
+            DivergenceError: If the processes have different masks.
         """
+        self._prune_to_target()
+        self.check_masks()
+
+    def _prune_to_target(self) -> None:
         before, sparsity, target = self._masks(), self.sparsity, self.config.final_sparsity
         self.prune_to(target)
         if self.sparsity <= sparsity:
@@ -152,7 +178,7 @@ class Pruner:
             f"Training ended at a sparsity of {sparsity:.4f}, below `final_sparsity={target}`: the lowest scores were "
             "pruned to reach it, and nothing was trained after that. Train longer, or lower `pruning_end`; under "
             '`selection="threshold"`, raise `drift` or the learning rate.',
-            stacklevel=2,
+            stacklevel=3,
         )
 
     @torch.no_grad()
@@ -194,6 +220,8 @@ class Pruner:
 
     def _remember(self) -> None:
         self._reference = self._masks()
+        # Unpacked from the first step on: a compiled model would be compiled anew where that changes.
+        self._set(self._reference)
         self._previous_head = [parameter.detach().clone() for parameter in self._head]
 
     def _calibrate(self) -> None:
@@ -227,28 +255,21 @@ class Pruner:
     def _topk_masks(self, sparsity: float) -> dict[str, torch.Tensor]:
         if self.config.group_kinds:
             return self._group_masks(sparsity)
-        scores, masks = self._scores(), {}
+        scores, weights = self._scores(), {name: layer.weight for name, layer in self.layers.items()}
         if self.config.n_of_m is not None:
             scores = {name: self._protected(name, score) for name, score in scores.items()}
-        seen = pruned = 0
-        for names in share_threshold(self.layers, self.config.scope):
-            shapes = [scores[name].shape for name in names]
+        groups = share_threshold(self.layers, self.config.scope)
+        num_kept, seen, pruned = [], 0, 0
+        for names in groups:
             # Rounding the running total, and not each group, makes the whole exact.
-            seen += sum(shape.numel() for shape in shapes)
+            size = sum(scores[name].numel() for name in names)
+            seen += size
             to_prune, pruned = round(sparsity * seen) - pruned, round(sparsity * seen)
-            grouped = _flat([scores[name] for name in names])
-            weights = _flat([self.layers[name].weight for name in names])
-            mask = topk_mask(grouped, grouped.numel() - to_prune, weights)
-            parts = mask.split([shape.numel() for shape in shapes])
-            masks.update({name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)})
-        return masks
+            num_kept.append(size - to_prune)
+        return topk_masks(scores, weights, groups, num_kept)
 
     def _protected(self, name: str, scores: torch.Tensor) -> torch.Tensor:
         layer, pattern = self.layers[name], self.config.n_of_m
         assert pattern is not None
         assert layer.input_dim is not None
         return protect_best(scores, layer.weight, *pattern, layer.input_dim)
-
-
-def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return tensors[0].reshape(-1) if len(tensors) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors])

@@ -72,5 +72,5 @@ def scores_from_mask(weight: torch.Tensor, mask: torch.Tensor, config: AdaPruneC
     fresh = initial_scores(weight, config)
     if config.selection == "threshold":
         return fresh.abs() * torch.where(mask, 1.0, -1.0)
-    # A little more than the range of the ranks: where there are few, the lowest may be kept and the highest pruned.
-    return fresh / 2 + 1.01 * mask / config.score_lr_ratio
+    # Less than half: the best of the pruned must not tie with the worst of the kept.
+    return 0.49 * fresh + mask / config.score_lr_ratio

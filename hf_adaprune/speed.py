@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import product
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .advice import speed_advice
 from .compaction import compact
-from .config import AdaPruneConfig
-from .errors import HardwareError, NotPrunedError
+from .errors import HardwareError, NotPrunedError, SizeError
 from .example_inputs import example_inputs
 from .export import OnnxModel, export_onnx
 from .layer import adaprune_layers
@@ -27,6 +25,13 @@ from .semi_structured import to_semi_structured
 BASE = "base"
 # A ratio whose quartiles are within this of 1 is no difference that anybody would notice.
 _NOTICEABLE = 0.05
+
+
+class Form(NamedTuple):
+    """A model as it can be run, and the bytes of its weights or of its file."""
+
+    run: Callable[..., Any]
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -46,123 +51,150 @@ class Timing:
     seconds: tuple[float, ...]
     speed_up: tuple[float, float, float]
 
+    @property
+    def median(self) -> float:
+        """The median of the rounds, in seconds."""
+        return statistics.median(self.seconds)
+
+    def __str__(self) -> str:
+        low, median, high = self.speed_up
+        if low > 1 + _NOTICEABLE:
+            return f"{self.name} is faster than the base: {median:.2f} times"
+        if high < 1 - _NOTICEABLE:
+            return f"{self.name} is slower than the base: {median:.2f} times as fast"
+        return f"{self.name} is no faster and no slower than the base"
+
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """What was measured, and what to make of it.
+    """What was measured for batches of one size.
 
     Args:
         timings (`tuple[Timing, ...]`): The forms of the model, the base first.
         batch_size (`int`): How many rows went through at once.
         length (`int`): How many tokens a row had.
         device (`str`): Where, and for a CPU on how many threads.
-        config (`AdaPruneConfig`): The adapter's configuration.
     """
 
     timings: tuple[Timing, ...]
     batch_size: int
     length: int
     device: str
-    config: AdaPruneConfig
 
-    def conclusion(self) -> str:
-        """Return in plain words what was found, and what is to be expected of masks like these."""
-        found = []
-        for timing in self.timings[1:]:
-            low, median, high = timing.speed_up
-            if low > 1 + _NOTICEABLE:
-                found.append(f"{timing.name} is faster than the base: {median:.2f} times")
-            elif high < 1 - _NOTICEABLE:
-                found.append(f"{timing.name} is slower than the base: {median:.2f} times as fast")
-            else:
-                found.append(f"{timing.name} is no faster and no slower than the base")
-        measured = f"At batch {self.batch_size} and length {self.length} on {self.device}: {'; '.join(found)}."
-        return f"{measured} {speed_advice(self.config)}"
+    def rows(self) -> list[dict[str, Any]]:
+        """Return what was measured as plain data, one row a form; `speed_up` are quartiles."""
+        size = {"batch_size": self.batch_size, "length": self.length, "device": self.device}
+        return [
+            size
+            | {"form": timing.name, "speed_up": [round(ratio, 3) for ratio in timing.speed_up]}
+            | {"milliseconds": round(1000 * timing.median, 3), "bytes": timing.num_bytes}
+            for timing in self.timings
+        ]
+
+    def __str__(self) -> str:
+        found = "; ".join(map(str, self.timings[1:]))
+        return f"At batch {self.batch_size} and length {self.length} on {self.device}: {found}."
 
 
 def measure_speed(
     model: Any,
     *,
-    batch_size: int = 1,
-    length: int = 128,
+    batch_sizes: Sequence[int] = (1,),
+    lengths: Sequence[int] = (128,),
     repeats: int = 30,
     warmup: int = 3,
     onnx: bool = False,
     num_threads: int | None = None,
-) -> SpeedReport:
+) -> list[SpeedReport]:
     """Time the forms of a pruned model side by side, on the device that the model is on.
 
     The forms take turns, one forward pass each, so that a machine that slows down slows all. Compared are the base,
-    the merged model, where masks are of neurons or heads the compacted one, on a GPU with 2:4 masks the
-    semi-structured one, and, if asked for, base and smallest form on ONNX Runtime.
+    the merged model, where masks are of neurons or heads the compacted one, on a GPU with 2:4 masks in half precision
+    the semi-structured one, and, if asked for, base and smallest form on ONNX Runtime.
 
     Args:
         model (`peft.PeftModel` or `transformers.PreTrainedModel`):
             A model with an active AdaPrune adapter. Not changed.
-        batch_size (`int`): How many rows go through at once, >= 1.
-        length (`int`): How many tokens a row has, >= 1.
+        batch_sizes (`Sequence[int]`): How many rows go through at once, >= 1.
+        lengths (`Sequence[int]`): How many tokens a row has, >= 1; every batch size is measured with every length.
         repeats (`int`): How many rounds are counted, >= 2.
-        warmup (`int`): How many rounds come before them.
+        warmup (`int`): How many rounds come before them, >= 0.
         onnx (`bool`): Whether to export and time on ONNX Runtime too; on a CPU only.
         num_threads (`int`, *optional*): How many threads a CPU computes with; by default as many as PyTorch has set.
 
     Returns:
-        `SpeedReport`: The timings.
+        `list[SpeedReport]`: One for each batch size and length.
 
     Raises:
-        NotPrunedError: If the model has no AdaPrune adapter.
-        ValueError: If a size is out of range.
+        NotPrunedError: If the model has no active AdaPrune adapter.
+        SizeError: If a size is out of range.
+        HardwareError: If ONNX Runtime is asked for on a GPU.
         ExportError: If the model cannot be exported.
     """
-    if min(batch_size, length) < 1 or repeats < 2 or warmup < 0:
-        raise ValueError(
-            "`batch_size` and `length` must be at least 1, `repeats` 2 and `warmup` 0; got "
-            f"{batch_size}, {length}, {repeats} and {warmup}."
-        )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(num_threads or threads)
-    try:
-        forms = _forms(model)
-        base = forms[BASE]
-        inputs = example_inputs(base, batch_size, length)
-        runs: dict[str, Callable[..., Any]] = dict(forms)
-        sizes = {name: _num_bytes(form) for name, form in forms.items()}
-        with TemporaryDirectory() as folder:
-            if onnx and base.device.type == "cpu":
-                for name in (BASE, list(forms)[-1]):
-                    path = export_onnx(forms[name], Path(folder, name))
-                    runs[f"{name}, ONNX"] = OnnxModel(path, torch.get_num_threads())
-                    sizes[f"{name}, ONNX"] = path.stat().st_size
-            seconds = _take_turns(runs, inputs, repeats, warmup)
+    if repeats < 2 or warmup < 0:
+        raise SizeError(f"There must be at least 2 `repeats` and 0 of `warmup`, got {repeats} and {warmup}.")
+    plain = _plain_forms(model)
+    base = plain[BASE]
+    if onnx and base.device.type != "cpu":
+        raise HardwareError(f"ONNX Runtime is measured on a CPU; the model is on {str(base.device)!r}.")
+    sizes = list(product(batch_sizes, lengths))
+    batches = [example_inputs(base, *size) for size in sizes]
+    with _threads(num_threads):
         device = f"{torch.get_num_threads()} CPU thread(s)"
         if base.device.type == "cuda":
             device = torch.cuda.get_device_name(base.device)
-    finally:
-        torch.set_num_threads(threads)
-    timings = tuple(
-        Timing(name, sizes[name], tuple(taken), _quartiles(seconds[BASE], taken)) for name, taken in seconds.items()
+        forms = {name: Form(form, _num_bytes(form)) for name, form in plain.items()}
+        if onnx:
+            smallest = list(plain)[-1]
+            forms |= {f"{name}, ONNX": _on_onnx_runtime(plain[name]) for name in (BASE, smallest)}
+        return [
+            SpeedReport(_time(forms, inputs, repeats, warmup), *size, device)
+            for size, inputs in zip(sizes, batches, strict=True)
+        ]
+
+
+def _plain_forms(model: Any) -> dict[str, Any]:
+    configs = (
+        layer.config(name)
+        for _, layer in adaprune_layers(model)
+        for name in layer.active_adapters
+        if name in layer.adaprune_mask
     )
-    return SpeedReport(timings, batch_size, length, device, _config(model))
-
-
-def _forms(model: Any) -> dict[str, Any]:
-    config = _config(model)
+    config = next(configs, None)
+    if config is None:
+        raise NotPrunedError("There is nothing to compare: the model has no active AdaPrune adapter.")
     forms: dict[str, Any] = {BASE: unmasked(model), "merged": merged(model)}
     if config.group_kinds:
         forms["compacted"] = compact(model)
     elif config.n_of_m == (2, 4):
-        # Elsewhere `speed_advice` says what 2:4 needs.
-        with suppress(HardwareError):
+        # Where they cannot be used, or on no layer, the advice for 2:4 masks says what they need.
+        with suppress(HardwareError, NotPrunedError):
             forms["2:4"] = to_semi_structured(model)
     return forms
 
 
-def _config(model: Any) -> AdaPruneConfig:
-    for _, layer in adaprune_layers(model):
-        for name in layer.active_adapters:
-            if name in layer.adaprune_mask:
-                return layer.config(name)
-    raise NotPrunedError("There is nothing to compare: the model has no active AdaPrune adapter.")
+def _on_onnx_runtime(model: Any) -> Form:
+    with TemporaryDirectory() as folder:
+        path = export_onnx(model, folder)
+        return Form(OnnxModel(path, torch.get_num_threads()), path.stat().st_size)
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _time(forms: Mapping[str, Form], inputs: dict[str, torch.Tensor], repeats: int, warmup: int) -> tuple[Timing, ...]:
+    seconds = _take_turns({name: form.run for name, form in forms.items()}, inputs, repeats, warmup)
+    return tuple(
+        Timing(name, form.num_bytes, tuple(seconds[name]), _quartiles(seconds[BASE], seconds[name]))
+        for name, form in forms.items()
+    )
 
 
 @torch.inference_mode()
@@ -187,4 +219,11 @@ def _quartiles(base: list[float], taken: list[float]) -> tuple[float, float, flo
 
 
 def _num_bytes(model: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    return sum(part.numel() * part.element_size() for tensor in model.state_dict().values() for part in _parts(tensor))
+
+
+def _parts(tensor: Any) -> list[torch.Tensor]:
+    """Return what a tensor is stored as: one that is semi-structured, as several."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [tensor]

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from .config import AdaPruneConfig
 
+_PUSH_OPTIONS = ("commit_message", "create_pr", "private", "repo_id", "revision")
+
 _put_off: ContextVar[list[tuple[Path, Callable[[], None]]] | None] = ContextVar("hf_adaprune_put_off", default=None)
 
 
@@ -53,14 +55,23 @@ def weights_first() -> Iterator[None]:
         finish()
 
 
-def save_weights_first(model: Any, *args: Any, **kwargs: Any) -> None:
+def save_weights_first(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
     """Save a transformers model that holds an adapter: its own `save_pretrained` writes the configuration first."""
-    if kwargs.get("push_to_hub"):
-        # It uploads before it returns; what is on the Hub changes as a whole.
-        type(model).save_pretrained(model, *args, **kwargs)
+    active = model.active_adapters() if model._hf_peft_config_loaded else []
+    if not any(getattr(model.peft_config.get(name), "peft_type", None) == "ADAPRUNE" for name in active):
+        # The model has had one of ours, and has another kind now, or none.
+        type(model).save_pretrained(model, save_directory, *args, **kwargs)
         return
+    pushed = kwargs.pop("push_to_hub", False)
+    given = {key: kwargs.pop(key) for key in _PUSH_OPTIONS if pushed and key in kwargs}
     with weights_first():
-        type(model).save_pretrained(model, *args, **kwargs)
+        type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    if pushed:
+        # Its own way to push would first overwrite the card in the folder.
+        from .publish import push_adapter
+
+        name = given.pop("repo_id", Path(save_directory).name)
+        push_adapter(save_directory, name, token=kwargs.get("token"), **given)
 
 
 def load_checked(config: AdaPruneConfig, /, *, model: Any, checkpoint_files: list[str] | None, **kwargs: Any) -> Any:
@@ -149,15 +160,37 @@ def _refusal(path: str | Path) -> str:
 
 
 def _check_tensors(path: Path, config: AdaPruneConfig) -> None:
+    check_shapes(path, read_shapes(path), config)
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in a file of weights, from its header.
+
+    Raises:
+        AdapterFileError: If there is no such file, or it cannot be read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise AdapterFileError(f"There is no {path}: the adapter has no masks. Fetch it again.") from None
     except SafetensorError as error:
         raise AdapterFileError(
             f"{path} cannot be read ({error}): it is cut short, or is no safetensors file. Fetch the adapter again."
         ) from None
+
+
+def check_shapes(path: str | Path, shapes: dict[str, tuple[int, ...]], config: AdaPruneConfig) -> None:
+    """Raise if an adapter's file of weights lacks masks or parts of the head, or has masks of the wrong size.
+
+    Args:
+        path (`str` or `Path`): The file, for the message.
+        shapes (`dict[str, tuple[int, ...]]`): The shapes of its tensors.
+        config (`AdaPruneConfig`): The adapter's configuration.
+
+    Raises:
+        AdapterFileError: If it does.
+    """
     masks = {f"{module}.adaprune_mask": (-(-length // 8),) for module, length in config.mask_lengths.items()}
     missing = [key for key in (*masks, *(config.head_tensors or ())) if f"base_model.model.{key}" not in shapes]
     resized = [key for key, shape in masks.items() if shapes.get(f"base_model.model.{key}", shape) != shape]

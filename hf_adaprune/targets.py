@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from difflib import get_close_matches
 from typing import Any
 
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -16,6 +17,10 @@ from .head import body_name, head_modules, output_embeddings
 from .layer import AdaPruneLayer
 
 
+# What PEFT itself adds to `modules_to_save`, whether it is there or not.
+_PEFT_HEADS = {"classifier", "score", "qa_outputs"}
+
+
 def resolve_targets(model: Any, config: AdaPruneConfig) -> None:
     """Write into the configuration the full names of the modules to mask, where the user left that open.
 
@@ -24,8 +29,11 @@ def resolve_targets(model: Any, config: AdaPruneConfig) -> None:
         config (`AdaPruneConfig`): The configuration; `target_modules` is changed in place.
 
     Raises:
-        NoMatchingModuleError: If nothing is to be masked, or one of the names matches no module.
+        NoMatchingModuleError: If nothing is to be masked, or one of the names in `target_modules`, `exclude_modules`
+            or `modules_to_save` matches no module.
     """
+    _check_names(model, "exclude_modules", config.exclude_modules)
+    _check_names(model, "modules_to_save", set(config.modules_to_save or ()) - _PEFT_HEADS)
     names = config.target_modules
     if names is None or (isinstance(names, str) and names.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND):
         trained = [*(config.modules_to_save or []), *head_modules(model)]
@@ -47,6 +55,21 @@ def resolve_targets(model: Any, config: AdaPruneConfig) -> None:
         if unmatched or not names:
             raise NoMatchingModuleError(no_match(unmatched, endings))
     config.target_modules = names
+
+
+def _check_names(model: nn.Module, field: str, names: Collection[str] | str | None) -> None:
+    modules = [name for name, _ in model.named_modules()]
+    if isinstance(names, str):
+        unmatched = [] if any(re.fullmatch(names, module) for module in modules) else [names]
+    else:
+        unmatched = sorted(name for name in names or () if not any(_ends_with(module, name) for module in modules))
+    if unmatched:
+        endings = {".".join(module.split(".")[-length:]) for module in modules for length in (1, 2, 3)}
+        near = sorted({near for name in unmatched for near in get_close_matches(name, endings, n=2)})
+        raise NoMatchingModuleError(
+            f"No module matched `{field}={unmatched}`. "
+            + (f"Near to that: {', '.join(map(repr, near))}." if near else "Name modules, or endings of their names.")
+        )
 
 
 def no_match(names: object, endings: list[str]) -> str:

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+
+if TYPE_CHECKING:
+    from hub_server import HubServer
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +29,26 @@ def adapter_path(base_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     trainer = train(base_path, folder / "run", "wrapped")
     trainer.model.save_pretrained(folder / "adapter")
     return folder / "adapter"
+
+
+@pytest.fixture
+def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """Have this process talk to a Hub of its own, with an empty cache and the token of `"me"` to write."""
+    import huggingface_hub.hf_api
+    import transformers.utils.hub
+    from hub_server import HubServer
+    from huggingface_hub import constants
+
+    with HubServer() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("HF_TOKEN", hub.write_token)
+        yield hub

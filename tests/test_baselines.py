@@ -17,6 +17,7 @@ from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner, sparsity_repor
 from hf_adaprune.baselines import (
     ABLATIONS,
     METHODS,
+    FixedMaskCallback,
     IterativeMagnitudeCallback,
     MagnitudeCallback,
     MovementCallback,
@@ -177,6 +178,17 @@ def test_of_random_masks_only_the_head_is_given_to_the_optimizer(tmp_path: Path)
     trainer = make_trainer(model, tmp_path, RandomMaskCallback())
     size = sum(p.numel() for name in HEAD for p in make_model().get_submodule(name).parameters())
     assert trainer.get_num_trainable_parameters() == size
+
+
+def test_fixed_masks_past_their_threshold_do_not_end_training(tmp_path: Path) -> None:
+    config = AdaPruneConfig.from_preset("paper", final_sparsity=0.1)
+    _, _, first = train(AdaPruneCallback(config), tmp_path, learning_rate=1e-2)
+    assert first.state.global_step < 10
+    masks = masks_of(first.model)
+    again = make_trainer(first.model, tmp_path, FixedMaskCallback(), max_steps=10)
+    again.train()
+    assert again.state.global_step == 10
+    assert not changed(masks, masks_of(again.model))
 
 
 def test_over_fixed_masks_the_head_learns_at_the_rate_it_is_given(tmp_path: Path) -> None:

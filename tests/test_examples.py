@@ -75,6 +75,25 @@ def test_the_step_time_benchmark_prints_ratios(
     assert all(ratio > 0 for ratio in result["lora_over_finetune"])
 
 
+def test_the_latency_benchmark_prints_a_line_for_each_form_and_size(
+    example: Any, base_path: Path, adapter_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--batch_sizes", 2, "--lengths", 3, 5, "--repeats", 2, "--warmup", 0, "--device", "cpu", "--threads", 1]
+
+    def lines(*which: object) -> list[dict[str, Any]]:
+        example("benchmarks/latency.py", *which, *flags)
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    fresh = lines("--model", base_path)
+    assert [(row["length"], row["form"]) for row in fresh] == [
+        (length, form) for length in (3, 5) for form in ("base", "merged", "compacted")
+    ]
+    base, _, small = fresh[:3]
+    assert small["bytes"] < base["bytes"]
+    assert len(small["speed_up"]) == 3
+    assert [row["form"] for row in lines("--adapter", adapter_path)] == ["base", "merged"] * 2
+
+
 @pytest.fixture
 def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Return the runner's module; `study.go` runs it, with runs that take no time and are listed in `study.done`."""
@@ -156,7 +175,7 @@ def test_what_tells_most_comes_first_and_each_cell_before_a_second_seed(study: A
 
 
 def test_a_filter_picks_runs_and_a_failed_run_stops_no_other(study: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert study.go("--only", "mrpc/imp/*/0", "*/adaprune/0.5/1") == 6 + 6
+    assert study.go("--only", "mrpc/imp/*/0", "*/adaprune/0.5/1") == 7 + 6
     study.fails = True
     with pytest.raises(SystemExit) as caught:
         study.go("--only", "rte/*/0.5/*", "--workers", "2")

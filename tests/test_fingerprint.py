@@ -1,26 +1,142 @@
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
+from doors import load_base, logits_of, train
+from peft import PeftModel
+from tiny import make_model
+from transformers import AutoModel, AutoModelForSequenceClassification
 
-from hf_adaprune.fingerprint import fingerprint, fingerprints_are_checked, skip_fingerprint_check
+from hf_adaprune import AdaPruneConfig
+from hf_adaprune.errors import AdapterFileError, BaseMismatchError
+from hf_adaprune.fingerprint import (
+    fingerprint,
+    fingerprints_are_checked,
+    matches,
+    same_origin,
+    skip_fingerprint_check,
+)
 
 
-def weights() -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(4, 3, generator=generator), torch.randn(7, generator=generator)]
+COPIES = {
+    "float32": lambda weight: weight,
+    "bfloat16": lambda weight: weight.bfloat16(),
+    "float16": lambda weight: weight.half(),
+    "float32 of bfloat16": lambda weight: weight.bfloat16().float(),
+    "float32 of float16": lambda weight: weight.half().float(),
+}
 
 
-def test_a_bfloat16_copy_has_the_same_fingerprint() -> None:
-    assert fingerprint(weights()) == fingerprint(weight.bfloat16() for weight in weights())
+def weights(seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    values = [torch.randn(40, 3, generator=generator), torch.randn(7, generator=generator), torch.ones(5)]
+    # Entries that overflow float16, and that are subnormal in it.
+    values[1][:2] = torch.tensor([1e5, 1e-7])
+    return values
 
 
-def test_any_other_value_shape_or_order_has_another() -> None:
-    changed = weights()
-    changed[1][6] *= 1.02
-    reshaped = [weights()[0].view(3, 4), weights()[1]]
-    different = {fingerprint(tensors) for tensors in (weights(), changed, reshaped, weights()[::-1])}
-    assert len(different) == 4
+@pytest.mark.parametrize(("made", "opened"), list(product(COPIES, COPIES)))
+def test_every_copy_matches_unless_it_is_the_other_rounding(made: str, opened: str) -> None:
+    original = fingerprint(map(COPIES[made], weights()))
+    copy = [COPIES[opened](weight) for weight in weights()]
+    roundings = {name.rpartition(" ")[2] for name in (made, opened)}
+    expected = None if roundings == {"bfloat16", "float16"} else True
+    assert matches(copy, original) is expected
+    assert same_origin(fingerprint(copy), original) is expected
+
+
+@pytest.mark.parametrize(("made", "opened"), list(product(COPIES, COPIES)))
+def test_other_weights_never_match(made: str, opened: str) -> None:
+    original = fingerprint(map(COPIES[made], weights()))
+    others = [weights(seed=1), weights()[::-1], [weights()[0].view(3, 40), *weights()[1:]]]
+    for change in (lambda value: value.mul_(1.02), lambda value: value.add_(0.01), lambda value: value.neg_()):
+        # One value of many is enough.
+        others.append(weights())
+        change(others[-1][0][5, 1:2])
+    for other in others:
+        copy = [COPIES[opened](weight) for weight in other]
+        assert not matches(copy, original)
+        assert not same_origin(fingerprint(copy), original)
+        roundings = {name.rpartition(" ")[2] for name in (made, opened)}
+        assert matches(copy, original) is (None if roundings == {"bfloat16", "float16"} else False)
+
+
+def test_a_fingerprint_of_the_first_version_is_read_still() -> None:
+    original = fingerprint(weights()).split(".")[0]
+    assert matches(weights(), original) is matches([it.bfloat16() for it in weights()], original) is True
+    assert matches([it.half() for it in weights()], original) is None
+    assert matches(weights(seed=1), original) is False
+
+
+def test_masks_are_compared_as_they_are() -> None:
+    masks = [torch.randint(0, 256, (9,), dtype=torch.uint8)]
+    original = fingerprint(masks)
+    assert matches(masks, original) is True
+    masks[0][4] ^= 1
+    assert matches(masks, original) is False
 
 
 def test_the_check_is_off_only_inside_its_context() -> None:
     with skip_fingerprint_check():
         assert not fingerprints_are_checked()
     assert fingerprints_are_checked()
+
+
+@pytest.fixture(scope="module")
+def copies(base_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Save copies of one base under other names: in each precision, and in shards."""
+    folder = tmp_path_factory.mktemp("copies")
+    for name in ("float32", "bfloat16", "float16"):
+        AutoModel.from_pretrained(base_path, dtype=getattr(torch, name)).save_pretrained(folder / name)
+    AutoModel.from_pretrained(base_path).save_pretrained(folder / "shards", max_shard_size="20KB")
+    assert len(list((folder / "shards").glob("*.safetensors"))) > 1
+    return {name: folder / name for name in ("float32", "bfloat16", "float16", "shards")}
+
+
+def open_on(base: Path, adapter: Path, **options: Any) -> Any:
+    return PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, **options), adapter)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
+def test_an_adapter_opens_on_every_copy_of_its_base_and_is_checked_there(
+    dtype: torch.dtype | None, copies: dict[str, Path], adapter_path: Path
+) -> None:
+    for name, copy in copies.items():
+        if dtype is not None and name in ("bfloat16", "float16") and dtype != torch.float32:
+            continue  # a rounding of a rounding
+        logits_of(open_on(copy, adapter_path, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_an_adapter_that_was_made_in_low_precision_opens_on_the_original(
+    name: str, copies: dict[str, Path], tmp_path: Path
+) -> None:
+    model = train(copies[name], tmp_path / "run").model if name == "bfloat16" else load_base(copies[name])
+    if name == "float16":
+        model.add_adapter(AdaPruneConfig())
+    model.save_pretrained(tmp_path / "adapter")
+    for copy in ("float32", name, "shards"):
+        open_on(copies[copy], tmp_path / "adapter")
+    other = "float16" if name == "bfloat16" else "bfloat16"
+    with pytest.warns(UserWarning, match="two roundings cannot be held against each other"):
+        open_on(copies[other], tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_other_weights_are_refused_in_every_precision(dtype: torch.dtype, adapter_path: Path, tmp_path: Path) -> None:
+    make_model("bert", "none", seed=1).to(dtype).save_pretrained(tmp_path)
+    with pytest.raises(BaseMismatchError, match="made for other weights"):
+        open_on(tmp_path, adapter_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_damaged_head_is_found_in_every_precision(dtype: torch.dtype, base_path: Path, adapter_path: Path) -> None:
+    model = open_on(base_path, adapter_path, dtype=dtype)
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].weight[0, 0] += 0.25
+    with pytest.raises(AdapterFileError, match="not those that were saved"):
+        logits_of(model)

@@ -4,11 +4,11 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import get_peft_model
+from peft import AutoPeftModelForSequenceClassification, PeftConfig, get_peft_model
 from tiny import logits_of, make_model, save_model, train_masks
 from transformers import AutoModelForSequenceClassification
 
-from hf_adaprune import AdaPruneConfig
+from hf_adaprune import AdaPruneConfig, sparsity_report
 from hf_adaprune.model_card import write_model_card
 
 
@@ -58,6 +58,17 @@ def test_what_a_person_wrote_around_our_part_survives(adapter: tuple[Path, torch
     assert written.data.license == "mit"
 
 
+def test_a_second_save_adds_nothing_of_pefts_own(adapter: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    model = AutoPeftModelForSequenceClassification.from_pretrained(adapter[0])
+    cards = []
+    for _ in range(3):
+        model.save_pretrained(tmp_path / "saved")
+        cards.append((tmp_path / "saved" / "README.md").read_text(encoding="utf-8"))
+    assert cards[0] == cards[1] == cards[2]
+    # PEFT enters the base's folder as its name.
+    assert str(adapter[0].parent) not in cards[0]
+
+
 def test_a_base_on_the_hub_is_named_in_the_metadata(adapter: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     config = AdaPruneConfig.from_pretrained(str(adapter[0]))
     config.base_model_name_or_path = "google-bert/bert-base-uncased"
@@ -72,3 +83,10 @@ def test_a_fresh_model_has_no_card_to_write(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no masks to count"):
         write_model_card(tmp_path)
     assert make_model() is not None
+
+
+def test_layers_are_told_in_order_also_when_there_are_more_than_ten(tmp_path: Path) -> None:
+    counts = {f"bert.encoder.layer.{number}.output.dense": [1, 2] for number in range(12)}
+    AdaPruneConfig(module_counts=counts, num_parameters=24).save_pretrained(str(tmp_path))
+    report = sparsity_report(PeftConfig.from_pretrained(str(tmp_path)))
+    assert list(report.by_layer()) == [str(number) for number in range(12)]

@@ -159,7 +159,6 @@ def test_a_scaled_embedding_stays_scaled() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.filterwarnings("ignore:The base model is in float16")
 def test_a_mask_takes_the_type_of_its_weight(saved: Saved, dtype: torch.dtype) -> None:
     model = PeftModel.from_pretrained(saved.load_base(dtype=dtype), saved.path)
     assert {layer.effective_weight().dtype for layer in layers_of(model)} == {dtype}
@@ -513,6 +512,25 @@ def test_excluded_modules_are_spared(excluded: Any) -> None:
     names = names_of(get_peft_model(make_model(), AdaPruneConfig(exclude_modules=excluded)))
     assert len(names) == 9
     assert not [name for name in names if name.endswith("query") or name.endswith("layer.0.output.dense")]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"exclude_modules": ["key", "qurey"]}, r"`exclude_modules=\['qurey'\]`. Near to that: .*'query'"),
+        ({"exclude_modules": r".*\.qurey"}, r"`exclude_modules=\['.*qurey'\]`"),
+        ({"modules_to_save": ["LayerNom"]}, r"`modules_to_save=\['LayerNom'\]`. Near to that: .*'LayerNorm'"),
+        ({"modules_to_save": ["zzz"]}, r"`modules_to_save=\['zzz'\]`. Name modules, or endings of their names"),
+    ],
+    ids=str,
+)
+def test_a_wrong_name_of_a_module_to_spare_or_to_save_is_refused(options: dict[str, Any], said: str) -> None:
+    model = make_model()
+    before = {name for name, _ in model.named_modules()}
+    with pytest.raises(NoMatchingModuleError, match=said):
+        get_peft_model(model, AdaPruneConfig(**options))
+    assert {name for name, _ in model.named_modules()} == before
+    get_peft_model(model, AdaPruneConfig(exclude_modules=["key"], modules_to_save=["embeddings.LayerNorm"]))
 
 
 def test_excluding_everything_is_refused() -> None:

@@ -1,14 +1,16 @@
 import copy
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model
 from torch import nn
 
 from hf_adaprune import AdaPruneConfig, Pruner
-from hf_adaprune.errors import NonFiniteError, NotPrunedError
+from hf_adaprune.errors import NonFiniteError, NotPrunedError, UnsupportedShardingError
 from hf_adaprune.layer import adaprune_layers
 from hf_adaprune.scores import wanda_ranks
 
@@ -248,3 +250,11 @@ def test_a_model_without_trainable_masks_is_refused() -> None:
         Pruner(make(), total_steps=5, adapter_name="other")
     with pytest.raises(ValueError, match="`total_steps` must be at least 1, got 0"):
         Pruner(make(), total_steps=0)
+
+
+def test_deepspeed_is_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    monkeypatch.setattr("hf_adaprune.sharding.is_initialized", lambda: True)
+    monkeypatch.setattr("hf_adaprune.sharding.AcceleratorState", lambda: state)
+    with pytest.raises(UnsupportedShardingError, match="DeepSpeed steps copies of the parameters"):
+        Pruner(make(), total_steps=5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 from typing import Any
 
 import pytest
@@ -38,13 +37,6 @@ def pretend(monkeypatch: pytest.MonkeyPatch, refused: tuple[int, ...] = ()) -> l
 def test_a_cpu_is_refused_and_told_what_to_do_instead() -> None:
     with pytest.raises(HardwareError, match=r"NVIDIA GPU of compute capability 8.0.*on 'cpu'.*compact"):
         to_semi_structured(pruned())
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_benchmark_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["semi_structured.py"])
-    with pytest.raises(SystemExit, match="NVIDIA GPU"):
-        runpy.run_path("examples/benchmarks/semi_structured.py", run_name="__main__")
 
 
 class Elsewhere:

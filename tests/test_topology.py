@@ -289,7 +289,7 @@ def test_magnitude_masks_keep_as_many_and_the_largest() -> None:
 def test_a_mask_that_has_hardly_been_trained_is_nearly_magnitude() -> None:
     agreement = {}
     for rate in (1e-9, 1e-2):
-        model = get_peft_model(make_model(), AdaPruneConfig())
+        model = get_peft_model(make_model(), AdaPruneConfig(score_init="magnitude"))
         train_masks(model, learning_rate=rate)
         masks = model_masks(model)
         report = mask_overlap(masks, magnitude_masks(masks, model_weights(model, masks)))

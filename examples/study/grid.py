@@ -41,7 +41,7 @@ UNPRUNED = ("finetune", "feature_extraction", "lora")
 
 CORE = ("stsb", "sst2-8k", "mrpc")
 OTHERS = ("cola", "rte", "sst2")
-SPARSITIES = (0.2, 0.5, 0.7, 0.9, 0.95, 0.99)
+SPARSITIES = (0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 TELLING = (0.5, 0.9)
 REST = tuple(sparsity for sparsity in SPARSITIES if sparsity not in TELLING)
 CURVES = ("random", "magnitude", "movement", "smp", "paper", "imp")  # beside AdaPrune's own

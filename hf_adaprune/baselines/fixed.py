@@ -17,6 +17,8 @@ from ..pruner import Pruner
 class FixedMaskPruner(Pruner):
     """Count steps, and leave the masks as they are."""
 
+    finished = False
+
     def step(self) -> None:
         """Count: the head learns at the optimizer's own rate, whatever `head_lr_ratio` is."""
         self.num_steps += 1

@@ -1,0 +1,62 @@
+"""How a command answers: with tables for people or JSON for programs, and with an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import typer
+from rich.console import Console, RenderableType
+
+from ..errors import AdaPruneError, AdapterFileError, AdapterNotFoundError, BaseMismatchError, PushError, TaskError
+
+
+EXIT_CODES = {
+    AdapterNotFoundError: 3,
+    TaskError: 3,
+    AdapterFileError: 4,
+    BaseMismatchError: 5,
+    PushError: 6,
+    AdaPruneError: 1,
+}
+EXIT_CODES_HELP = (
+    "Exit codes: 0 done; 1 refused, for the reason given; 2 wrong usage; 3 no such adapter, base, task or data within "
+    "reach; 4 a damaged adapter, or one of another method; 5 another base; 6 the Hub refused or the connection broke, "
+    "and nothing was changed there. Reasons go to stderr; with --json, as a JSON object."
+)
+
+
+class Answer(NamedTuple):
+    """What a command found: `data` for programs, `tables` for people."""
+
+    data: dict[str, Any]
+    tables: Sequence[RenderableType]
+
+
+def answering(command: Callable[..., Answer]) -> Callable[..., None]:
+    """Print what a command returns, and turn the errors that it raises on purpose into messages and exit codes.
+
+    The command takes `as_json`. If that is set, one JSON object is all that goes to stdout.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        as_json = kwargs["as_json"]
+        try:
+            with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+                answer = command(*args, **kwargs)
+        except AdaPruneError as error:
+            code = next(code for cls, code in EXIT_CODES.items() if isinstance(error, cls))
+            reason = {"error": type(error).__name__, "message": str(error), "exit_code": code}
+            typer.echo(json.dumps(reason) if as_json else f"error: {error}", err=True)
+            raise typer.Exit(code) from None
+        if as_json:
+            typer.echo(json.dumps(answer.data, indent=2))
+        else:
+            Console().print(*answer.tables, sep="\n")
+
+    return run

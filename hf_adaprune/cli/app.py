@@ -1,0 +1,268 @@
+"""The commands of `hf-adaprune`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.text import Text
+from transformers import PreTrainedModel
+
+from ..advice import speed_advice
+from ..analysis import Overlap, load_masks, pairwise_overlap, plot_overlap, sparsity_report
+from ..checkpoint import save_compacted, save_merged, save_onnx
+from ..checks import base_fits
+from ..demo.run import run_demo
+from ..errors import BaseMismatchError
+from ..glue import GLUE_COLUMNS, load_glue_split, score_on_glue
+from ..publish import push_adapter
+from ..speed import measure_speed
+from ..stored import StoredAdapter, check_same_base, read_adapter
+from .answer import EXIT_CODES_HELP, Answer, answering
+from .tables import fact_table, overlap_table, sparsity_table, speed_table
+
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+# Typer reads these at run time.
+Name = Annotated[str, typer.Argument(help="An adapter: a folder, or a name on the Hub.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the adapter on the Hub.")]
+Subfolder = Annotated[str | None, typer.Option(help="Where in the folder or repository it is.")]
+Base = Annotated[str | None, typer.Option(help="A copy of the base, if not where the adapter says.")]
+Output = Annotated[Path, typer.Argument(help="A new or an empty folder.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda ...; by default a GPU if there is one.")]
+
+
+@app.callback(epilog=EXIT_CODES_HELP)
+def main() -> None:
+    """Adapt a pre-trained BERT to a task by pruning alone."""
+
+
+@app.command()
+@answering
+def inspect(name: Name, revision: Revision = None, subfolder: Subfolder = None, as_json: Json = False) -> Answer:
+    """Tell what an adapter is and what it prunes, from its headers alone: no weight is read."""
+    adapter = read_adapter(name, revision=revision, subfolder=subfolder)
+    config, report = adapter.config, sparsity_report(adapter.config)
+    facts: dict[str, Any] = {
+        "name": name,
+        "base": config.base_model_name_or_path,
+        "architecture": ((config.model_config or {}).get("architectures") or [None])[0],
+        "base_fingerprint": config.base_fingerprint,
+        "adapter_fingerprint": config.adapter_fingerprint,
+        "bytes": adapter.num_bytes,
+        "mask_bytes": adapter.mask_bytes,
+        "weights_pruned": report.num_pruned,
+        "weights_masked": report.num_weights,
+        "parameters": report.num_parameters,
+        "sparsity": report.sparsity,
+        "sparsity_whole_model": report.sparsity_whole_model,
+    }
+    parts = {"components": report.by_component(), "layers": report.by_layer()}
+    modules = {module.name: module.sparsity for module in report.modules}
+    return Answer({**facts, **parts, "modules": modules}, [fact_table(facts), sparsity_table(report)])
+
+
+@app.command()
+@answering
+def verify(
+    name: Name, base: Base = None, revision: Revision = None, subfolder: Subfolder = None, as_json: Json = False
+) -> Answer:
+    """Open an adapter on its base: exit 0 if masks, head and base are those that were saved."""
+    adapter = read_adapter(name, revision=revision, subfolder=subfolder)
+    model, config = adapter.open(base), adapter.config
+    if base_fits(model.get_base_model(), config) is None:
+        raise BaseMismatchError(
+            f"It cannot be told whether the base is that of {name!r}: one is in bfloat16, the other in float16. Name "
+            "a copy in float32 with `--base`."
+        )
+    facts = {
+        "name": name,
+        "base": base or config.base_model_name_or_path,
+        "fits": True,
+        "base_fingerprint": config.base_fingerprint,
+        "adapter_fingerprint": config.adapter_fingerprint,
+    }
+    return Answer(facts, [fact_table(facts)])
+
+
+@app.command()
+@answering
+def merge(
+    name: Name,
+    output: Output,
+    base: Base = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    as_json: Json = False,
+) -> Answer:
+    """Write a plain checkpoint, with zeros for what is pruned, that needs neither peft nor hf_adaprune."""
+    return _write(save_merged, read_adapter(name, revision=revision, subfolder=subfolder), output, base)
+
+
+@app.command()
+@answering
+def export(
+    name: Name,
+    output: Output,
+    onnx: Annotated[bool, typer.Option("--onnx", help="As ONNX; masks of single weights are merged.")] = False,
+    base: Base = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    as_json: Json = False,
+) -> Answer:
+    """Write the model without the neurons and heads that are pruned: a checkpoint of a smaller model, or ONNX."""
+    save = save_onnx if onnx else save_compacted
+    return _write(save, read_adapter(name, revision=revision, subfolder=subfolder), output, base)
+
+
+def _write(save: Callable[..., PreTrainedModel], adapter: StoredAdapter, output: Path, base: str | None) -> Answer:
+    try:
+        model = save(adapter, output, base)
+    except FileExistsError as error:
+        raise typer.BadParameter(str(error), param_hint="OUTPUT") from None
+    size = sum(path.stat().st_size for path in output.iterdir())
+    facts = {"name": adapter.name, "output": str(output), "bytes": size, "parameters": model.num_parameters()}
+    return Answer(facts, [fact_table(facts)])
+
+
+@app.command()
+@answering
+def speed(
+    name: Name,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Texts at once, 1 by default; give it again for several.")
+    ] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens a text, 128 by default; give it again for several.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=2, help="How many rounds are counted.")] = 30,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Measure on ONNX Runtime too; on a CPU.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default PyTorch's choice.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="In bfloat16, which 2:4 masks want on a GPU.")] = False,
+    device: Device = None,
+    base: Base = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    as_json: Json = False,
+) -> Answer:
+    """Measure base, merged and smaller model side by side on this machine, and say what to expect."""
+    adapter = read_adapter(name, revision=revision, subfolder=subfolder)
+    place = device or ("cuda" if torch.cuda.is_available() and not onnx else "cpu")
+    model = adapter.open(base).to(place, torch.bfloat16 if bf16 else None)
+    reports = measure_speed(
+        model,
+        batch_sizes=batch_size or [1],
+        lengths=length or [128],
+        repeats=repeats,
+        onnx=onnx,
+        num_threads=threads,
+    )
+    conclusion = [*map(str, reports), speed_advice(adapter.config)]
+    scores = {result.metric_type: result.metric_value for result in adapter.results()}
+    data = {
+        "name": name,
+        "scores": scores,
+        "measured": [row for report in reports for row in report.rows()],
+        "conclusion": conclusion,
+    }
+    said = [f"Score on the card, the same in every form: {metric} {score}" for metric, score in scores.items()]
+    return Answer(data, [speed_table(reports), *map(Text, [*said, *conclusion])])
+
+
+@app.command()
+@answering
+def compare(
+    names: Annotated[list[str], typer.Argument(help="Two adapters or more, of one base.", metavar="NAMES...")],
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw Cohen's kappa of each pair here: .png, .svg or .pdf.")
+    ] = None,
+    as_json: Json = False,
+) -> Answer:
+    """Tell how much of what they keep adapters have in common, beside what chance would give; no base is needed."""
+    if len(set(names)) < 2:
+        raise typer.BadParameter(f"A comparison takes at least two adapters, got {names}.", param_hint="NAMES")
+    if figure is not None and figure.suffix not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(f"It must end in .png, .svg or .pdf, got {figure}.", param_hint="--figure")
+    check_same_base([read_adapter(name) for name in names])
+    pairs = pairwise_overlap({name: load_masks(name) for name in names})
+    if figure is not None:
+        plot_overlap(pairs).savefig(figure, dpi=150)
+    found = [
+        {"names": list(pair), **_overlap(report.whole)}
+        | {"components": {name: _overlap(part) for name, part in report.by_component().items()}}
+        | {"layers": {name: _overlap(part) for name, part in report.by_layer().items()}}
+        for pair, report in pairs.items()
+    ]
+    return Answer({"pairs": found, "figure": figure and str(figure)}, [overlap_table(pairs)])
+
+
+_MEASURES = ("agreement", "chance_agreement", "jaccard", "chance_jaccard", "kappa")
+
+
+def _overlap(overlap: Overlap) -> dict[str, float | None]:
+    # JSON has no NaN.
+    values = {measure: getattr(overlap, measure) for measure in _MEASURES}
+    return {measure: value if value == value else None for measure, value in values.items()}
+
+
+@app.command()
+@answering
+def push(
+    path: Annotated[Path, typer.Argument(help="The folder of a saved adapter.")],
+    name: Annotated[str, typer.Argument(help="Its name on the Hub, me/my-adapter.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to, made if need be.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload adapter",
+    as_json: Json = False,
+) -> Answer:
+    """Check an adapter, bring its card up to date, and push both in one commit: all of it, or nothing."""
+    commit = push_adapter(
+        path, name, private=private or None, revision=revision, create_pr=create_pr, commit_message=message
+    )
+    facts = {"name": name, "commit": commit.oid, "url": str(commit.pr_url or commit.commit_url)}
+    return Answer(facts, [fact_table(facts)])
+
+
+@app.command("eval")
+@answering
+def evaluate(
+    name: Name,
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(GLUE_COLUMNS)}.")],
+    split: Annotated[str, typer.Option(help="A labelled split.")] = "validation",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A csv, json or parquet file with the task's columns, or a folder of {split}.parquet."),
+    ] = None,
+    base: Base = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="How many examples are computed at once.")] = 32,
+    max_length: Annotated[int, typer.Option(min=1, help="Texts are cut to so many tokens.")] = 128,
+    device: Device = None,
+    as_json: Json = False,
+) -> Answer:
+    """Score an adapter on a GLUE task."""
+    adapter = read_adapter(name, revision=revision, subfolder=subfolder)
+    dataset = load_glue_split(task, split, data)
+    model = adapter.open(base).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    scores = score_on_glue(model, adapter.tokenizer(base), task, dataset, batch_size=batch_size, max_length=max_length)
+    facts = {"name": name, "task": task, "split": split, "examples": len(dataset)}
+    shown = {metric: f"{score:.4f}" for metric, score in scores.items()}
+    return Answer({**facts, "scores": scores}, [fact_table({**facts, **shown})])
+
+
+@app.command()
+@answering
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Where the adapter, its card and its picture go.")] = Path(
+        "demo_output"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of the task and of training.")] = 0,
+    as_json: Json = False,
+) -> Answer:
+    """Fine-tune, train a head, and prune a small BERT for a review task; five minutes on two cores, no network."""
+    return Answer({"output_dir": str(output_dir), "rows": run_demo(output_dir, seed)}, [])

@@ -1,0 +1,137 @@
+"""GLUE's tasks (Wang et al., ICLR 2019): where their texts are, and how a model is scored on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, load_dataset
+
+from .errors import TaskError
+from .metrics import glue_metric
+
+
+GLUE_COLUMNS: dict[str, tuple[str, ...]] = {
+    "cola": ("sentence",),
+    "mnli": ("premise", "hypothesis"),
+    "mrpc": ("sentence1", "sentence2"),
+    "qnli": ("question", "sentence"),
+    "qqp": ("question1", "question2"),
+    "rte": ("sentence1", "sentence2"),
+    "sst2": ("sentence",),
+    "stsb": ("sentence1", "sentence2"),
+    "wnli": ("sentence1", "sentence2"),
+}
+"""The columns of each task that hold its texts."""
+
+_KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def load_glue_split(task: str, split: str = "validation", data: str | Path | None = None) -> Dataset:
+    """Load a labelled split of a GLUE task: from a file if one is given, else from the Hub or its cache.
+
+    Args:
+        task (`str`): One of `GLUE_COLUMNS`.
+        split (`str`): Its name on the Hub; MNLI's `"validation"` is its `"validation_matched"`.
+        data (`str` or `Path`, *optional*):
+            A csv, json (lines) or parquet file with the task's columns and `label`; or a folder with
+            `{split}.parquet`, directly or in a folder of the task's name.
+
+    Returns:
+        `datasets.Dataset`: The split.
+
+    Raises:
+        TaskError: If there is no such task or no such data, or the data lack a column.
+    """
+    if task not in GLUE_COLUMNS:
+        raise TaskError(f"The task must be one of {sorted(GLUE_COLUMNS)}, got {task!r}.")
+    if data is None:
+        name = "validation_matched" if (task, split) == ("mnli", "validation") else split
+        try:
+            dataset = load_dataset("nyu-mll/glue", task, split=name)
+        except (OSError, ValueError) as error:
+            raise TaskError(
+                f"The Hub gave no {name} split of {task}; name a file or folder of it. ({error})"
+            ) from None
+    else:
+        dataset = _read(Path(data), task, split)
+    missing = [column for column in (*GLUE_COLUMNS[task], "label") if column not in dataset.column_names]
+    if missing:
+        raise TaskError(f"The data of {task} must have the columns {missing} too, got {dataset.column_names}.")
+    return dataset
+
+
+def _read(path: Path, task: str, split: str) -> Dataset:
+    if path.is_dir():
+        found = [it for it in (path / f"{split}.parquet", path / task / f"{split}.parquet") if it.is_file()]
+        if not found:
+            raise TaskError(f"There is neither {split}.parquet nor {task}/{split}.parquet in '{path}'.")
+        path = found[0]
+    if path.suffix not in _KINDS or not path.is_file():
+        raise TaskError(f"A data file must exist and end in one of {sorted(_KINDS)}, got '{path}'.")
+    return load_dataset(_KINDS[path.suffix], data_files=str(path), split="train")
+
+
+def score_on_glue(
+    model: Any, tokenizer: Any, task: str, dataset: Dataset, *, batch_size: int = 32, max_length: int = 128
+) -> dict[str, float]:
+    """Score a sequence classifier on a labelled split of a GLUE task.
+
+    Args:
+        model (`torch.nn.Module`): The model, where it is to compute; left in evaluation mode.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer.
+        task (`str`): One of `GLUE_COLUMNS`.
+        dataset (`datasets.Dataset`): The split, with the task's columns and `label`.
+        batch_size (`int`): How many examples are computed at once, >= 1.
+        max_length (`int`): Texts are cut to so many tokens, >= 1.
+
+    Returns:
+        `dict[str, float]`: The task's scores, those of `glue_metric`.
+
+    Raises:
+        TaskError: If the model's head or its label names are not those of the task.
+    """
+    references = _references(model, task, dataset)
+    columns = [dataset[column] for column in GLUE_COLUMNS[task]]
+    length = [sum(len(text) for text in texts) for texts in zip(*columns, strict=True)]
+    order = np.argsort(length, kind="stable")
+    logits = np.empty((len(order), model.config.num_labels), dtype=np.float32)
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        texts = [[column[int(row)] for row in rows] for column in columns]
+        tokens = tokenizer(*texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+        with torch.inference_mode():
+            logits[rows] = model(**tokens.to(model.device)).logits.float().cpu().numpy()
+    predictions = logits[:, 0] if task == "stsb" else logits.argmax(1)
+    return glue_metric(task, keep_in_memory=True).compute(predictions=predictions, references=references)
+
+
+def _references(model: Any, task: str, dataset: Dataset) -> list[float]:
+    """Return the labels, by number as the model numbers them."""
+    labels, outputs = list(dataset["label"]), model.config.num_labels
+    if not labels or (task != "stsb" and not isinstance(labels[0], str) and min(labels) < 0):
+        raise TaskError(f"The data of {task} have no labels to score against: name a labelled split.")
+    if (outputs == 1) != (task == "stsb"):
+        raise TaskError(
+            f"{task} needs a head of {'one output' if task == 'stsb' else 'several outputs'}, got {outputs}."
+        )
+    if task == "stsb":
+        return labels
+    kind, names = dataset.features["label"], list(model.config.id2label.values())
+    if isinstance(kind, ClassLabel):
+        labels, there = kind.int2str(labels), kind.names
+    else:
+        there = sorted(set(labels))
+    if not isinstance(labels[0], str):
+        numbers: dict[Any, int] = {number: number for number in range(outputs)}
+    elif names == [f"LABEL_{number}" for number in range(len(there))]:
+        # The model has no names: the order of the data's own is all there is.
+        numbers = {name: number for number, name in enumerate(there)}
+    else:
+        numbers = {name: number for number, name in model.config.id2label.items()}
+    if not set(there) <= numbers.keys():
+        raise TaskError(f"The labels of {task} are {there}, those of the model {names}.")
+    return [numbers[label] for label in labels]

@@ -1,0 +1,344 @@
+"""Many adapters on one base: each with its masks, its head and its labels, and the base as it was."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from doors import label_names, load_base, logits_of, rows, save_base, train
+from peft import LoraConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
+from tiny import make_batch, make_model, train_masks
+from torch import nn
+
+from hf_adaprune import AdaPruneConfig
+from hf_adaprune.active import active_head
+from hf_adaprune.layer import adaprune_layers
+
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Already found a `peft_config` attribute:UserWarning",
+    "ignore:Adapter .* was active which is now deleted:UserWarning",
+)
+
+
+class Task(NamedTuple):
+    """A trained adapter on disk, and what it computes."""
+
+    path: str
+    num_labels: int
+    logits: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a base with a trained head of five labels."""
+    folder = save_base(tmp_path_factory.mktemp("base"))
+    load_base(folder, 5).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tasks(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Task]:
+    folder = tmp_path_factory.mktemp("tasks")
+    found = {}
+    for name, num_labels in (("two", 2), ("three", 3), ("one", 1)):
+        model = train(str(_headless(base, folder)), folder / "run", num_labels=num_labels).model
+        model.save_pretrained(folder / name)
+        found[name] = Task(str(folder / name), num_labels, logits_of(model))
+    return found
+
+
+def _headless(base: Path, folder: Path) -> Path:
+    load_base(base, 5).base_model.save_pretrained(folder / "headless")
+    return folder / "headless"
+
+
+def open_plain(base: Path, tasks: dict[str, Task], *names: str) -> Any:
+    model = load_base(base, 5)
+    for name in names:
+        model.load_adapter(tasks[name].path, adapter_name=name)
+    return model
+
+
+def open_wrapped(base: Path, tasks: dict[str, Task], *names: str) -> Any:
+    model = PeftModel.from_pretrained(load_base(base, 5), tasks[names[0]].path, adapter_name=names[0])
+    for name in names[1:]:
+        model.load_adapter(tasks[name].path, adapter_name=name)
+    return model
+
+
+Open = Callable[..., Any]
+both_doors = pytest.mark.parametrize("door", [open_plain, open_wrapped])
+
+
+def disable(model: Any) -> None:
+    (model.base_model.disable_adapter_layers if isinstance(model, PeftModel) else model.disable_adapters)()
+
+
+def enable(model: Any) -> None:
+    (model.base_model.enable_adapter_layers if isinstance(model, PeftModel) else model.enable_adapters)()
+
+
+@both_doors
+def test_masks_head_and_labels_are_switched_together(door: Open, base: Path, tasks: dict[str, Task]) -> None:
+    model = door(base, tasks, "two", "three", "one")
+    for name in ("two", "three", "one", "two"):
+        model.set_adapter(name)
+        assert model.config.id2label == label_names(tasks[name].num_labels)
+        assert model.config.label2id == {label: number for number, label in model.config.id2label.items()}
+        assert torch.equal(logits_of(model), tasks[name].logits)
+        labels = torch.tensor([row["labels"] for row in rows(tasks[name].num_labels, 4)])
+        loss = model(**make_batch() | {"labels": labels}).loss
+        assert torch.isfinite(loss)
+        kind = "regression" if name == "one" else "single_label_classification"
+        assert model.config.problem_type == kind
+
+
+def test_an_adapter_that_is_loaded_becomes_active_with_its_head(base: Path, tasks: dict[str, Task]) -> None:
+    # So it is in transformers; in PEFT the first one stays active.
+    model = open_plain(base, tasks, "two", "three")
+    assert model.active_adapters() == ["three"]
+    assert torch.equal(logits_of(model), tasks["three"].logits)
+    model = open_wrapped(base, tasks, "two", "three")
+    assert model.active_adapters == ["two"]
+    assert model.config.num_labels == 2
+    assert torch.equal(logits_of(model), tasks["two"].logits)
+
+
+@both_doors
+def test_without_adapters_the_base_has_its_own_head_and_labels(door: Open, base: Path, tasks: dict[str, Task]) -> None:
+    own = load_base(base, 5)
+    model = door(base, tasks, "two", "three")
+    for name in ("two", "three"):
+        model.set_adapter(name)
+        disable(model)
+        assert torch.equal(logits_of(model), logits_of(own))
+        assert model.config.id2label == own.config.id2label
+        enable(model)
+        assert torch.equal(logits_of(model), tasks[name].logits)
+        assert model.config.num_labels == tasks[name].num_labels
+    for name in ("two", "three"):
+        model.delete_adapter(name)
+    model = model.base_model.model if isinstance(model, PeftModel) else model
+    assert torch.equal(logits_of(model), logits_of(own))
+    assert model.config.id2label == own.config.id2label
+    assert not [key for key in model.state_dict() if "adaprune" in key]
+
+
+@both_doors
+def test_when_the_active_adapter_is_deleted_another_takes_its_place_whole(
+    door: Open, base: Path, tasks: dict[str, Task]
+) -> None:
+    model = door(base, tasks, "two", "three")
+    model.set_adapter("three")
+    model.delete_adapter("three")
+    assert torch.equal(logits_of(model), tasks["two"].logits)
+    assert model.config.id2label == label_names(2)
+    model.load_adapter(tasks["three"].path, adapter_name="three")
+    model.set_adapter("three")
+    assert torch.equal(logits_of(model), tasks["three"].logits)
+
+
+def test_each_adapter_is_saved_with_its_own_labels(base: Path, tasks: dict[str, Task], tmp_path: Path) -> None:
+    model = open_wrapped(base, tasks, "two", "three", "one")
+    model.set_adapter("three")
+    model.save_pretrained(tmp_path / "wrapped")
+    plain = open_plain(base, tasks, "two", "three", "one")
+    for name, task in tasks.items():
+        plain.set_adapter(name)
+        plain.save_pretrained(tmp_path / "plain" / name)
+        for door in ("wrapped", "plain"):
+            stored = json.loads((tmp_path / door / name / "adapter_config.json").read_text())["model_config"]
+            assert list(stored["id2label"].values()) == list(label_names(task.num_labels).values())
+            assert stored["problem_type"] == ("regression" if name == "one" else "single_label_classification")
+            assert torch.equal(logits_of(open_plain(base, {"x": task}, "x")), task.logits)
+
+
+def test_a_label_that_is_renamed_is_that_of_the_active_adapter(base: Path, tasks: dict[str, Task]) -> None:
+    model = open_wrapped(base, tasks, "two", "three")
+    model.config.id2label = {0: "no", 1: "yes"}
+    model.set_adapter("three")
+    model.set_adapter("two")
+    assert model.config.id2label == {0: "no", 1: "yes"}
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_fresh_adapter_has_the_labels_that_the_model_is_given_for_it(
+    plain: bool, base: Path, tasks: dict[str, Task], tmp_path: Path
+) -> None:
+    model = (open_plain if plain else open_wrapped)(base, tasks, "two")
+    for labels, name in (({0: "a", 1: "b"}, "same size"), ({0: "a", 1: "b", 2: "c", 3: "d"}, "four")):
+        model.config.id2label, model.config.label2id = labels, {label: number for number, label in labels.items()}
+        arguments = (AdaPruneConfig(), name)
+        model.add_adapter(*arguments if plain else arguments[::-1])
+        model.set_adapter(name)
+        assert model.config.id2label == labels
+        assert logits_of(model).shape == (4, len(labels))
+        batch = make_batch() | {"labels": torch.zeros(4, dtype=torch.long)}
+        model.train()(**batch).loss.backward()
+        assert all(layer.adaprune_scores[name].grad.any() for _, layer in adaprune_layers(model))
+        model.set_adapter("two")
+        assert model.config.id2label == label_names(2)
+        assert torch.equal(logits_of(model), tasks["two"].logits)
+
+
+def test_labels_for_a_fresh_adapter_are_not_those_of_a_base_that_is_at_work(
+    base: Path, tasks: dict[str, Task]
+) -> None:
+    model = open_wrapped(base, tasks, "two")
+    disable(model)
+    model.config.id2label = {0: "a", 1: "b", 2: "c", 3: "d"}
+    model.add_adapter("four", AdaPruneConfig())
+    assert model.config.id2label == load_base(base, 5).config.id2label
+    enable(model)
+    model.set_adapter("four")
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c", 3: "d"}
+
+
+def test_heads_of_two_kinds_share_a_base(base: Path, tasks: dict[str, Task], tmp_path: Path) -> None:
+    found = dict(tasks)
+    for name, num_labels in (("average", 3), ("another", 4)):
+        model = get_peft_model(load_base(base, 5), AdaPruneConfig())  # its head is of another size
+        model.config.id2label = label_names(num_labels)
+        model.add_adapter(name, AdaPruneConfig(head="layer_average"))
+        model.set_adapter(name)
+        train_masks(model, adapter_name=name)
+        model.save_pretrained(str(tmp_path))
+        found[name] = Task(str(tmp_path / name), num_labels, logits_of(model))
+    for door in (open_plain, open_wrapped):
+        for names in (("two", "average", "another"), ("another", "two", "average")):
+            model = door(base, found, *names)
+            for name in (*names, names[0]):
+                model.set_adapter(name)
+                assert torch.equal(logits_of(model), found[name].logits)
+                assert model.config.num_labels == found[name].num_labels
+            disable(model)
+            assert torch.equal(logits_of(model), logits_of(load_base(base, 5)))
+
+
+@both_doors
+def test_two_heads_are_never_active_at_once(door: Open, base: Path, tasks: dict[str, Task]) -> None:
+    model = door(base, tasks, "two", "three")
+    model.set_adapter("two")
+    with pytest.raises(ValueError, match=r"\'two\', \'three\'\] have each a head"):
+        (model.base_model if isinstance(model, PeftModel) else model).set_adapter(["two", "three"])
+    assert torch.equal(logits_of(model), tasks["two"].logits)
+
+
+@both_doors
+def test_a_name_that_is_taken_is_refused(door: Open, base: Path, tasks: dict[str, Task]) -> None:
+    model = door(base, tasks, "two", "three")
+    model.set_adapter("two")
+    with pytest.raises(ValueError, match=r"'?two'? .*already"):
+        model.load_adapter(tasks["three"].path, adapter_name="two")
+    assert torch.equal(logits_of(model), tasks["two"].logits)
+    model.delete_adapter("two")
+    model.load_adapter(tasks["three"].path, adapter_name="two")
+    model.set_adapter("two")
+    assert torch.equal(logits_of(model), tasks["three"].logits)
+
+
+@both_doors
+def test_the_status_of_many_adapters_is_true(door: Open, base: Path, tasks: dict[str, Task]) -> None:
+    model = door(base, tasks, "two", "three")
+    model.set_adapter("three")
+    status = get_model_status(model)
+    assert status.available_adapters == ["three", "two"]
+    assert (status.active_adapters, status.enabled, status.merged_adapters) == (["three"], True, [])
+    assert {layer.available_adapters == ["three", "two"] for layer in get_layer_status(model)} == {True}
+    disable(model)
+    assert get_model_status(model).enabled is False
+    enable(model)
+    model(**make_batch())
+    assert get_model_status(model).enabled is True
+    model.delete_adapter("three")
+    status = get_model_status(model)
+    assert (status.available_adapters, status.active_adapters) == (["two"], ["two"])
+
+
+def tensors_of(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Return every tensor that is reachable from a model, by its storage."""
+    found: dict[int, torch.Tensor] = {}
+    seen: set[int] = set()
+    left: list[Any] = [vars(module) for module in model.modules()]
+    while left:
+        item = left.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            found[item.untyped_storage().data_ptr()] = item
+        elif isinstance(item, dict):
+            left += item.values()
+        elif isinstance(item, (list, tuple, set)):
+            left += item
+    return found
+
+
+def nbytes(model: nn.Module) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors_of(model).values())
+
+
+@both_doors
+def test_ten_adapters_cost_ten_bits_a_weight_and_ten_heads(door: Open, base: Path, tasks: dict[str, Task]) -> None:
+    before = nbytes(load_base(base, 5))
+    names = [f"task {number}" for number in range(10)]
+    model = door(base, dict.fromkeys(names, tasks["two"]), *names)
+    masks = sum(-(-layer.weight.numel() // 8) for _, layer in adaprune_layers(model))
+    head = sum(p.nbytes for name, p in model.named_parameters() if ".task 3." in name)
+    assert nbytes(model) == before + 10 * (masks + head)
+    weights = sum(layer.weight.nbytes for _, layer in adaprune_layers(model))
+    for name in names:
+        # What is computed with is built for one adapter at a time.
+        model.set_adapter(name)
+        logits_of(model)
+        gc.collect()
+        assert nbytes(model) == before + 10 * (masks + head) + weights
+
+
+def test_nothing_of_ours_is_left_on_a_model_that_is_unloaded(base: Path, tasks: dict[str, Task]) -> None:
+    model = open_wrapped(base, tasks, "two", "three")
+    model.set_adapter("three")
+    plain = model.merge_and_unload()
+    assert active_head(plain) is None
+    assert plain.config.id2label == label_names(3)
+    assert torch.equal(logits_of(plain), tasks["three"].logits)
+
+
+@pytest.mark.parametrize("gone", ["unloaded", "deleted", "left beside"])
+def test_an_adapter_of_another_method_has_its_own_head(
+    gone: str, base: Path, tasks: dict[str, Task], tmp_path: Path
+) -> None:
+    lora = LoraConfig(target_modules=["intermediate.dense"], modules_to_save=["pooler", "classifier"])
+    model = open_wrapped(base, tasks, "two").unload() if gone == "unloaded" else open_plain(base, tasks, "two")
+    if gone == "deleted":
+        model.delete_adapter("two")
+    model.add_adapter(lora, "lora")
+    head = next(module for name, module in model.named_modules() if name.endswith("classifier.modules_to_save.lora"))
+    before = logits_of(model)
+    with torch.no_grad():
+        head.bias += 1
+    torch.testing.assert_close(logits_of(model), before + 1)
+    model.save_pretrained(tmp_path / "lora")
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    if gone == "left beside":
+        model.set_adapter("two")
+        assert torch.equal(logits_of(model), tasks["two"].logits)
+        model.set_adapter("lora")
+        torch.testing.assert_close(logits_of(model), before + 1)
+
+
+def test_a_model_without_labels_takes_many_adapters_too() -> None:
+    model = get_peft_model(make_model(head="none"), AdaPruneConfig())
+    model.add_adapter("second", AdaPruneConfig(target_modules=["query"]))
+    model.set_adapter("second")
+    assert model.active_adapters == ["second"]
+    plain = get_peft_model(nn.Sequential(nn.Linear(3, 3)), AdaPruneConfig(target_modules=["0"]))
+    plain.add_adapter("second", AdaPruneConfig(target_modules=["0"]))
+    plain.set_adapter("second")
+    assert plain(torch.ones(1, 3)).shape == (1, 3)
