@@ -48,6 +48,16 @@ def test_every_form_that_a_mask_allows_is_timed_beside_the_base(granularity: str
     assert torch.equal(logits_of(model), before)
 
 
+@pytest.mark.parametrize("cpu_time", [False, True])
+def test_the_clock_or_the_processors_time_is_counted(cpu_time: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = {"perf_counter": iter(range(1000)), "process_time": iter(range(0, 3000, 3))}
+    for name, values in ticks.items():
+        monkeypatch.setattr(f"hf_adaprune.speed.time.{name}", lambda values=values: next(values))
+    (report,) = measure_speed(pruned("weight"), lengths=(5,), repeats=2, warmup=0, cpu_time=cpu_time)
+    assert report.timings[0].seconds == ((3, 3) if cpu_time else (1, 1))
+    assert ("processor time" in report.device) == cpu_time
+
+
 def test_threads_are_set_for_the_time_of_the_measurement() -> None:
     before = torch.get_num_threads()
     for asked, expected in ((before + 1, before + 1), (None, before)):
@@ -64,9 +74,8 @@ def test_the_base_is_timed_without_masks_and_the_model_keeps_its_own() -> None:
     assert not torch.equal(before, logits_of(make_model()))
 
 
-def test_the_forms_take_turns_and_warm_up_rounds_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_forms_take_turns_and_warm_up_rounds_do_not_count() -> None:
     order, clock = [], iter(range(1000))
-    monkeypatch.setattr("hf_adaprune.speed.time.perf_counter", lambda: next(clock))
 
     def run(name: str, ticks: int) -> Any:
         def forward(**inputs: torch.Tensor) -> None:
@@ -78,7 +87,7 @@ def test_the_forms_take_turns_and_warm_up_rounds_do_not_count(monkeypatch: pytes
 
     inputs = {"input_ids": torch.zeros(1, 1)}
     forms = {"base": speed.Form(run("base", 3), 8), "other": speed.Form(run("other", 1), 4)}
-    base, other = speed._time(forms, inputs, repeats=2, warmup=1)
+    base, other = speed._time(forms, inputs, 2, 1, lambda: next(clock))
     assert order == ["base", "other"] * 3
     assert (base.seconds, other.seconds) == ((4, 4), (2, 2))
     assert (base.speed_up, other.speed_up) == ((1, 1, 1), (2, 2, 2))
@@ -156,5 +165,5 @@ def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ExportError, match="float32"):
         measure_speed(pruned().bfloat16(), lengths=(5,), onnx=True)
     monkeypatch.setattr(speed, "_plain_forms", lambda model: {"base": model})
-    with pytest.raises(HardwareError, match="ONNX Runtime is measured on a CPU; the model is on 'meta'"):
+    with pytest.raises(HardwareError, match="measured on a CPU; the model is on 'meta'"):
         measure_speed(make_model().to("meta"), onnx=True)

@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--onnx", action="store_true")
     parser.add_argument("--threads", type=int, help="How many the CPU computes with; by default PyTorch's choice.")
+    parser.add_argument("--cpu_time", action="store_true", help="Count processor time: for a machine with other work.")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -69,6 +70,7 @@ def main() -> None:
         warmup=args.warmup,
         onnx=args.onnx,
         num_threads=args.threads,
+        cpu_time=args.cpu_time,
     )
     for report in reports:
         for row in report.rows():
