@@ -24,8 +24,8 @@ _DTYPES = (torch.float16, torch.bfloat16)
 def to_semi_structured(model: Any) -> PreTrainedModel:
     """Return a plain copy of a model whose 2:4 masks are put to use by sparse tensor cores.
 
-    Whether that is faster depends on the shapes, the batch and the length: measure it, with
-    `examples/benchmarks/semi_structured.py`. The result computes, and does not train; save the adapter, not this.
+    Whether that is faster depends on the shapes, the batch and the length: `hf-adaprune speed --bf16` measures it.
+    The result computes, and does not train; save the adapter, not this.
 
     Args:
         model (`peft.PeftModel` or `transformers.PreTrainedModel`):
