@@ -54,7 +54,7 @@ def test_the_clock_or_the_processors_time_is_counted(cpu_time: bool, monkeypatch
     for name, values in ticks.items():
         monkeypatch.setattr(f"hf_adaprune.speed.time.{name}", lambda values=values: next(values))
     (report,) = measure_speed(pruned("weight"), lengths=(5,), repeats=2, warmup=0, cpu_time=cpu_time)
-    assert report.timings[0].seconds == ((3, 3) if cpu_time else (1, 1))
+    assert list(report.timings[0].seconds) == [3 if cpu_time else 1] * 2
     assert ("processor time" in report.device) == cpu_time
 
 
