@@ -13,13 +13,14 @@ def speed_advice(config: AdaPruneConfig) -> str:
         what = " and ".join(f"{kind}s" for kind in config.group_kinds)
         return (
             "Merged, the model computes as much as its base: expect no speed-up. `hf_adaprune.compact(model)` removes "
-            f"the pruned {what}; what is left is a smaller dense model, faster on any hardware."
+            f"the pruned {what}; what is left is a smaller dense model, which computes less: `hf-adaprune speed` "
+            "measures how much faster that is on your machine."
         )
     if config.n_of_m == (2, 4):
         return (
             "Expect no speed-up on a CPU: dense kernels multiply by zeros too. On an NVIDIA GPU of compute capability "
-            "8.0 or later, in half precision, `torch.sparse.to_sparse_semi_structured` uses the 2:4 pattern of merged "
-            "weights; whether that pays depends on the shapes: measure it."
+            "8.0 or later, in half precision, `hf_adaprune.to_semi_structured(model)` uses the 2:4 pattern; whether "
+            "that pays depends on the shapes: measure it."
         )
     return (
         "An unstructured mask makes a model exchangeable, not faster: expect no speed-up on dense kernels. For a "
@@ -27,7 +28,10 @@ def speed_advice(config: AdaPruneConfig) -> str:
     )
 
 
+# The measurement: `python examples/benchmarks/latency.py --threads 1 --cpu_time`.
 COMPACT_ADVICE = (
-    "Its matrices are smaller and dense: expect it to be faster than its base on any hardware. By how much depends on "
-    "the machine, the batch and the length; `hf-adaprune speed` measures it."
+    "Its matrices are smaller and dense: it computes less than its base. A MiniLM-L6 without half of its encoder's "
+    "weights, neurons and heads, was measured to be 1.6 times as fast as its base at batch 1 and 1.8 to 2.0 times at "
+    "batch 32, on one CPU thread with PyTorch. By how much this one is faster depends on the machine, the batch and "
+    "the length; `hf-adaprune speed`, with the adapter, measures it."
 )

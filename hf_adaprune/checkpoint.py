@@ -1,17 +1,25 @@
-"""A plain checkpoint, with zeros in place of masks."""
+"""Plain models, written from a stored adapter: with zeros in place of masks, made smaller, or as ONNX."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from huggingface_hub import ModelCard
+from transformers import PreTrainedModel
+
+from .compaction import compact
 from .errors import AdapterNotFoundError, MergeError
+from .export import export_onnx
+from .merging import merged
+from .model_card import CARD
 from .stored import StoredAdapter
 
 
-def save_merged(adapter: StoredAdapter, folder: str | Path, base: str | None = None) -> None:
+def save_merged(adapter: StoredAdapter, folder: str | Path, base: str | None = None) -> PreTrainedModel:
     """Write a checkpoint that plain transformers opens, and the tokenizer if there is one: whole, or not at all.
 
     Args:
@@ -19,26 +27,74 @@ def save_merged(adapter: StoredAdapter, folder: str | Path, base: str | None = N
         folder (`str` or `Path`): Where to; a new or an empty folder.
         base (`str`, *optional*): A copy of the adapter's base, if not at the place that it names.
 
+    Returns:
+        `transformers.PreTrainedModel`: The model.
+
     Raises:
         FileExistsError: If the folder holds something.
         MergeError: If a plain checkpoint would not compute what the adapter does.
     """
+    with _whole(adapter, folder, base) as aside:
+        if adapter.config.head == "layer_average":
+            raise MergeError(
+                f'{adapter.name!r} has the head "layer_average", which no plain transformers model has: it can be '
+                "merged in memory only, by `merge_and_unload()`."
+            )
+        model = adapter.open(base).merge_and_unload(safe_merge=True)
+        model.save_pretrained(aside)
+    return model
+
+
+def save_compacted(adapter: StoredAdapter, folder: str | Path, base: str | None = None) -> PreTrainedModel:
+    """Write the checkpoint that `compact` makes, with the scores on the adapter's card; see `save_merged`.
+
+    Returns:
+        `transformers.PreTrainedModel`: The model.
+
+    Raises:
+        FileExistsError: If the folder holds something.
+        CompactionError: If the adapter's masks are of single weights.
+    """
+    with _whole(adapter, folder, base) as aside:
+        model = compact(adapter.open(base))
+        model.save_pretrained(aside)
+        if results := adapter.results():
+            card = ModelCard.load(aside / CARD)
+            card.data.eval_results = results
+            card.save(aside / CARD)
+    return model
+
+
+def save_onnx(adapter: StoredAdapter, folder: str | Path, base: str | None = None) -> PreTrainedModel:
+    """Write the model as ONNX: without the neurons and heads that are pruned, or merged; see `save_merged`.
+
+    Returns:
+        `transformers.PreTrainedModel`: The model.
+
+    Raises:
+        FileExistsError: If the folder holds something.
+        ExportError: If it cannot be exported.
+    """
+    with _whole(adapter, folder, base) as aside:
+        opened = adapter.open(base)
+        model = compact(opened) if adapter.config.group_kinds else merged(opened)
+        export_onnx(model, aside)
+    return model
+
+
+@contextmanager
+def _whole(adapter: StoredAdapter, folder: str | Path, base: str | None) -> Iterator[Path]:
+    """Give a folder to write to, of the same name, that takes its place at the end, with the tokenizer."""
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"'{folder}' must be a new or an empty folder: name another.")
-    if adapter.config.head == "layer_average":
-        raise MergeError(
-            f'{adapter.name!r} has the head "layer_average", which no plain transformers model has: it can be merged '
-            "in memory only, by `merge_and_unload()`."
-        )
-    model = adapter.open(base).merge_and_unload(safe_merge=True)
-    aside = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)  # what a killed run has left
-    aside.mkdir(parents=True)
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run has left
+    aside = temporary / folder.name
     try:
-        model.save_pretrained(aside)
+        yield aside
         with suppress(AdapterNotFoundError):  # A checkpoint is whole without a tokenizer.
             adapter.tokenizer(base).save_pretrained(aside)
         os.replace(aside, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -92,7 +92,8 @@ def _kept_groups(base: nn.Module) -> dict[str, tuple[Unit, torch.Tensor]]:
     if not kept:
         raise CompactionError(
             "There is nothing to remove: no active mask is of neurons or heads, and one of single weights leaves each "
-            'matrix its shape. Train with `granularity="neuron"`, "head" or "neuron+head".'
+            'matrix its shape. Train with `granularity="neuron"`, "head" or "neuron+head"; for a 2:4 mask see '
+            "`to_semi_structured`."
         )
     return kept
 

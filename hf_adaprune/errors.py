@@ -35,6 +35,18 @@ class CompactionError(AdaPruneError, ValueError):
     """The model cannot be made smaller without changing what it computes."""
 
 
+class ExportError(AdaPruneError, RuntimeError):
+    """The model cannot be exported, or what was exported does not compute the same."""
+
+
+class HardwareError(AdaPruneError, RuntimeError):
+    """What is asked for needs another machine, or another dtype, than the model is on."""
+
+
+class SizeError(AdaPruneError, ValueError):
+    """A batch, a length or a number of rounds is not one that can be run or measured."""
+
+
 class NonFiniteError(AdaPruneError, FloatingPointError):
     """Training met a NaN or an infinity."""
 

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import EvalResult, HfApi, ModelCard, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from .checks import run_checks
 from .config import AdaPruneConfig
 from .errors import AdapterFileError, AdapterNotFoundError, BaseMismatchError, ConfigError
 from .fingerprint import same_origin
+from .model_card import CARD
 from .storage import check_shapes, read_shapes
 
 
@@ -92,6 +94,14 @@ class StoredAdapter:
             except (OSError, ValueError):
                 continue
         raise AdapterNotFoundError(f"Neither {self.name!r} nor its base {name!r} has a tokenizer.")
+
+    def results(self) -> list[EvalResult]:
+        """Return the scores on the adapter's card: none if it has no card, or none within reach."""
+        try:
+            card = ModelCard.load(cached_file(self.name, CARD, **self.hub), ignore_metadata_errors=True)
+        except (OSError, ValueError):
+            return []
+        return card.data.eval_results or []
 
 
 def read_adapter(

@@ -13,17 +13,19 @@ import torch
 import transformers.utils.hub
 from doors import DOORS, TEXTS, load_base, logits_of, save_base, train
 from hub_server import HubServer
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import make_model
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from hf_adaprune import sparsity_report
+from hf_adaprune import Pruner, checkpoint, sparsity_report
+from hf_adaprune.advice import speed_advice
 from hf_adaprune.analysis import load_masks
 from hf_adaprune.cli import app
 from hf_adaprune.config import AdaPruneConfig
+from hf_adaprune.model_card import write_model_card
 
 
 # The client warns of its own way to send a file to LFS.
@@ -159,6 +161,72 @@ def test_merge_refuses_a_head_that_plain_transformers_lacks(base_path: Path, tmp
     model = AutoModelForSequenceClassification.from_pretrained(base_path)
     get_peft_model(model, AdaPruneConfig(head="layer_average")).save_pretrained(str(tmp_path / "adapter"))
     assert "layer_average" in refusal(1, "MergeError", "merge", tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def group_adapter(base_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("groups")
+    model = get_peft_model(load_base(base_path), AdaPruneConfig(granularity="neuron"))
+    Pruner(model, 1).step()
+    model.save_pretrained(folder)
+    write_model_card(folder, metrics={"accuracy": 0.75}, dataset="some/data", picture=False)
+    return folder
+
+
+def test_export_writes_the_smaller_model_with_tokenizer_and_scores(group_adapter: Path, tmp_path: Path) -> None:
+    told = answer("export", group_adapter, tmp_path / "small")
+    masked = DOORS["AutoModelForSequenceClassification"]("", str(group_adapter))
+    small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")
+    assert small.config.intermediate_size == 20
+    assert told["parameters"] == small.num_parameters() < masked.num_parameters()
+    torch.testing.assert_close(logits_of(small), logits_of(masked), rtol=0, atol=1e-6)
+    assert AutoTokenizer.from_pretrained(tmp_path / "small")("w7")["input_ids"] == [2, 7, 3]
+    card = ModelCard.load(tmp_path / "small" / "README.md")
+    assert [(score.metric_type, score.metric_value) for score in card.data.eval_results] == [("accuracy", 0.75)]
+    assert "\n# small\n" in card.text
+    assert {path.name for path in tmp_path.iterdir()} == {"small"}
+
+
+def test_export_as_onnx_merges_masks_of_weights_and_takes_groups_out(
+    adapter: Path, group_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(model: Any, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "model.onnx").write_bytes(b"onnx")
+
+    monkeypatch.setattr(checkpoint, "export_onnx", export)
+    whole = answer("export", adapter, tmp_path / "merged", "--onnx")
+    small = answer("export", group_adapter, tmp_path / "small", "--onnx")
+    assert whole["parameters"] == make_model().num_parameters() > small["parameters"]
+    names = {path.name for path in (tmp_path / "small").iterdir()}
+    assert {"model.onnx", "tokenizer_config.json"} <= names
+    assert "model.safetensors" not in names
+
+
+def test_export_refuses_what_it_cannot_make_smaller(adapter: Path, group_adapter: Path, tmp_path: Path) -> None:
+    assert "nothing to remove" in refusal(1, "CompactionError", "export", adapter, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").touch()
+    assert run("export", group_adapter, tmp_path / "full").exit_code == 2
+
+
+def test_speed_measures_every_size_and_says_what_to_expect(group_adapter: Path) -> None:
+    sizes = ("--length", "3", "--length", "5", "--repeats", "2", "--threads", "1", "--device", "cpu")
+    told = answer("speed", group_adapter, *sizes)
+    measured = [(row["batch_size"], row["length"], row["form"]) for row in told["measured"]]
+    assert measured == [(1, length, form) for length in (3, 5) for form in ("base", "merged", "compacted")]
+    assert told["scores"] == {"accuracy": 0.75}
+    assert told["conclusion"][-1] == speed_advice(AdaPruneConfig(granularity="neuron"))
+    shown = " ".join(run("speed", group_adapter, *sizes).stdout.split())
+    for text in ("times as fast", "At batch 1 and length 5 on 1 CPU thread(s): merged is", "accuracy 0.75"):
+        assert text in shown
+
+
+def test_speed_refuses_sizes_that_the_model_lacks(adapter: Path) -> None:
+    assert "between 1 and 32" in refusal(1, "SizeError", "speed", adapter, "--length", "33", "--device", "cpu")
+    assert run("speed", adapter, "--repeats", "1").exit_code == 2
+    refusal(3, "AdapterNotFoundError", "speed", adapter / "nowhere")
 
 
 def test_compare_measures_against_chance(adapter: Path, base_path: Path, tmp_path: Path) -> None:

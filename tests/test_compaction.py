@@ -173,6 +173,8 @@ def test_an_adapter_put_on_by_transformers_is_applied_too(tmp_path: Path) -> Non
         assert difference(small, model) < 1e-6
         small.save_pretrained(tmp_path / "small")
         assert not (tmp_path / "small" / "adapter_config.json").exists()
+        opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")
+        assert torch.equal(logits_of(opened), logits_of(small))
 
 
 def test_a_smaller_model_is_trained_and_saved_like_any_other(tmp_path: Path) -> None:

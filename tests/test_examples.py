@@ -110,6 +110,25 @@ def test_the_benchmark_of_growth_measures_and_draws_each_size(
     assert (tmp_path / "growth.png").stat().st_size > 5_000
 
 
+def test_the_latency_benchmark_prints_a_line_for_each_form_and_size(
+    example: Any, base_path: Path, adapter_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--batch_sizes", 2, "--lengths", 3, 5, "--repeats", 2, "--warmup", 0, "--device", "cpu", "--threads", 1]
+
+    def lines(*which: object) -> list[dict[str, Any]]:
+        example("benchmarks/latency.py", *which, *flags)
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    fresh = lines("--model", base_path)
+    assert [(row["length"], row["form"]) for row in fresh] == [
+        (length, form) for length in (3, 5) for form in ("base", "merged", "compacted")
+    ]
+    base, _, small = fresh[:3]
+    assert small["bytes"] < base["bytes"]
+    assert len(small["speed_up"]) == 3
+    assert [row["form"] for row in lines("--adapter", adapter_path)] == ["base", "merged"] * 2
+
+
 @pytest.fixture
 def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Return the runner's module; `study.go` runs it, with runs that take no time and are listed in `study.done`."""

@@ -223,6 +223,72 @@ def test_paths_are_shown_by_what_differs(study: Any) -> None:
     assert short(["me/one"]) == ["me/one"]
 
 
+def speed_row(method: str, seed: int, form: str, median: float, size: int, task: str = "stsb") -> dict[str, Any]:
+    run = {"task": task, "method": method, "sparsity_asked": 0.5, "seed": seed}
+    spread = [median - 0.1, median, median + 0.2]
+    batch = {"batch_size": 1, "length": 32, "device": "a machine"}
+    return run | batch | {"form": form, "speed_up": spread, "milliseconds": 1.0, "bytes": size}
+
+
+def test_scores_stand_over_the_speed_up_of_the_smallest_form(study: Any, cells: Any) -> None:
+    speeds = [
+        speed_row(method, seed, form, median + seed / 10, size)
+        for method, smaller in (("adaprune", 1.0), ("paper", 2.0))
+        for seed in range(3)
+        for form, median, size in (
+            *(("base", 1.0, 8), ("merged", 1.0, 8)),
+            *((("compacted", smaller, 4), ("compacted, ONNX", 9.0, 3)) if method == "paper" else ()),
+        )
+    ]
+    speeds.append(speed_row("imp", 0, "merged", 1.0, 8))  # its score is not there
+    figure = study("speed_up").plot_speed_up(cells, speeds, study("report").NAMES)
+    (axes,) = figure.axes
+    assert axes.get_title() == "batch 1, length 32, a machine"
+    star, *points = [line for line in axes.lines if line.get_marker() in ("*", "o")]
+    assert (list(star.get_xdata()), list(star.get_ydata())) == ([1], [1])
+    # Scores .83 and .75 of .9; medians 1, 1.1, 1.2 and one more.
+    assert [list(line.get_xdata()) for line in points] == [pytest.approx([1.1]), pytest.approx([2.1])]
+    assert [list(line.get_ydata()) for line in points] == [pytest.approx([0.83 / 0.9]), pytest.approx([0.75 / 0.9])]
+    bars = [container.lines[2] for container in axes.containers]
+    across, up = (bar.get_segments()[0] for bar in bars[0])
+    assert across[:, 0] == pytest.approx([1.0, 1.3])
+    assert up[:, 1] == pytest.approx([0.82 / 0.9, 0.84 / 0.9])
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == ["fine-tuned base", "masks", 'masks, "paper" preset']
+    with pytest.raises(ValueError, match="nothing to draw"):
+        study("speed_up").plot_speed_up(cells, speeds[-1:], {})
+
+
+def test_adapters_that_were_kept_are_measured_once(
+    study: Any, adapter_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in (0, 1):
+        shutil.copytree(adapter_path, tmp_path / "kept" / "stsb" / "adaprune" / "0.5" / str(seed))
+    results, speeds = write(tmp_path / "results.jsonl", make_rows()), tmp_path / "speeds.jsonl"
+    flags = [
+        "--keep",
+        tmp_path / "kept",
+        "--results",
+        results,
+        "--speeds",
+        speeds,
+        "--figure",
+        tmp_path / "new" / "a.png",
+    ]
+    flags += ["--batch_sizes", 2, "--lengths", 5, "--repeats", 2]
+    monkeypatch.setattr(sys, "argv", ["speed_up.py", *map(str, flags)])
+    study("speed_up").main()
+    rows = [json.loads(line) for line in speeds.read_text().splitlines()]
+    assert [(row["seed"], row["form"]) for row in rows] == [(s, form) for s in (0, 1) for form in ("base", "merged")]
+    assert {(row["task"], row["method"], row["sparsity_asked"]) for row in rows} == {("stsb", "adaprune", 0.5)}
+    assert (tmp_path / "new" / "a.png").is_file()
+    shutil.copytree(adapter_path, tmp_path / "kept" / "stsb" / "adaprune" / "0.5" / "2")
+    study("speed_up").main()
+    again = [json.loads(line) for line in speeds.read_text().splitlines()]
+    assert again[:4] == rows
+    assert [row["seed"] for row in again[4:]] == [2, 2]
+
+
 def test_the_committed_results_make_a_report(study: Any, tmp_path: Path) -> None:
     study("report").main(STUDY / "results.jsonl", tmp_path)
     assert (tmp_path / "scores.png").is_file()

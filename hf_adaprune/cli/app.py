@@ -1,21 +1,26 @@
 """The commands of `hf-adaprune`."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from rich.text import Text
+from transformers import PreTrainedModel
 
+from ..advice import speed_advice
 from ..analysis import Overlap, load_masks, pairwise_overlap, plot_overlap, sparsity_report
-from ..checkpoint import save_merged
+from ..checkpoint import save_compacted, save_merged, save_onnx
 from ..checks import base_fits
 from ..demo.run import run_demo
 from ..errors import BaseMismatchError
 from ..glue import GLUE_COLUMNS, load_glue_split, score_on_glue
 from ..publish import push_adapter
-from ..stored import check_same_base, read_adapter
+from ..speed import measure_speed
+from ..stored import StoredAdapter, check_same_base, read_adapter
 from .answer import EXIT_CODES_HELP, Answer, answering
-from .tables import fact_table, overlap_table, sparsity_table
+from .tables import fact_table, overlap_table, sparsity_table, speed_table
 
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -26,6 +31,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and n
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the adapter on the Hub.")]
 Subfolder = Annotated[str | None, typer.Option(help="Where in the folder or repository it is.")]
 Base = Annotated[str | None, typer.Option(help="A copy of the base, if not where the adapter says.")]
+Output = Annotated[Path, typer.Argument(help="A new or an empty folder.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda ...; by default a GPU if there is one.")]
 
 
 @app.callback(epilog=EXIT_CODES_HELP)
@@ -85,19 +92,84 @@ def verify(
 @answering
 def merge(
     name: Name,
-    output: Annotated[Path, typer.Argument(help="A new or an empty folder.")],
+    output: Output,
     base: Base = None,
     revision: Revision = None,
     subfolder: Subfolder = None,
     as_json: Json = False,
 ) -> Answer:
     """Write a plain checkpoint, with zeros for what is pruned, that needs neither peft nor hf_adaprune."""
+    return _write(save_merged, read_adapter(name, revision=revision, subfolder=subfolder), output, base)
+
+
+@app.command()
+@answering
+def export(
+    name: Name,
+    output: Output,
+    onnx: Annotated[bool, typer.Option("--onnx", help="As ONNX; masks of single weights are merged.")] = False,
+    base: Base = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    as_json: Json = False,
+) -> Answer:
+    """Write the model without the neurons and heads that are pruned: a checkpoint of a smaller model, or ONNX."""
+    save = save_onnx if onnx else save_compacted
+    return _write(save, read_adapter(name, revision=revision, subfolder=subfolder), output, base)
+
+
+def _write(save: Callable[..., PreTrainedModel], adapter: StoredAdapter, output: Path, base: str | None) -> Answer:
     try:
-        save_merged(read_adapter(name, revision=revision, subfolder=subfolder), output, base)
+        model = save(adapter, output, base)
     except FileExistsError as error:
         raise typer.BadParameter(str(error), param_hint="OUTPUT") from None
-    facts = {"name": name, "output": str(output), "bytes": sum(path.stat().st_size for path in output.iterdir())}
+    size = sum(path.stat().st_size for path in output.iterdir())
+    facts = {"name": adapter.name, "output": str(output), "bytes": size, "parameters": model.num_parameters()}
     return Answer(facts, [fact_table(facts)])
+
+
+@app.command()
+@answering
+def speed(
+    name: Name,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Texts at once, 1 by default; give it again for several.")
+    ] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens a text, 128 by default; give it again for several.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=2, help="How many rounds are counted.")] = 30,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Measure on ONNX Runtime too; on a CPU.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default PyTorch's choice.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="In bfloat16, which 2:4 masks want on a GPU.")] = False,
+    device: Device = None,
+    base: Base = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    as_json: Json = False,
+) -> Answer:
+    """Measure base, merged and smaller model side by side on this machine, and say what to expect."""
+    adapter = read_adapter(name, revision=revision, subfolder=subfolder)
+    place = device or ("cuda" if torch.cuda.is_available() and not onnx else "cpu")
+    model = adapter.open(base).to(place, torch.bfloat16 if bf16 else None)
+    reports = measure_speed(
+        model,
+        batch_sizes=batch_size or [1],
+        lengths=length or [128],
+        repeats=repeats,
+        onnx=onnx,
+        num_threads=threads,
+    )
+    conclusion = [*map(str, reports), speed_advice(adapter.config)]
+    scores = {result.metric_type: result.metric_value for result in adapter.results()}
+    data = {
+        "name": name,
+        "scores": scores,
+        "measured": [row for report in reports for row in report.rows()],
+        "conclusion": conclusion,
+    }
+    said = [f"Score on the card, the same in every form: {metric} {score}" for metric, score in scores.items()]
+    return Answer(data, [speed_table(reports), *map(Text, [*said, *conclusion])])
 
 
 @app.command()
@@ -170,7 +242,7 @@ def evaluate(
     subfolder: Subfolder = None,
     batch_size: Annotated[int, typer.Option(min=1, help="How many examples are computed at once.")] = 32,
     max_length: Annotated[int, typer.Option(min=1, help="Texts are cut to so many tokens.")] = 128,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default a GPU if there is one.")] = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> Answer:
     """Score an adapter on a GLUE task."""

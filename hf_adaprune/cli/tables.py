@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
 from ..analysis import OverlapReport, SparsityReport
+from ..speed import SpeedReport
 
 
 def fact_table(facts: Mapping[str, object]) -> Table:
@@ -46,6 +47,21 @@ def overlap_table(pairs: Mapping[tuple[str, str], OverlapReport]) -> Table:
         whole = report.whole
         agreement = (whole.agreement, whole.chance_agreement, whole.jaccard, whole.chance_jaccard, whole.kappa)
         table.add_row(*pair, *(f"{value:.3f}" for value in agreement))
+    return table
+
+
+def speed_table(reports: Sequence[SpeedReport]) -> Table:
+    """Return a table of how fast each form of a model is, for each size of batch."""
+    table = Table(title=f"Measured on {reports[0].device}", title_justify="left")
+    for name in ("batch", "length", "form", "times as fast as the base", "quartiles", "ms", "MB"):
+        table.add_column(name, justify="left" if name == "form" else "right")
+    for report in reports:
+        for timing in report.timings:
+            low, median, high = timing.speed_up
+            sizes = (str(report.batch_size), str(report.length))
+            ratios = (f"{median:.2f}", f"{low:.2f} to {high:.2f}")
+            table.add_row(*sizes, timing.name, *ratios, f"{1000 * timing.median:.1f}", f"{timing.num_bytes / 1e6:.1f}")
+        table.add_section()
     return table
 
 

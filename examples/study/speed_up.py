@@ -1,0 +1,146 @@
+"""Measure how fast the study's adapters are, and draw their scores over that.
+
+    python examples/study/run.py --data_dir glue --keep kept        # keeps the adapters
+    python examples/study/speed_up.py --keep kept --batch_sizes 1 32 --lengths 32 128
+
+What is measured is appended to a file of its own, a line for each form of a model and size of batch; adapters that
+have lines there are skipped. Without `--keep` only the figure is drawn, of the lines that are there.
+"""
+
+import statistics
+from argparse import ArgumentParser
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from report import NAMES, REWOUND, load
+from results import Cells, append_row, read_rows
+from tqdm import tqdm
+from transformers.utils import logging
+
+from hf_adaprune.speed import BASE, measure_speed
+from hf_adaprune.stored import read_adapter
+
+
+RUN = ("task", "method", "sparsity_asked", "seed")
+
+
+def measure(keep: Path, path: Path, base: str | None, **options: Any) -> None:
+    """Measure the adapters that are not in the file yet; `options` are those of `measure_speed`."""
+    done = {tuple(row[key] for key in RUN) for row in read_rows(path)}
+    for config in tqdm(sorted(keep.glob("*/*/*/*/adapter_config.json")), unit="adapter"):
+        task, method, sparsity, seed = config.parent.relative_to(keep).parts
+        run = (task, method, float(sparsity), int(seed))
+        if run not in done:
+            for report in measure_speed(read_adapter(config.parent).open(base), **options):
+                for row in report.rows():
+                    append_row(path, dict(zip(RUN, run, strict=True)) | row)
+
+
+def plot_speed_up(cells: Cells, speeds: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> Figure:
+    """Draw shares of fine-tuning's score over speed-ups on PyTorch, a panel for each size of batch.
+
+    A point is a method at a sparsity: up, the mean over tasks, and its deviation over seeds; to the right, the medians
+    and quartiles of its smallest form, averaged over its runs. The fine-tuned base is at 1 and 1.
+
+    Args:
+        cells (`Cells`): Rows, each with its `score`, by method and sparsity, and by task.
+        speeds (`Sequence[Mapping[str, Any]]`): What `measure` has written.
+        names (`Mapping[str, str]`): What each method is called.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure.
+
+    Raises:
+        ValueError: If no adapter whose speed was measured has a score beside one of fine-tuning.
+    """
+    shares = _shares(cells)
+    points: dict[Any, dict[Any, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for run, size, speed_up in _smallest(speeds):
+        _, method, sparsity, seed = run
+        if run in shares:
+            points[size][method, sparsity].append((seed, shares[run], speed_up))
+    if not points:
+        raise ValueError("There is nothing to draw: no adapter has both a measured speed-up and a score.")
+    figure = Figure(figsize=(3.8 * len(points), 3.9), layout="constrained")
+    methods = sorted({method for found in points.values() for method, _ in found})
+    panels = figure.subplots(1, len(points), squeeze=False).flat
+    handles: dict[str, Any] = {}
+    for axes, (size, found) in zip(panels, sorted(points.items()), strict=True):
+        (handles["fine-tuned base"],) = axes.plot(1, 1, "k*", markersize=10)
+        for number, method in enumerate(methods):
+            curve = [_point(runs) for (name, _), runs in sorted(found.items()) if name == method]
+            if curve:
+                x, x_spread, y, y_spread = zip(*curve, strict=True)
+                spreads = {"xerr": list(zip(*x_spread, strict=True)), "yerr": y_spread, "capsize": 2}
+                label = names.get(method, method).replace("`", "")
+                handles[label] = axes.errorbar(x, y, **spreads, color=f"C{number}", marker="o", markersize=4)
+        axes.axvline(1, color="black", linewidth=0.7, linestyle=":")
+        axes.set_title("batch {}, length {}, {}".format(*size), fontsize=10)
+        axes.set_xlabel("times as fast as the base")
+        axes.spines[["right", "top"]].set_visible(False)
+    figure.axes[0].set_ylabel("score, share of fine-tuning's")
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def _shares(cells: Cells) -> dict[tuple[Any, ...], float]:
+    """Return for each run its score over the mean of fine-tuning's on the same task."""
+    tuned = {task: statistics.fmean(row["score"] for row in rows) for task, rows in cells["finetune", 0.0].items()}
+    return {
+        (task, method, sparsity, row["seed"]): row["score"] / tuned[task]
+        for (method, sparsity), by_task in cells.items()
+        for task, rows in by_task.items()
+        for row in rows
+        if tuned.get(task)
+    }
+
+
+def _smallest(speeds: Sequence[Mapping[str, Any]]) -> list[tuple[Any, Any, list[float]]]:
+    """Return run, size and quartiles of what each run has of least bytes on PyTorch."""
+    best: dict[Any, Mapping[str, Any]] = {}
+    for row in speeds:
+        key = tuple(row[key] for key in RUN), (row["batch_size"], row["length"], row["device"])
+        if row["form"] != BASE and "ONNX" not in row["form"] and row["bytes"] <= best.get(key, row)["bytes"]:
+            best[key] = row
+    return [(*key, row["speed_up"]) for key, row in best.items()]
+
+
+def _point(runs: Sequence[tuple[int, float, Sequence[float]]]) -> tuple[float, tuple[float, float], float, float]:
+    low, median, high = (statistics.fmean(column) for column in zip(*(speed_up for *_, speed_up in runs), strict=True))
+    by_seed = defaultdict(list)
+    for seed, share, _ in runs:
+        by_seed[seed].append(share)
+    means = [statistics.fmean(shares) for shares in by_seed.values()]
+    spread = statistics.stdev(means) if len(means) > 1 else 0.0
+    return median, (median - low, high - median), statistics.fmean(means), spread
+
+
+def main() -> None:
+    """Measure what is missing, and draw."""
+    here = Path(__file__)
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--keep", type=Path, help="The folder that `run.py --keep` has filled.")
+    parser.add_argument("--model", help="A copy of the adapters' base, if not where they say.")
+    parser.add_argument("--results", type=Path, default=here.with_name("results.jsonl"))
+    parser.add_argument("--speeds", type=Path, default=here.with_name("speed_up.jsonl"))
+    parser.add_argument("--figure", type=Path, default=here.parent / "figures" / "speed_up.png")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--onnx", action="store_true")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    if args.keep:
+        options = {"batch_sizes": args.batch_sizes, "lengths": args.lengths, "repeats": args.repeats}
+        measure(args.keep, args.speeds, args.model, onnx=args.onnx, **options)
+    figure = plot_speed_up(load(args.results), read_rows(args.speeds), NAMES | REWOUND)
+    args.figure.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.figure, dpi=150)
+    print(args.figure)
+
+
+if __name__ == "__main__":
+    main()
