@@ -10,6 +10,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub import EvalResult, HfApi, ModelCard, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -20,7 +21,6 @@ from .checks import run_checks
 from .config import AdaPruneConfig
 from .errors import AdapterFileError, AdapterNotFoundError, BaseMismatchError, ConfigError
 from .fingerprint import same_origin
-from .model_card import CARD
 from .storage import check_shapes, read_shapes
 
 
@@ -98,7 +98,7 @@ class StoredAdapter:
     def results(self) -> list[EvalResult]:
         """Return the scores on the adapter's card: none if it has no card, or none within reach."""
         try:
-            card = ModelCard.load(cached_file(self.name, CARD, **self.hub), ignore_metadata_errors=True)
+            card = ModelCard.load(cached_file(self.name, REPOCARD_NAME, **self.hub), ignore_metadata_errors=True)
         except (OSError, ValueError):
             return []
         return card.data.eval_results or []
