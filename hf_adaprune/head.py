@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .config import AdaPruneConfig
 from .errors import AdapterFileError, BaseMismatchError, ConfigError
 from .labels import stored_labels
-from .layer_average import make_layer_average_head
+from .layer_average import LayerAverageHead, make_layer_average_head
 
 
 _TASK_TYPES = {
@@ -173,13 +173,16 @@ def check_modules_to_save(model: nn.Module, config: AdaPruneConfig) -> None:
     modules = {name: module for name, module in model.named_modules() if name and not added & set(name.split("."))}
     # As PEFT finds them.
     endings = tuple(config.modules_to_save or ())
-    copied = [name for name, module in modules.items() if name.endswith(endings) and _has_parameters(module)]
-    held = tuple(config.head_tensors or ())
-    missing = [name for name in copied if not any(key.startswith(f"{name}.") for key in held)]
+    copied = {name: module for name, module in modules.items() if name.endswith(endings)}
+    copied = {name: getattr(module, "original_module", module) for name, module in copied.items()}
+    if config.head == "layer_average":
+        copied["classifier"] = LayerAverageHead(1, 1, 1)
+    wanted = [f"{name}.{key}" for name, module in copied.items() for key in module.state_dict()]
+    missing = sorted(set(wanted) - set(config.head_tensors or ()))
     if missing:
         raise AdapterFileError(
-            f"`modules_to_save={config.modules_to_save}` names {missing}, of which the adapter's `head_tensors` has "
-            "nothing: its configuration is not what was saved. Fetch it again."
+            f"By `modules_to_save={config.modules_to_save}` and `head={config.head!r}` the adapter has {missing}, by "
+            "its `head_tensors` it has not: its configuration is not what was saved. Fetch it again."
         )
 
 

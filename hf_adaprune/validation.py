@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 # A model of more weights than this in one matrix does not exist; numbers beyond it only wear down a reader.
 _MAX_WEIGHTS = 2**48
+_MAX_DEPTH = 20
 
 
 def mistyped(config: AdaPruneConfig) -> list[str]:
@@ -23,10 +25,12 @@ def mistyped(config: AdaPruneConfig) -> list[str]:
     problems = []
     for name, annotation in annotations.items():
         kinds = [kind for kind in annotation.split(" | ") if kind in _KINDS]
-        value = getattr(config, name)
-        if kinds and not any(_KINDS[kind](value) for kind in kinds):
+        value = getattr(config, name, None)
+        if _is_deep(value):
+            problems.append(f"`{name}` must not be nested more than {_MAX_DEPTH} deep.")
+        elif kinds and not any(_KINDS[kind](value) for kind in kinds):
             wanted = " or ".join(_SPOKEN.get(kind, kind) for kind in kinds if kind != "None")
-            problems.append(f"`{name}` must be of type {wanted}, got {value!r}.")
+            problems.append(f"`{name}` must be of type {wanted}, got {reprlib.repr(value)}.")
     return problems
 
 
@@ -56,6 +60,14 @@ def problems_of_storage(config: AdaPruneConfig) -> list[str]:
     if config.model_config is None or config.labels_fingerprint != labels_fingerprint(config.model_config):
         return ["The labels in `model_config` are not those that were saved: fetch the adapter again."]
     return []
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        containers = [it.values() if isinstance(it, dict) else it for it in level if isinstance(it, (dict, list))]
+        level = [inner for container in containers for inner in container]
+    return bool(level)
 
 
 def _is_list_of(kind: type, value: Any) -> bool:
@@ -89,4 +101,5 @@ _INHERITED = {
     "revision": "str | None",
     "inference_mode": "bool",
     "auto_mapping": "dict[str, Any] | None",
+    "peft_version": "str | None",
 }

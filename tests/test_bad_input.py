@@ -380,7 +380,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     with_a_weight_of_the_base: "should not have, .*LayerNorm.weight.*Fetch",
     with_scores: "should not have, .*adaprune_scores.*Fetch",
     with_a_head_of_another_size: "does not fit the head.*classifier.weight.*Fetch",
-    with_more_to_save: "names .*embeddings.*has nothing.*Fetch",
+    with_more_to_save: "the adapter has .*embeddings.*it has not.*Fetch",
     without_fingerprints: "has them no more.*Fetch.*skip_fingerprint_check",
     with_another_fingerprint: "not those that were saved.*Fetch",
     with_half_the_targets: "not those that were saved.*Fetch",

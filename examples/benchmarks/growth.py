@@ -9,7 +9,6 @@ the peak. Prints a JSON line a size, and draws them. Nothing here depends on wha
 
 import itertools
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -85,7 +84,9 @@ def _now(device: str) -> float:
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    # Not `getrusage`, which a process inherits from the one that has started it. Linux only.
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def draw(rows: list[dict[str, float]], path: Path) -> None:
