@@ -260,14 +260,11 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         With gradients enabled and an active adapter in training the result carries the gradient to its scores.
         Otherwise it is built once and reused until a mask or the weight changes.
         """
-        built = self._effective
         # A compiled model cannot tell what was built from what would be: it unpacks its masks in each pass.
-        if (
-            built is not None
-            and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-            and self._is_current(built)
-        ):
-            return built.weight
+        if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+            reusable = self._reusable()
+            if reusable is not None:
+                return reusable
         if self.merged and self.disable_adapters:
             self.unmerge()
         weight = self.get_base_layer().weight
@@ -281,8 +278,6 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             return weight
         if torch.compiler.is_compiling():
             return self._masked(weight, names)
-        if built is not None and self._is_current(built):
-            return built.weight
         return self._built_weight(weight, names)
 
     def _masked(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
@@ -314,6 +309,9 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         return weight
 
     def _built_weight(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
+        reusable = self._reusable()
+        if reusable is not None:
+            return reusable
         # Built outside of inference mode, so that it may take part in a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
             product = self._masked(weight.detach(), names)
@@ -324,10 +322,12 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         self._effective = _Effective(product, weight, active, names, masks, counted, counts, weight.data_ptr())
         return product
 
-    def _is_current(self, built: _Effective) -> bool:
-        """Return whether a weight that was built is what would be: asked by every layer in every forward pass."""
-        weight = self.get_base_layer().weight
-        return (
+    def _reusable(self) -> torch.Tensor | None:
+        """Return the weight that was built, if it is what would be: asked of every layer in every forward pass."""
+        built, weight = self._effective, self.get_base_layer().weight
+        if built is None:
+            return None
+        holds = (
             weight is built.base
             and not self._disable_adapters
             and not self.merged_adapters
@@ -336,6 +336,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             and [tensor._version for tensor in built.counted] == built.counts
             and weight.data_ptr() == built.pointer
         )
+        return built.weight if holds else None
 
     def _mask_tensor(self, adapter_name: str) -> torch.Tensor:
         unpacked = self._unpacked.get(adapter_name)

@@ -79,18 +79,23 @@ def decode_bits(coded: Array, odds: Array, num_bits: int) -> Array:
     symbols = np.empty(num_coded + 2 * lanes, np.uint8)
     tables, widths, lows = _tables(), _widths(), _lows()
     index, read = _table_index(odds[:num_coded]), 0
+    slot_bases, symbol_bases = index << _PRECISION, index << 8
+    shift, mask = np.uint32(_PRECISION), np.uint32(_LOWEST - 1)
     for start in range(0, num_coded, lanes):
         stop = min(start + lanes, num_coded)
-        state, table = states[: stop - start], index[start:stop]
-        slot = state & np.uint32(_LOWEST - 1)
-        symbol = tables[(table << _PRECISION) + slot]
+        state = states[: stop - start]
+        slot = state & mask
+        symbol = tables.take(slot_bases[start:stop] + slot)
         symbols[start:stop] = symbol
-        entry = (table << 8) + symbol
-        state[:] = widths[entry] * (state >> np.uint32(_PRECISION)) + (slot - lows[entry])
-        empty = np.flatnonzero(state < _LOWEST)
+        entry = symbol_bases[start:stop] + symbol
+        state >>= shift
+        state *= widths.take(entry)
+        state += slot
+        state -= lows.take(entry)
+        empty = (state < _LOWEST).nonzero()[0]
         if read + len(empty) > len(words):
             raise ValueError("Coded bits end too early.")
-        state[empty] = (state[empty] << np.uint32(_PRECISION)) | words[read : read + len(empty)]
+        state[empty] = (state.take(empty) << shift) | words[read : read + len(empty)]
         read += len(empty)
     if read != len(words) or (states >> np.uint32(_PRECISION) != 1).any():
         raise ValueError("Coded bits do not end where they must.")

@@ -244,3 +244,14 @@ def test_the_demo_compares_saves_and_opens_again(
     assert {"README.md", "sparsity.png", "adapter_config.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert "the predictions agree" in capsys.readouterr().out
     assert AutoTokenizer.from_pretrained(tmp_path / "out") is not None
+
+
+def test_the_benchmark_of_the_codec_finds_coded_masks_within_their_bounds(
+    example: Any, adapter_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example("benchmarks/codec.py", adapter_path, "--figure", tmp_path / "bytes.png", "--repeats", 1)
+    row = json.loads(capsys.readouterr().out)
+
+    assert row["scaled"] < row["coded"] <= 1
+    assert row["bytes"]["coded"] <= row["bytes"]["packed"] < row["bytes"]["checkpoint"]
+    assert (tmp_path / "bytes.png").stat().st_size > 10_000

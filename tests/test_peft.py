@@ -733,12 +733,17 @@ def load_masks(model: Any) -> None:
     model.load_state_dict(flipped)
 
 
+def set_masks(model: Any) -> None:
+    for layer in layers_of(model):
+        layer.set_mask("default", ~layer.mask("default"))
+
+
 def half(model: Any) -> None:
     model.to(torch.bfloat16)
 
 
 @pytest.mark.parametrize(
-    "change", [merge, unmerge, switch, load_weights, change_in_place, replace_data, load_masks, half]
+    "change", [merge, unmerge, switch, load_weights, change_in_place, replace_data, load_masks, set_masks, half]
 )
 def test_a_built_weight_is_built_again_after_a_change(saved: Saved, change: Callable[[Any], None]) -> None:
     model = saved.open()
@@ -749,6 +754,16 @@ def test_a_built_weight_is_built_again_after_a_change(saved: Saved, change: Call
             masks = [layer.mask(name) for name in layer.active_adapters if not layer.merged]
             assert torch.equal(layer.effective_weight(), torch.stack([layer.weight, *masks]).prod(0).to(layer.weight))
             assert layer.effective_weight().dtype == layer.weight.dtype
+
+
+@torch.no_grad()
+def test_a_built_weight_waits_while_adapters_are_disabled(saved: Saved) -> None:
+    model = saved.open()
+    logits = logits_of(model)
+    with model.disable_adapter():
+        assert all(layer.effective_weight() is layer.get_base_layer().weight for layer in layers_of(model))
+        assert not torch.equal(logits_of(model), logits)
+    assert torch.equal(logits_of(model), logits)
 
 
 @pytest.mark.parametrize("trainable", [False, True])

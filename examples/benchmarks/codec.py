@@ -155,18 +155,20 @@ def draw(results: list[dict[str, Any]], path: str) -> None:
     share = np.linspace(0.001, 0.999, 400)
     _, axes = plt.subplots(figsize=(7, 4.5))
     axes.axhline(first["bytes"]["checkpoint"], color="black", label="full checkpoint, float32")
-    axes.axhline(first["bytes"]["LoRA r=8"], color="tab:gray", linestyle="--", label="LoRA r=8 on the same layers")
     axes.axhline(first["bytes"]["packed"], color="tab:blue", label="packed: one bit a weight")
+    axes.axhline(first["bytes"]["LoRA r=8"], color="tab:orange", linestyle="--", label="LoRA r=8 on the same layers")
     binary = -(share * np.log2(share) + (1 - share) * np.log2(1 - share))
     axes.plot(share, binary * weights / 8 + head, color="tab:blue", linestyle=":", label="bound without the weights")
     points = {
+        "matrix": ("x", "bound by |w| alone"),
         "coded": ("o", "coded"),
         "scaled": ("_", "bound by |w| and scales"),
-        "matrix": ("x", "bound by |w| alone"),
     }
     for name, (marker, label) in points.items():
         bytes_of = [row[name] * row["weights"] / 8 + row["head_bytes"] for row in results]
-        axes.plot([row["sparsity"] for row in results], bytes_of, marker, color="tab:red", label=label, markersize=9)
+        axes.plot(
+            [row["sparsity"] for row in results], bytes_of, marker, color="tab:red", label=label, fillstyle="none"
+        )
     axes.set(xlabel="sparsity of the masked weights", ylabel="bytes of the adapter, with its head", yscale="log")
     axes.legend(fontsize=8)
     plt.tight_layout()
