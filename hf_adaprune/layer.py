@@ -1,4 +1,4 @@
-"""The layers that multiply a frozen weight by a mask."""
+"""What all layers have in common that multiply a frozen weight by a mask."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .binarize import sigmoid_relaxation, straight_through
 from .codec import decode_mask, encode_mask, is_coded
@@ -394,71 +392,11 @@ def decode_loaded(layer: Any, incompatible_keys: Any = None) -> None:
             layer.packed(name)
 
 
-class Linear(AdaPruneLayer):
-    """A masked `torch.nn.Linear`."""
-
-    input_dim = 1
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        weight = self.effective_weight()
-        return F.linear(self._cast_input_dtype(x, weight.dtype), weight, self.bias)
-
-
-class Conv1DLinear(AdaPruneLayer):
-    """A masked `transformers` `Conv1D`: a linear layer whose weight is stored transposed, `(in, out)`."""
-
-    input_dim = 0
-
-    @staticmethod
-    def _features(base_layer: Any) -> tuple[int, int]:
-        return tuple(base_layer.weight.shape)
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        weight = self.effective_weight()
-        x = self._cast_input_dtype(x, weight.dtype)
-        output = torch.addmm(self.get_base_layer().bias, x.reshape(-1, self.in_features), weight)
-        return output.view(*x.shape[:-1], self.out_features)
-
-
-class Embedding(AdaPruneLayer):
-    """A masked `torch.nn.Embedding`."""
-
-    @staticmethod
-    def _features(base_layer: Any) -> tuple[int, int]:
-        return base_layer.num_embeddings, base_layer.embedding_dim
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        embedded = F.embedding(x, self.effective_weight(), self.get_base_layer().padding_idx)
-        scale = self._get_embed_scale()
-        return embedded if scale is None else embedded * scale.to(embedded.dtype)
-
-
 def _mask_of(scores: torch.Tensor, mask: torch.Tensor, measure: torch.Tensor, config: AdaPruneConfig) -> torch.Tensor:
     """Return what the scores select, of as many entries as the mask keeps."""
     if config.selection == "threshold":
         return scores > 0
     return topk_mask(scores, int(mask.count_nonzero()), measure)
-
-
-def wrap(
-    module: nn.Module,
-    adapter_name: str,
-    config: AdaPruneConfig,
-    groups: Groups | None = None,
-    mask_bytes: int | None = None,
-) -> AdaPruneLayer | None:
-    """Return the masked layer for a module, or `None` if there is none for its type."""
-    for base_cls, layer_cls in MASKABLE.items():
-        if isinstance(module, base_cls):
-            return layer_cls(module, adapter_name, config, groups, mask_bytes)
-    return None
-
-
-MASKABLE: dict[type[nn.Module], type[AdaPruneLayer]] = {
-    nn.Linear: Linear,
-    Conv1D: Conv1DLinear,
-    nn.Embedding: Embedding,
-}
 
 
 def module_counts(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, int]]:

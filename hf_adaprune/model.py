@@ -27,7 +27,8 @@ from .errors import AdapterFileError, ConfigError, MergeError, NoMatchingModuleE
 from .fingerprint import fingerprint, fingerprints_are_checked
 from .groups import Groups
 from .head import check_architecture, check_modules_to_save, fitting_head, plan_head
-from .layer import MASKABLE, AdaPruneLayer, Embedding, adaprune_layers, module_counts, wrap
+from .layer import AdaPruneLayer, adaprune_layers, module_counts
+from .maskable import MASKABLE, Embedding, wrap
 from .masks import SHORTEST
 from .mixed_batch import mixed_batch
 from .publish import push_with_card

@@ -28,7 +28,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_adaprune import AdaPruneConfig, Pruner, sparsity_report
 from hf_adaprune.errors import AdapterFileError, MergeError, NoMatchingModuleError
-from hf_adaprune.layer import AdaPruneLayer, Conv1DLinear, Embedding, Linear, adaprune_layers
+from hf_adaprune.layer import AdaPruneLayer, adaprune_layers
+from hf_adaprune.maskable import Conv1DLinear, Embedding, Linear
 
 
 @dataclass

@@ -1,0 +1,74 @@
+"""The layers that can be masked, each kind with its forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import AdaPruneConfig
+from .groups import Groups
+from .layer import AdaPruneLayer
+
+
+class Linear(AdaPruneLayer):
+    """A masked `torch.nn.Linear`."""
+
+    input_dim = 1
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        weight = self.effective_weight()
+        return F.linear(self._cast_input_dtype(x, weight.dtype), weight, self.bias)
+
+
+class Conv1DLinear(AdaPruneLayer):
+    """A masked `transformers` `Conv1D`: a linear layer whose weight is stored transposed, `(in, out)`."""
+
+    input_dim = 0
+
+    @staticmethod
+    def _features(base_layer: Any) -> tuple[int, int]:
+        return tuple(base_layer.weight.shape)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        weight = self.effective_weight()
+        x = self._cast_input_dtype(x, weight.dtype)
+        output = torch.addmm(self.get_base_layer().bias, x.reshape(-1, self.in_features), weight)
+        return output.view(*x.shape[:-1], self.out_features)
+
+
+class Embedding(AdaPruneLayer):
+    """A masked `torch.nn.Embedding`."""
+
+    @staticmethod
+    def _features(base_layer: Any) -> tuple[int, int]:
+        return base_layer.num_embeddings, base_layer.embedding_dim
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        embedded = F.embedding(x, self.effective_weight(), self.get_base_layer().padding_idx)
+        scale = self._get_embed_scale()
+        return embedded if scale is None else embedded * scale.to(embedded.dtype)
+
+
+MASKABLE: dict[type[nn.Module], type[AdaPruneLayer]] = {
+    nn.Linear: Linear,
+    Conv1D: Conv1DLinear,
+    nn.Embedding: Embedding,
+}
+
+
+def wrap(
+    module: nn.Module,
+    adapter_name: str,
+    config: AdaPruneConfig,
+    groups: Groups | None = None,
+    mask_bytes: int | None = None,
+) -> AdaPruneLayer | None:
+    """Return the masked layer for a module, or `None` if there is none for its type."""
+    for base_cls, layer_cls in MASKABLE.items():
+        if isinstance(module, base_cls):
+            return layer_cls(module, adapter_name, config, groups, mask_bytes)
+    return None
