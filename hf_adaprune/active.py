@@ -14,10 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import AdaPruneConfig
+from .labels import LABEL_FIELDS, stored_labels
 from .layer import AdaPruneLayer, adaprune_layers
-
-
-_LABEL_FIELDS = ("id2label", "label2id", "problem_type")
 
 
 class ActiveHead:
@@ -28,7 +26,7 @@ class ActiveHead:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.base_labels = {field: getattr(model.config, field, None) for field in _LABEL_FIELDS}
+        self.base_labels = {field: getattr(model.config, field, None) for field in LABEL_FIELDS}
         self.base_num_labels: int = getattr(model, "num_labels", model.config.num_labels)
         self.layers: list[AdaPruneLayer] = []
         self.heads: list[ModulesToSaveWrapper] = []
@@ -60,31 +58,30 @@ class ActiveHead:
         """Write the labels that the model's configuration tells into that of the adapter that they are of."""
         stored = getattr(self.shown, "model_config", None)
         if stored is not None and model.config.num_labels == self.num_labels(model, self.shown):
-            current = {field: getattr(model.config, field, None) for field in _LABEL_FIELDS}
+            current = {field: getattr(model.config, field, None) for field in LABEL_FIELDS}
             stored |= {field: value for field, value in current.items() if value is not None}
 
     def show(self, model: Any, config: AdaPruneConfig | None) -> None:
         """Have the model's configuration tell the labels of an adapter; without one, those of the base."""
         self.shown = config
-        saved = _saved(model, config)
-        for field, value in self.base_labels.items():
-            setattr(model.config, field, value if saved is None else getattr(saved, field, None))
+        for field, value in (_labels(config) or self.base_labels).items():
+            setattr(model.config, field, value)
         if hasattr(model, "num_labels"):
             model.num_labels = model.config.num_labels
 
     def num_labels(self, model: Any, config: AdaPruneConfig | None) -> int:
         """Return how many labels the head of an adapter has; without one, the head of the base."""
-        saved = _saved(model, config)
-        return self.base_num_labels if saved is None else saved.num_labels
+        labels = _labels(config)
+        return self.base_num_labels if labels is None else len(labels["id2label"])
 
 
 def _is_ours(config: Any) -> bool:
     return isinstance(config, AdaPruneConfig)
 
 
-def _saved(model: Any, config: AdaPruneConfig | None) -> Any:
+def _labels(config: AdaPruneConfig | None) -> dict[str, Any] | None:
     stored = getattr(config, "model_config", None)
-    return None if stored is None else type(model.config).from_dict(dict(stored))
+    return None if stored is None else stored_labels(stored)
 
 
 def active_head(model: nn.Module) -> ActiveHead | None:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
+from .checkpoints import put_state_in_place, save_state_no_more, save_state_with_checkpoints, set_torn_aside
 from .config import AdaPruneConfig
 from .errors import ConfigError, NotPrunedError
 from .layer import adaprune_layers
 from .model_card import CARD, write_model_card
 from .pruner import Pruner
 from .publish import fetch_card
-from .sharding import is_sharded
 from .trainer_card import complete_trainer_card
 
 
@@ -59,7 +58,10 @@ class AdaPruneCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Put masks on the Trainer's model, before its optimizer is made."""
+        """Put masks on the Trainer's model, before its optimizer is made, and torn checkpoints out of the way."""
+        with args.main_process_first(local=args.save_on_each_node, desc="looking for torn checkpoints"):
+            if args.should_save:
+                set_torn_aside(args.output_dir)
         # `Trainer.push_to_hub` writes a card of its own over the adapter's, and then has the model complete it.
         model.create_or_update_model_card = self._complete_card  # type: ignore[assignment]
         wrapped = isinstance(model, PeftModel) or any(True for _ in adaprune_layers(model))
@@ -70,6 +72,8 @@ class AdaPruneCallback(TrainerCallback):
                     "one, or a plain model."
                 )
             return
+        # A model of sentence-transformers is several modules, of which one is a transformers model.
+        model = getattr(model, "transformers_model", None) or model
         if not isinstance(model, PreTrainedModel):
             raise NotPrunedError(
                 f"`AdaPruneCallback` puts masks on a transformers model, got a {type(model).__name__}. Wrap it first: "
@@ -86,6 +90,10 @@ class AdaPruneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Start, or go on, at the point of the schedule where training is."""
+        checkpoint = _folder_of_step(args, state)
+        if state.global_step and hasattr(model, "transformers_model") and (checkpoint / SAFE_WEIGHTS_NAME).is_file():
+            # sentence-transformers resumes from the adapter alone.
+            model.load_state_dict(load_file(checkpoint / SAFE_WEIGHTS_NAME), strict=False)
         self.pruner = self.pruner_cls(model, state.max_steps, self.adapter_name)
         self.pruner.load_state_dict({"num_steps": state.global_step})
         score_step = self.pruner.config.score_lr_ratio * args.learning_rate
@@ -95,6 +103,7 @@ class AdaPruneCallback(TrainerCallback):
                 "expect a poor mask. 5e-5, the Trainer's default, is right for AdaPrune."
             )
         self._forget_best(state)
+        save_state_with_checkpoints(model, args.world_size, resumable=not args.save_only_model)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -126,14 +135,11 @@ class AdaPruneCallback(TrainerCallback):
             logs.update(measured)
             state.log_history[-1].update(measured)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        """Save, with the checkpoint, the scores that its adapter does not hold."""
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """See that all processes have the masks that were saved; put the scores where a resumed run looks for them."""
         self._running.check_masks()
-        if args.should_save and not args.save_only_model and not is_sharded(model.parameters()):
-            folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-            _save_training_state(model, folder)
+        if args.should_save:
+            put_state_in_place(_folder_of_step(args, state))
         self._forget_best(state)
 
     def on_push_begin(
@@ -145,7 +151,7 @@ class AdaPruneCallback(TrainerCallback):
         card, name = Path(args.output_dir, CARD), _name_on_hub(args)
         fetch_card(card, name, revision=args.hub_revision, token=args.hub_token)
         self._card = (card.read_text(encoding="utf-8") if card.is_file() else None), name
-        checkpoint = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        checkpoint = _folder_of_step(args, state)
         if (checkpoint / CONFIG_NAME).is_file():
             write_model_card(checkpoint, name=name, card=card, picture=False)
 
@@ -153,6 +159,7 @@ class AdaPruneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """End at exactly the sparsity that was asked for."""
+        save_state_no_more(kwargs["model"])
         self._running.finalize()
 
     @property
@@ -174,6 +181,10 @@ class AdaPruneCallback(TrainerCallback):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
+def _folder_of_step(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
 def _name_on_hub(args: TrainingArguments) -> str:
     """Return the full name of the repository that a Trainer pushes to, as far as can be told."""
     name = args.hub_model_id or Path(args.output_dir).absolute().name
@@ -183,20 +194,3 @@ def _name_on_hub(args: TrainingArguments) -> str:
         return f"{HfApi(token=args.hub_token).whoami()['name']}/{name}"
     except Exception:  # Whatever the Hub has against it, the push itself will say so.
         return name
-
-
-def _save_training_state(model: nn.Module, folder: Path) -> None:
-    """Write everything trainable, and the masks, under the model's own names.
-
-    The Trainer, when it resumes, loads a checkpoint's `model.safetensors` into the model in training in preference to
-    its adapter: that is where the scores go, for plain and for wrapped models alike.
-    """
-    state = model.state_dict()
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    masks = {
-        f"{name}.adaprune_mask.{adapter}" for name, layer in adaprune_layers(model) for adapter in layer.adaprune_mask
-    }
-    path = folder / SAFE_WEIGHTS_NAME
-    aside = path.with_suffix(".tmp")
-    save_file({name: state[name].contiguous() for name in sorted(trained | masks)}, aside, metadata={"format": "pt"})
-    os.replace(aside, path)

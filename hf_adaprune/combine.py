@@ -111,7 +111,7 @@ def _new_config(
     config.mask_embeddings = any(configs[name].mask_embeddings for name in names)
     # What is written when an adapter is made or saved is written anew.
     config.base_fingerprint = config.adapter_fingerprint = config.head_tensors = None
-    config.module_counts = config.group_counts = None
+    config.module_counts = config.group_counts = config.mask_bytes = None
     config.is_stored, config.inference_mode = False, True
     return config
 

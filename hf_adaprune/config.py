@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
 from .errors import ConfigError
-from .masks import PACKED_BITS
+from .labels import labels_fingerprint
+from .masks import PACKED_BITS, SHORTEST
 from .storage import check_weights_file, put_in_place
+from .validation import mistyped, problems_of_storage
 
 
 FORMAT_VERSION = 1
@@ -39,6 +41,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "head_lr_ratio": 1.0,
         # The paper's own gammas add up to 0.0008 over a run, which no score of 0.01 can fall to zero by.
         "drift": 0.012,
+        "dropout": None,
         "mask_embeddings": True,
         "head": "layer_average",
     },
@@ -104,11 +107,14 @@ class AdaPruneConfig(PeftConfig):
             The learning rate of the scores over the optimizer's, > 0. Under Adam a score moves by about
             `score_lr_ratio * learning_rate` a step: 5e-3 at the Trainer's default of 5e-5.
         head_lr_ratio (`float`): The learning rate of `modules_to_save` over the optimizer's, > 0: 2e-4 at 5e-5.
+        dropout (`float`, *optional*):
+            The dropout of the whole model while `Pruner` trains it, in [0, 1). `None` leaves the model's own.
         drift (`float`):
             Subtracted from every score over the whole run, in equal steps, >= 0 (the sum of the gammas of Eq. 5).
 
         base_fingerprint (`str`, *optional*): Written when an adapter is made; which weights the masks belong to.
         adapter_fingerprint (`str`, *optional*): Written when an adapter is saved; what its masks and head are.
+        labels_fingerprint (`str`, *optional*): Written when an adapter is saved; what its labels are.
         model_config (`dict`, *optional*): Written when an adapter is made; the model's own configuration.
         num_parameters (`int`, *optional*): Written when an adapter is made; how many the whole model has.
         module_counts (`dict[str, list[int]]`, *optional*):
@@ -118,7 +124,12 @@ class AdaPruneConfig(PeftConfig):
             pruned, and how many there are.
         head_tensors (`list[str]`, *optional*): Written when an adapter is saved; the names of its head's tensors.
         combination (`str`, *optional*): Written by `combine_adapters`; how the masks were made, and of which adapters.
-        mask_codec (`str`): How masks are stored.
+        mask_bytes (`dict[str, int]`, *optional*):
+            Written when an adapter is saved whose masks are coded; how many bytes each takes, where that is less than
+            one bit a weight.
+        mask_codec (`str`):
+            How masks are stored. `"packed-bits-lsb"`: one bit a weight. `"auto"`: in less, where they are predictable
+            from their weights, as trained masks are; such an adapter can only be read together with its base.
         format_version (`int`): Version of the stored format.
 
     Raises:
@@ -146,17 +157,20 @@ class AdaPruneConfig(PeftConfig):
     backward_temperature: float = _option(1.0, "t_s of Eq. 4.")
     score_lr_ratio: float = _option(100.0, "Learning rate of the scores over the optimizer's.")
     head_lr_ratio: float = _option(4.0, "Learning rate of the head over the optimizer's.")
+    dropout: float | None = _option(0.0, "Dropout while masks are trained; None is the model's own.")
     drift: float = _option(0.0, "Subtracted from every score over the run (sum of the gammas of Eq. 5).")
 
     base_fingerprint: str | None = _option(None, "Which weights the masks belong to.")
     adapter_fingerprint: str | None = _option(None, "What the saved masks and head are.")
+    labels_fingerprint: str | None = _option(None, "What the labels in `model_config` are.")
     model_config: dict[str, Any] | None = _option(None, "The model's own configuration.")
     num_parameters: int | None = _option(None, "How many parameters the whole model has.")
     module_counts: dict[str, list[int]] | None = _option(None, "Pruned and all weights of each masked module.")
     group_counts: dict[str, list[int]] | None = _option(None, "Pruned and all groups of each mask of groups.")
     head_tensors: list[str] | None = _option(None, "Names of the tensors of the saved head.")
     combination: str | None = _option(None, "How the masks were made of those of other adapters.")
-    mask_codec: str = _option(PACKED_BITS, "How masks are stored.")
+    mask_bytes: dict[str, int] | None = _option(None, "How many bytes each mask takes that is coded.")
+    mask_codec: str = _option(PACKED_BITS, f"How masks are stored: {PACKED_BITS}, or {SHORTEST} for less.")
     format_version: int = _option(FORMAT_VERSION, "Version of the stored format.")
 
     def __post_init__(self) -> None:
@@ -165,12 +179,14 @@ class AdaPruneConfig(PeftConfig):
         # Whether this comes with a stored adapter: asked now, since what is written into it later is of one in memory.
         self.is_stored = self.module_counts is not None
         self.is_filled = False  # whether the stored masks are in place
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
         problems = self._problems()
         if problems:
             raise ConfigError("\n".join(problems))
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
+        # From here on the labels may be changed: they are held against it once.
+        self.labels_fingerprint = None
 
     @property
     def group_kinds(self) -> tuple[str, ...]:
@@ -180,13 +196,25 @@ class AdaPruneConfig(PeftConfig):
     @property
     def n_of_m(self) -> tuple[int, int] | None:
         """How many of how many neighbouring weights are kept, under such a granularity."""
-        found = re.fullmatch(r"(\d+):(\d+)", self.granularity)
+        found = re.fullmatch(r"(\d{1,4}):(\d{1,4})", self.granularity)
         return (int(found[1]), int(found[2])) if found else None
 
     @property
     def mask_lengths(self) -> dict[str, int]:
         """How many entries each mask of a stored adapter has: weights, or groups."""
         return {name: length for name, (_, length) in (self.group_counts or self.module_counts or {}).items()}
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether modules are chosen by regular expressions, or by parts of them."""
+        return (
+            isinstance(self.target_modules, str) or isinstance(self.exclude_modules, str) or bool(self.layers_pattern)
+        )
+
+    @property
+    def mask_sizes(self) -> dict[str, int]:
+        """How many bytes each mask of a stored adapter takes: one bit an entry, or less."""
+        return {name: -(-length // 8) for name, length in self.mask_lengths.items()} | (self.mask_bytes or {})
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> AdaPruneConfig:
@@ -219,6 +247,12 @@ class AdaPruneConfig(PeftConfig):
         output = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
         # A stored adapter is opened for inference unless its reader says otherwise: PEFT's convention.
         output.update({"inference_mode": True, "auto_mapping": auto_mapping or self.auto_mapping})
+        if self.module_counts is not None and self.has_patterns:
+            # What is stored is matched by nobody's regular expression.
+            output.update(dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")))
+            output["target_modules"] = sorted(self.mask_lengths)
+        if self.model_config is not None:
+            output["labels_fingerprint"] = labels_fingerprint(self.model_config)
         os.makedirs(save_directory, exist_ok=True)
         path = Path(save_directory, CONFIG_NAME)
         aside = path.with_suffix(".json.tmp")
@@ -251,10 +285,7 @@ class AdaPruneConfig(PeftConfig):
         return config
 
     def _problems(self) -> list[str]:
-        problems = [
-            f"`{name}` must be of type {'number' if kind is float else kind.__name__}, got {value!r}."
-            for name, kind, value in self._mistyped()
-        ]
+        problems = mistyped(self) or problems_of_storage(self)
         if problems:
             return problems
         if not 0 <= self.final_sparsity < 1:
@@ -268,10 +299,12 @@ class AdaPruneConfig(PeftConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 problems.append(f"`{name}` must be positive and finite, got {value}.")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            problems.append(f"`dropout` must be in [0, 1), or None for the model's own; got {self.dropout}.")
         if not 0 <= self.drift < float("inf"):
             problems.append(f"`drift` must be finite and >= 0, got {self.drift}.")
         choices = {"estimator": ESTIMATORS, "score_init": SCORE_INITS, "scope": SCOPES, "selection": SELECTIONS}
-        choices |= {"head": HEADS, "mask_codec": (PACKED_BITS,)}
+        choices |= {"head": HEADS, "mask_codec": (PACKED_BITS, SHORTEST)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 problems.append(f"`{name}` must be one of {list(allowed)}, got {getattr(self, name)!r}.")
@@ -281,7 +314,7 @@ class AdaPruneConfig(PeftConfig):
                 f"The adapter has format version {self.format_version}, this hf_adaprune reads up to "
                 f"{FORMAT_VERSION}: upgrade hf_adaprune to open it."
             )
-        if self.layers_to_transform is not None and not isinstance(self.target_modules, set):
+        if self.layers_to_transform is not None and not isinstance(self.target_modules, (set, list, tuple)):
             problems.append("`layers_to_transform` needs `target_modules` as a list of names.")
         if self.layers_pattern and self.layers_to_transform is None:
             problems.append("`layers_pattern` needs `layers_to_transform`.")
@@ -304,17 +337,3 @@ class AdaPruneConfig(PeftConfig):
         if self.granularity != "weight" and self.mask_embeddings:
             problems.append(f"`granularity={self.granularity!r}` masks no embeddings: leave `mask_embeddings` False.")
         return problems
-
-    def _mistyped(self) -> list[tuple[str, type, Any]]:
-        kinds = {"float": float, "int": int, "str": str, "bool": bool}
-        kinds |= {"dict[str, Any]": dict, "dict[str, list[int]]": dict}
-        found = []
-        for spec in fields(self):
-            value, (first, *rest) = getattr(self, spec.name), str(spec.type).split(" | ")
-            kind = kinds.get(first)
-            if kind is None or (value is None and rest == ["None"]):
-                continue
-            accepted = (int, float) if kind is float else kind
-            if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-                found.append((spec.name, kind, value))
-        return found

@@ -13,7 +13,7 @@ import torch
 _checked: ContextVar[bool] = ContextVar("hf_adaprune_fingerprints_checked", default=True)
 
 
-def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
+def fingerprint(tensors: Iterable[torch.Tensor], exact: bool = False) -> str:
     """Return a digest of the tensors' shapes and values, in order, that copies in lower precision can be held against.
 
     It is two digests, of the values rounded to bfloat16 and to float16, and the precision that the values have. A copy
@@ -22,12 +22,16 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
 
     Args:
         tensors (`Iterable[torch.Tensor]`): Tensors of any shape and dtype.
+        exact (`bool`): Whether a copy in float32 must have the very same values, not only the same roundings.
 
     Returns:
-        `str`: Twice 32 hexadecimal digits, and `"float32"`, `"bfloat16"` or `"float16"`, with dots between.
+        `str`:
+            Twice 32 hexadecimal digits, and `"float32"`, `"bfloat16"` or `"float16"`, with dots between; if exact, 32
+            digits more, of the values themselves.
     """
     tensors = list(tensors)
-    return ".".join((_digest(tensors, torch.bfloat16), _digest(tensors, torch.float16), _precision(tensors)))
+    parts = [_digest(tensors, torch.bfloat16), _digest(tensors, torch.float16), _precision(tensors)]
+    return ".".join([*parts, _digest(tensors, torch.float32)] if exact else parts)
 
 
 def matches(tensors: Iterable[torch.Tensor], expected: str) -> bool | None:
@@ -41,7 +45,9 @@ def matches(tensors: Iterable[torch.Tensor], expected: str) -> bool | None:
         `bool`, *optional*: `None` if it cannot be told: the one is in bfloat16, the other in float16.
     """
     tensors = list(tensors)
-    bfloat16, float16, made_in = [*expected.split("."), "", ""][:3]
+    bfloat16, float16, made_in, values = [*expected.split("."), "", "", ""][:4]
+    if values and _precision(tensors) == "float32":
+        return _digest(tensors, torch.float32) == values
     if _digest(tensors, torch.bfloat16) == bfloat16 or (float16 and _digest(tensors, torch.float16) == float16):
         return True
     made_in = made_in or "bfloat16"
@@ -62,7 +68,7 @@ def _digest(tensors: list[torch.Tensor], dtype: torch.dtype) -> str:
         digest.update(str(tuple(tensor.shape)).encode())
         tensor = tensor.detach()
         if tensor.is_floating_point():
-            tensor = tensor.to(dtype).view(torch.int16)
+            tensor = tensor.to(dtype).view(torch.int32 if dtype == torch.float32 else torch.int16)
         digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()[:32]
 

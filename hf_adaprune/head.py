@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import AdaPruneConfig
-from .errors import BaseMismatchError, ConfigError
+from .errors import AdapterFileError, BaseMismatchError, ConfigError
+from .labels import stored_labels
 from .layer_average import make_layer_average_head
 
 
@@ -24,6 +26,13 @@ _TASK_TYPES = {
     "LMHeadModel": TaskType.CAUSAL_LM,
     "ForMaskedLM": None,
     "Model": TaskType.FEATURE_EXTRACTION,
+}
+
+
+# What PEFT takes from a model for these tasks.
+_GENERATES = {
+    "CAUSAL_LM": "prepare_inputs_for_generation",
+    "SEQ_2_SEQ_LM": "_prepare_encoder_decoder_kwargs_for_generation",
 }
 
 
@@ -94,11 +103,12 @@ def fitting_head(model: nn.Module, config: AdaPruneConfig, num_labels: int | Non
     """
     fitting: dict[str, nn.Module] = {}
     if isinstance(model, PreTrainedModel) and config.model_config is not None:
-        saved = type(model.config).from_dict(dict(config.model_config))
-        if saved.num_labels != num_labels:
-            fitting = _build_head(model, type(model)._from_config, saved)
+        wanted = copy.deepcopy(model.config)
+        wanted.id2label = stored_labels(config.model_config)["id2label"]
+        if wanted.num_labels != num_labels:
+            fitting = _build_head(model, type(model)._from_config, wanted)
         if config.head == "layer_average":
-            fitting["classifier"] = make_layer_average_head(model, saved.num_labels)
+            fitting["classifier"] = make_layer_average_head(model, wanted.num_labels)
     own = {name: _swap(model, name, module) for name, module in fitting.items()}
     try:
         yield
@@ -131,11 +141,16 @@ def _record(model: PreTrainedModel, config: AdaPruneConfig) -> None:
 
 
 def check_architecture(model: nn.Module, config: AdaPruneConfig) -> None:
-    """Raise if a stored adapter was made for a model of another class.
+    """Raise if an adapter is for models of another class, or for what the model cannot do.
 
     Raises:
-        BaseMismatchError: If it was.
+        BaseMismatchError: If a stored adapter was made for a model of another class.
+        ConfigError: If the adapter is for generating text, and the model does not.
     """
+    if config.task_type in _GENERATES and not hasattr(model, _GENERATES[config.task_type]):
+        raise ConfigError(
+            f"`task_type={str(config.task_type)!r}` is for models that generate text; {type(model).__name__} is none."
+        )
     if config.model_config is None or not isinstance(model, PreTrainedModel):
         return
     architecture = (config.model_config.get("architectures") or [type(model).__name__])[0]
@@ -146,10 +161,32 @@ def check_architecture(model: nn.Module, config: AdaPruneConfig) -> None:
         )
 
 
-def _build_head(model: PreTrainedModel, build: Any, saved: Any) -> dict[str, nn.Module]:
+def check_modules_to_save(model: nn.Module, config: AdaPruneConfig) -> None:
+    """Raise if PEFT would make copies of modules of which a stored adapter holds none.
+
+    Raises:
+        AdapterFileError: If it would.
+    """
+    if not config.is_stored:
+        return
+    added = {"modules_to_save", "original_module"}
+    modules = {name: module for name, module in model.named_modules() if name and not added & set(name.split("."))}
+    # As PEFT finds them.
+    endings = tuple(config.modules_to_save or ())
+    copied = [name for name, module in modules.items() if name.endswith(endings) and _has_parameters(module)]
+    held = tuple(config.head_tensors or ())
+    missing = [name for name in copied if not any(key.startswith(f"{name}.") for key in held)]
+    if missing:
+        raise AdapterFileError(
+            f"`modules_to_save={config.modules_to_save}` names {missing}, of which the adapter's `head_tensors` has "
+            "nothing: its configuration is not what was saved. Fetch it again."
+        )
+
+
+def _build_head(model: PreTrainedModel, build: Any, wanted: Any) -> dict[str, nn.Module]:
     """Build those modules of a head that differ in size from what the model has."""
     with torch.device("meta"):
-        template = build(saved)
+        template = build(wanted)
     reference = next(model.parameters())
     built = {}
     for name in head_modules(model):

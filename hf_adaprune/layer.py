@@ -14,11 +14,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .binarize import sigmoid_relaxation, straight_through
+from .codec import decode_mask, encode_mask, is_coded
 from .config import AdaPruneConfig
 from .groups import Groups
-from .masks import pack_mask, topk_mask, unpack_mask
+from .masks import SHORTEST, apply_mask, pack_mask, topk_mask, unpack_mask
 from .scores import initial_scores, magnitude_ranks, scores_from_mask, wanda_ranks
-from .sharding import copy_whole, whole
+from .sharding import copy_whole, is_sharded, whole
 
 
 class _Effective(NamedTuple):
@@ -26,17 +27,23 @@ class _Effective(NamedTuple):
 
     weight: torch.Tensor
     base: torch.Tensor
+    active: list[str]
+    names: list[str]
     masks: list[torch.Tensor]
-    versions: list[int]
+    # Those of the weight and the masks whose changes are counted, and their counts.
+    counted: list[torch.Tensor]
+    counts: list[int]
+    pointer: int
 
 
 class AdaPruneLayer(nn.Module, BaseTunerLayer):
     """Hold the masks of one frozen weight, one per adapter.
 
     A mask is one bit a weight: `adaprune_mask[adapter]`, a `uint8` buffer of shape `(ceil(weights / 8),)`, is what is
-    saved and loaded. `adaprune_scores[adapter]`, real and of the weight's shape, exists only while an adapter is
-    trained. Where whole groups of inputs are masked, both have one entry a group (`Groups`). What `forward` computes
-    depends on the mask alone: scores only receive a gradient, and `Pruner` turns them into the next mask.
+    saved and loaded; one that was saved in less is decoded to that as soon as it is loaded (`packed`).
+    `adaprune_scores[adapter]`, real and of the weight's shape, exists only while an adapter is trained. Where whole
+    groups of inputs are masked, both have one entry a group (`Groups`). What `forward` computes depends on the mask
+    alone: scores only receive a gradient, and `Pruner` turns them into the next mask.
     """
 
     adapter_layer_names: tuple[str, ...] = ("adaprune_scores",)
@@ -48,7 +55,6 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         weight: torch.Tensor
         bias: torch.Tensor | None
 
-        def get_base_layer(self) -> Any: ...
         def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None: ...
         def _cast_input_dtype(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
         def _get_embed_scale(self) -> torch.Tensor | None: ...
@@ -58,7 +64,12 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         merged: bool
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: AdaPruneConfig, groups: Groups | None = None
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: AdaPruneConfig,
+        groups: Groups | None = None,
+        mask_bytes: int | None = None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -75,23 +86,41 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         self.cast_input_dtype_enabled = True
         self.in_features, self.out_features = self._features(base_layer)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, groups)
+        self.update_layer(adapter_name, config, groups, mask_bytes)
+        # Masks that are coded are decoded now: a compiled model could not do it.
+        self.register_load_state_dict_post_hook(decode_loaded)
 
     @staticmethod
     def _features(base_layer: Any) -> tuple[int, int]:
         return base_layer.in_features, base_layer.out_features
 
-    def update_layer(self, adapter_name: str, config: AdaPruneConfig, groups: Groups | None = None) -> None:
-        """Add an adapter that keeps every weight, with scores if it is to be trained."""
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: AdaPruneConfig,
+        groups: Groups | None = None,
+        mask_bytes: int | None = None,
+    ) -> None:
+        """Add an adapter that keeps every weight, with scores if it is to be trained.
+
+        One whose mask is to be loaded, and takes `mask_bytes`, less than a bit a weight, has no mask until then.
+        """
         weight = self.get_base_layer().weight
         self._configs[adapter_name] = config
+        self._effective = None
         if groups is not None:
             self._groups[adapter_name] = groups
         everything = torch.ones(self._entries(adapter_name), dtype=torch.bool, device="cpu")
-        self.adaprune_mask[adapter_name] = pack_mask(everything).to(weight.device)
+        packed = pack_mask(everything) if mask_bytes is None else torch.zeros(mask_bytes, dtype=torch.uint8)
+        self.adaprune_mask[adapter_name] = packed.to(weight.device)
         if not config.inference_mode:
             self.adaprune_scores[adapter_name] = nn.Parameter(initial_scores(self.measure(adapter_name), config))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def get_base_layer(self) -> Any:
+        """Return the masked layer. As PEFT's, which has Python raise an exception each time, in each forward pass."""
+        base: Any = self._modules["base_layer"]
+        return super().get_base_layer() if "base_layer" in base._modules else base
 
     def mask(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's mask: boolean, of the weight's shape, True = kept."""
@@ -101,7 +130,46 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         """Return the adapter's mask as it is scored: one entry a group where groups are masked, else one a weight."""
         if adapter_name in self._unpacked:
             return self._unpacked[adapter_name].to(self.weight.device)
-        return unpack_mask(self.adaprune_mask[adapter_name], self._entries(adapter_name))
+        return unpack_mask(self.packed(adapter_name), self._entries(adapter_name))
+
+    def packed(self, adapter_name: str) -> torch.Tensor:
+        """Return the adapter's mask as packed bits. What was loaded in less is decoded now, and stays so.
+
+        Raises:
+            AdapterFileError: If it was coded by other weights than this layer's.
+        """
+        stored = self.adaprune_mask[adapter_name]
+        if is_coded(stored, self._entries(adapter_name).numel()):
+            self.adaprune_mask[adapter_name] = stored = self.decode(adapter_name, stored)
+        return stored
+
+    def decode(self, adapter_name: str, stored: torch.Tensor) -> torch.Tensor:
+        """Return a mask of this layer as packed bits, from how it is stored."""
+        if not is_coded(stored, self._entries(adapter_name).numel()):
+            return stored
+        with torch.inference_mode(False), torch.no_grad():
+            return decode_mask(stored, whole(self._unmerged_weight()), self.input_dim)
+
+    def encode(self, adapter_name: str, packed: torch.Tensor) -> torch.Tensor:
+        """Return a mask of this layer as it is stored in the fewest bytes, from packed bits."""
+        weight = self._unmerged_weight()
+        if self.groups(adapter_name) is not None or weight.is_meta or is_sharded([weight]):
+            return packed
+        return encode_mask(unpack_mask(packed, weight.shape), weight, self.input_dim)
+
+    def takes(self, adapter_name: str, stored: torch.Tensor) -> bool:
+        """Return whether a tensor has the dtype and a shape that the adapter's mask may be stored in."""
+        size = -(-self._entries(adapter_name).numel() // 8)
+        shorter = self._configs[adapter_name].mask_codec == SHORTEST and stored.numel() < size
+        return stored.dtype == torch.uint8 and stored.dim() == 1 and (stored.numel() == size or shorter)
+
+    def _unmerged_weight(self) -> torch.Tensor:
+        weight = self.get_base_layer().weight.detach()
+        if self._removed:
+            weight = weight.clone()
+            for pruned, values in reversed(self._removed.values()):
+                weight[pruned] = values
+        return weight
 
     def groups(self, adapter_name: str) -> Groups | None:
         """Return the groups that the adapter masks as a whole, or `None` where it masks single weights."""
@@ -192,6 +260,14 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         With gradients enabled and an active adapter in training the result carries the gradient to its scores.
         Otherwise it is built once and reused until a mask or the weight changes.
         """
+        built = self._effective
+        # A compiled model cannot tell what was built from what would be: it unpacks its masks in each pass.
+        if (
+            built is not None
+            and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+            and self._is_current(built)
+        ):
+            return built.weight
         if self.merged and self.disable_adapters:
             self.unmerge()
         weight = self.get_base_layer().weight
@@ -204,13 +280,14 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         if not names:
             return weight
         if torch.compiler.is_compiling():
-            # What was built cannot be told from what would be: a compiled model unpacks its masks in each pass.
             return self._masked(weight, names)
+        if built is not None and self._is_current(built):
+            return built.weight
         return self._built_weight(weight, names)
 
     def _masked(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
         for name in names:
-            weight = weight * self.mask(name).view(torch.uint8)
+            weight = apply_mask(weight, self.mask(name))
         return weight
 
     def _is_trained(self, adapter_name: str) -> bool:
@@ -220,7 +297,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         for name in names:
             mask = self.mask(name)
             if not self._is_trained(name):
-                weight = weight * mask.view(torch.uint8)
+                weight = apply_mask(weight, mask)
                 continue
             config, scores = self._configs[name], self._spread(name, self.adaprune_scores[name])
             if config.estimator == "straight_through":
@@ -237,22 +314,33 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         return weight
 
     def _built_weight(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
-        masks = [self._unpacked.get(name, self.adaprune_mask[name]) for name in names]
-        versions = [0 if tensor.is_inference() else tensor._version for tensor in (weight, *masks)]
-        versions.append(weight.data_ptr())
-        built = self._effective
-        if (
-            built is None
-            or built.base is not weight
-            or built.versions != versions
-            or any(old is not new for old, new in zip(built.masks, masks, strict=True))
-            or (built.weight.dtype, built.weight.device) != (weight.dtype, weight.device)
-        ):
-            # Built outside of inference mode, so that it may take part in a later backward pass.
-            with torch.inference_mode(False), torch.no_grad():
-                product = self._masked(weight.detach(), names)
-            self._effective = built = _Effective(product, weight, masks, versions)
-        return built.weight
+        # Built outside of inference mode, so that it may take part in a later backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            product = self._masked(weight.detach(), names)
+        masks = [self._mask_tensor(name) for name in names]
+        counted = [tensor for tensor in (weight, *masks) if not tensor.is_inference()]
+        counts = [tensor._version for tensor in counted]
+        active = list(self.active_adapters)
+        self._effective = _Effective(product, weight, active, names, masks, counted, counts, weight.data_ptr())
+        return product
+
+    def _is_current(self, built: _Effective) -> bool:
+        """Return whether a weight that was built is what would be: asked by every layer in every forward pass."""
+        weight = self.get_base_layer().weight
+        return (
+            weight is built.base
+            and not self._disable_adapters
+            and not self.merged_adapters
+            and self.active_adapters == built.active
+            and all(self._mask_tensor(name) is mask for name, mask in zip(built.names, built.masks, strict=True))
+            and [tensor._version for tensor in built.counted] == built.counts
+            and weight.data_ptr() == built.pointer
+        )
+
+    def _mask_tensor(self, adapter_name: str) -> torch.Tensor:
+        unpacked = self._unpacked.get(adapter_name)
+        buffers: Any = self._modules["adaprune_mask"]
+        return buffers._buffers[adapter_name] if unpacked is None else unpacked
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -281,8 +369,12 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in self.adaprune_mask:
-            if f"{prefix}adaprune_mask.{name}" not in state_dict:
+            stored = state_dict.get(f"{prefix}adaprune_mask.{name}")
+            if stored is None:
                 continue
+            if stored.shape != self.adaprune_mask[name].shape and self.takes(name, stored):
+                # The same masks may be stored in more bytes or in less.
+                self.adaprune_mask[name] = torch.empty_like(stored, device=self.adaprune_mask[name].device)
             self._unpacked.pop(name, None)
             scores_key = f"{prefix}adaprune_scores.{name}"
             if scores_key in state_dict:
@@ -292,6 +384,13 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
                 # An adapter's file has no scores; those at hand stay until `match_scores_to_mask` is called.
                 state_dict[scores_key] = self.adaprune_scores[name]
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def decode_loaded(layer: Any, incompatible_keys: Any = None) -> None:
+    """Decode the masks of a layer that have been loaded in less than packed bits, if there are weights to do it by."""
+    for name, stored in layer.adaprune_mask.items():
+        if not (stored.is_meta or layer.weight.is_meta):
+            layer.packed(name)
 
 
 class Linear(AdaPruneLayer):
@@ -341,12 +440,16 @@ def _mask_of(scores: torch.Tensor, mask: torch.Tensor, measure: torch.Tensor, co
 
 
 def wrap(
-    module: nn.Module, adapter_name: str, config: AdaPruneConfig, groups: Groups | None = None
+    module: nn.Module,
+    adapter_name: str,
+    config: AdaPruneConfig,
+    groups: Groups | None = None,
+    mask_bytes: int | None = None,
 ) -> AdaPruneLayer | None:
     """Return the masked layer for a module, or `None` if there is none for its type."""
     for base_cls, layer_cls in MASKABLE.items():
         if isinstance(module, base_cls):
-            return layer_cls(module, adapter_name, config, groups)
+            return layer_cls(module, adapter_name, config, groups, mask_bytes)
     return None
 
 

@@ -10,6 +10,8 @@ import torch
 # The name under which `adapter_config.json` records how masks are stored. Entry `i` of the flattened mask is bit
 # `i % 8`, counted from the least significant, of byte `i // 8`; the unused bits of the last byte are zero.
 PACKED_BITS: Final = "packed-bits-lsb"
+# That, or what `codec.encode_mask` makes of them, whichever is shorter.
+SHORTEST: Final = "auto"
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
@@ -51,6 +53,16 @@ def unpack_mask(packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
     bits = (packed.unsqueeze(1) >> shifts) & 1
     return bits.view(-1)[: shape.numel()].view(torch.bool).view(shape)
+
+
+def apply_mask(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Multiply a tensor by a mask, boolean or real, of the same shape; the result has the tensor's dtype."""
+    if mask.dtype == torch.bool and _on_cpu(mask):
+        # The same zeros and ones; a CPU multiplies numbers of one type many times as fast as of two.
+        mask = mask.view(torch.uint8).to(tensor.dtype)
+        if not tensor.requires_grad:
+            return mask.mul_(tensor)
+    return tensor * mask
 
 
 def sparsity_of(masks: Iterable[torch.Tensor]) -> float:

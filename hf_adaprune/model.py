@@ -22,15 +22,17 @@ from .active import ActiveHead, active_head, check_one_head, keep_in_step, unfol
 from .checks import CheckOnce, check_base, head_keys, run_checks
 from .combine import combine_adapters
 from .config import AdaPruneConfig
+from .dropout import restore_dropout
 from .errors import AdapterFileError, ConfigError, MergeError, NoMatchingModuleError
 from .fingerprint import fingerprint, fingerprints_are_checked
 from .groups import Groups
-from .head import check_architecture, fitting_head, plan_head
+from .head import check_architecture, check_modules_to_save, fitting_head, plan_head
 from .layer import MASKABLE, AdaPruneLayer, Embedding, adaprune_layers, module_counts, wrap
+from .masks import SHORTEST
 from .mixed_batch import mixed_batch
 from .publish import push_with_card
 from .selection import check_reachable
-from .storage import forget_check, load_checked, save_weights_first
+from .storage import check_head, forget_check, load_checked, save_weights_first
 from .structure import check_patterns, plan_units
 from .targets import linear_endings, no_match, resolve_targets
 
@@ -86,6 +88,7 @@ class AdaPruneModel(BaseTuner):
         if config.num_parameters is None:
             config.num_parameters = _count_parameters(model)
         plan_head(model, config)
+        check_modules_to_save(model, config)
         if state_dict is not None:
             config.target_modules = {key.rpartition(f".{self.prefix}")[0] for key in state_dict if self.prefix in key}
         self._plan(model, config)
@@ -105,7 +108,8 @@ class AdaPruneModel(BaseTuner):
             keep_in_step(model, keeper, self.peft_config)
             model.save_pretrained = functools.partial(save_weights_first, model)
             if config.is_stored:
-                model._load_pretrained_model = functools.partial(load_checked, config)
+                shapes = _head_shapes(model, adapter_name)
+                model._load_pretrained_model = functools.partial(load_checked, config, shapes)
         if config.is_stored and fingerprints_are_checked():
             check = CheckOnce(adapter_name, config)
             check.handle = model.register_forward_pre_hook(check)
@@ -135,11 +139,11 @@ class AdaPruneModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        groups = self._groups.get(current_key)
+        groups, mask_bytes = self._groups.get(current_key), (peft_config.mask_bytes or {}).get(current_key)
         if isinstance(target, AdaPruneLayer):
-            target.update_layer(adapter_name, peft_config, groups)
+            target.update_layer(adapter_name, peft_config, groups, mask_bytes)
             return
-        layer = wrap(target, adapter_name, peft_config, groups)
+        layer = wrap(target, adapter_name, peft_config, groups, mask_bytes)
         if layer is None:
             raise _unmaskable(current_key, target)
         if adapter_name not in self.active_adapters:
@@ -195,6 +199,7 @@ class AdaPruneModel(BaseTuner):
             if isinstance(hook, (ActiveHead, CheckOnce)):
                 hook.handle.remove()
         plain = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        restore_dropout(plain)
         for name in ("save_pretrained", "set_adapter", "_load_pretrained_model", "_upload_modified_files"):
             vars(plain).pop(name, None)
         return plain
@@ -245,9 +250,13 @@ class AdaPruneModel(BaseTuner):
         _report_unfinished(config, any(adapter_name in layer.adaprune_scores for layer in layers.values()))
         keys = head_keys(model, adapter_name)
         head = [state_dict[key] for key in keys]
-        config.head_tensors = [_plain(key.replace(f".modules_to_save.{adapter_name}.", ".")) for key in keys]
-        config.adapter_fingerprint = fingerprint([*masks.values(), *head])
-        return masks
+        config.head_tensors = [_stored_key(key, adapter_name) for key in keys]
+        masks = {
+            key: layer.decode(adapter_name, mask)
+            for (key, mask), layer in zip(masks.items(), layers.values(), strict=True)
+        }
+        config.adapter_fingerprint = fingerprint([*masks.values(), *head], exact=True)
+        return _shortest(masks, layers, adapter_name, config)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -267,7 +276,7 @@ class AdaPruneModel(BaseTuner):
             mask = remapped.get(key)
             if mask is None:
                 problems.append(f"no mask for {name!r}")
-            elif mask.dtype != torch.uint8 or tuple(mask.shape) != (size,):
+            elif not layer.takes(adapter_name, mask):
                 problems.append(
                     f"the mask for {name!r} is {tuple(mask.shape)} {mask.dtype}, not ({size},) torch.uint8"
                 )
@@ -276,6 +285,10 @@ class AdaPruneModel(BaseTuner):
                 f"The adapter's file does not fit the model: {'; '.join(problems)}. "
                 "Fetch the adapter again, or open it on the base that it was made for."
             )
+        if config.is_stored:
+            shapes = {_stored_key(key, adapter_name): tuple(tensor.shape) for key, tensor in remapped.items()}
+            shapes = {f"base_model.model.{key}": shape for key, shape in shapes.items()}
+            check_head("The adapter's file", shapes, _head_shapes(model, adapter_name))
         config.is_filled = True
         return remapped
 
@@ -297,6 +310,21 @@ def _group_counts(layers: dict[str, AdaPruneLayer], adapter_name: str) -> dict[s
     return {name: [int((~mask).sum()), mask.numel()] for name, mask in masks.items()} or None
 
 
+def _shortest(
+    packed: dict[str, torch.Tensor], layers: dict[str, AdaPruneLayer], adapter_name: str, config: AdaPruneConfig
+) -> dict[str, torch.Tensor]:
+    """Return masks as their configuration wants them stored, and write into that how long each is."""
+    config.mask_bytes = None
+    if config.mask_codec != SHORTEST:
+        return packed
+    stored = {}
+    for (key, mask), (name, layer) in zip(packed.items(), layers.items(), strict=True):
+        stored[key] = layer.encode(adapter_name, mask)
+        if stored[key].numel() < mask.numel():
+            config.mask_bytes = {**(config.mask_bytes or {}), _plain(name): stored[key].numel()}
+    return stored
+
+
 def _report_unfinished(config: AdaPruneConfig, is_trained: bool) -> None:
     """Log, once, that an adapter in training is saved before it is as sparse as it was asked to be."""
     pruned, total = (sum(counts) for counts in zip(*(config.module_counts or {}).values(), strict=True))
@@ -307,6 +335,16 @@ def _report_unfinished(config: AdaPruneConfig, is_trained: bool) -> None:
             f"The adapter is saved at a sparsity of {pruned / total:.4f}, below its `final_sparsity` of "
             f"{config.final_sparsity}: training has not ended. In your own loop, call `Pruner.finalize()` at its end."
         )
+
+
+def _head_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of an adapter's head, by their names in its file."""
+    state = model.state_dict()
+    return {_stored_key(key, adapter_name): tuple(state[key].shape) for key in head_keys(model, adapter_name)}
+
+
+def _stored_key(key: str, adapter_name: str) -> str:
+    return _plain(key.replace(f".modules_to_save.{adapter_name}.", "."))
 
 
 def _plain(name: str) -> str:

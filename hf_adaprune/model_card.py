@@ -220,6 +220,7 @@ def _render(
         auto_class=auto_class or "AutoPeftModel",
         advice=speed_advice(config),
         grouped=bool(config.group_kinds),
+        coded=bool(config.mask_bytes),
         report=sparsity_report(config),
         metrics=metrics,
         picture=picture,

@@ -11,6 +11,7 @@ from torch import nn
 
 from .calibration import InputNorms
 from .config import AdaPruneConfig
+from .dropout import restore_dropout, set_dropout
 from .errors import NonFiniteError, NotPrunedError
 from .layer import adaprune_layers
 from .replicas import check_same_masks
@@ -55,7 +56,7 @@ class Pruner:
     def __init__(self, model: nn.Module, total_steps: int, adapter_name: str = "default") -> None:
         if total_steps < 1:
             raise ValueError(f"`total_steps` must be at least 1, got {total_steps}.")
-        self.layers = dict(adaprune_layers(model, adapter_name))
+        self.model, self.layers = model, dict(adaprune_layers(model, adapter_name))
         if not any(adapter_name in layer.adaprune_scores for layer in self.layers.values()):
             raise NotPrunedError(
                 f"The model has no trainable masks under the adapter name {adapter_name!r}. Make them with "
@@ -68,6 +69,8 @@ class Pruner:
             warnings.warn(
                 "The scores behind the loaded masks are not stored: training goes on from the masks.", stacklevel=2
             )
+        if self.config.dropout is not None:
+            set_dropout(model, self.config.dropout)
         self._head = [
             parameter
             for module in model.modules()
@@ -160,11 +163,13 @@ class Pruner:
         """End the run at `final_sparsity`, to the last weight, whatever came between.
 
         A run that was cut short, or drifted too little, is below its target. Its lowest scores are pruned then, with
-        a warning: nothing was trained after that. In a distributed run all processes call this.
+        a warning: nothing was trained after that. The model has its own dropout again. In a distributed run all
+        processes call this.
 
         Raises:
             DivergenceError: If the processes have different masks.
         """
+        restore_dropout(self.model)
         self._prune_to_target()
         self.check_masks()
 

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import file_exists, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -17,8 +18,6 @@ from .errors import AdapterFileError
 
 
 if TYPE_CHECKING:
-    import torch
-
     from .config import AdaPruneConfig
 
 _PUSH_OPTIONS = ("commit_message", "create_pr", "private", "repo_id", "revision")
@@ -74,7 +73,15 @@ def save_weights_first(model: Any, save_directory: str | Path, *args: Any, **kwa
         push_adapter(save_directory, name, token=kwargs.get("token"), **given)
 
 
-def load_checked(config: AdaPruneConfig, /, *, model: Any, checkpoint_files: list[str] | None, **kwargs: Any) -> Any:
+def load_checked(
+    config: AdaPruneConfig,
+    head_shapes: dict[str, tuple[int, ...]],
+    /,
+    *,
+    model: Any,
+    checkpoint_files: list[str] | None,
+    **kwargs: Any,
+) -> Any:
     """Load an adapter's weights as transformers does, after a look at their file.
 
     `PreTrainedModel.load_adapter` injects the adapter first, and then has the model itself load the file: there, and
@@ -84,8 +91,17 @@ def load_checked(config: AdaPruneConfig, /, *, model: Any, checkpoint_files: lis
     for path in checkpoint_files or ():
         if Path(path).suffix != ".safetensors":
             raise AdapterFileError(_refusal(path))
-        _check_tensors(Path(path), config)
-    return model._load_pretrained_model(model=model, checkpoint_files=checkpoint_files, **kwargs)
+        shapes = read_shapes(Path(path))
+        check_shapes(path, shapes, config)
+        check_head(path, shapes, head_shapes)
+    loaded = model._load_pretrained_model(model=model, checkpoint_files=checkpoint_files, **kwargs)
+    if config.mask_bytes:
+        # Imported here: a layer has a configuration.
+        from .layer import adaprune_layers, decode_loaded
+
+        for _, layer in adaprune_layers(model):
+            decode_loaded(layer)
+    return loaded
 
 
 def forget_check(model: Any) -> None:
@@ -108,11 +124,11 @@ def check_weights_file(name: str, config: AdaPruneConfig, subfolder: str | None,
     """
     path = _find_weights(name, subfolder, **hub)
     if path is not None and path.exists():
-        _check_tensors(path, config)
+        check_shapes(path, read_shapes(path), config)
 
 
 def read_masks(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: Any) -> dict[str, torch.Tensor]:
-    """Read a stored adapter's masks, packed as they are stored, and nothing else of it.
+    """Read a stored adapter's masks as they are stored, and nothing else of it.
 
     Args:
         name (`str`): The adapter's folder, or its name on the Hub.
@@ -121,15 +137,19 @@ def read_masks(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: 
         hub: What `huggingface_hub.hf_hub_download` takes besides.
 
     Returns:
-        `dict[str, torch.Tensor]`: For each mask a `uint8` tensor of shape `(ceil(entries / 8),)`.
+        `dict[str, torch.Tensor]`: For each mask a `uint8` tensor of shape `(ceil(entries / 8),)`, or a shorter one.
 
     Raises:
         AdapterFileError: If the weights are a pickle, or are not all there.
     """
     path = _find_weights(name, subfolder, **hub) or Path(name, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-    _check_tensors(path, config)
+    check_shapes(path, read_shapes(path), config)
     with safe_open(path, framework="pt") as file:
-        return {module: file.get_tensor(f"base_model.model.{module}.adaprune_mask") for module in config.mask_lengths}
+        masks = {module: file.get_tensor(f"base_model.model.{module}.adaprune_mask") for module in config.mask_lengths}
+    strange = [module for module, mask in masks.items() if mask.dtype is not torch.uint8]
+    if strange:
+        raise AdapterFileError(f"{path} has masks for {strange} that are not torch.uint8. Fetch the adapter again.")
+    return masks
 
 
 def _find_weights(name: str, subfolder: str | None, **hub: Any) -> Path | None:
@@ -159,10 +179,6 @@ def _refusal(path: str | Path) -> str:
     )
 
 
-def _check_tensors(path: Path, config: AdaPruneConfig) -> None:
-    check_shapes(path, read_shapes(path), config)
-
-
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors in a file of weights, from its header.
 
@@ -174,14 +190,16 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise AdapterFileError(f"There is no {path}: the adapter has no masks. Fetch it again.") from None
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise AdapterFileError(
             f"{path} cannot be read ({error}): it is cut short, or is no safetensors file. Fetch the adapter again."
         ) from None
 
 
 def check_shapes(path: str | Path, shapes: dict[str, tuple[int, ...]], config: AdaPruneConfig) -> None:
-    """Raise if an adapter's file of weights lacks masks or parts of the head, or has masks of the wrong size.
+    """Raise if an adapter's file of weights has other entries than masks and head, or masks of the wrong size.
+
+    What else there was would be loaded too: scores, say, or weights of the base.
 
     Args:
         path (`str` or `Path`): The file, for the message.
@@ -191,12 +209,38 @@ def check_shapes(path: str | Path, shapes: dict[str, tuple[int, ...]], config: A
     Raises:
         AdapterFileError: If it does.
     """
-    masks = {f"{module}.adaprune_mask": (-(-length // 8),) for module, length in config.mask_lengths.items()}
-    missing = [key for key in (*masks, *(config.head_tensors or ())) if f"base_model.model.{key}" not in shapes]
+    masks = {f"{module}.adaprune_mask": (size,) for module, size in config.mask_sizes.items()}
+    wanted = [f"base_model.model.{key}" for key in (*masks, *(config.head_tensors or ()))]
+    missing = [key.removeprefix("base_model.model.") for key in wanted if key not in shapes]
+    surplus = sorted(shapes.keys() - set(wanted))
     resized = [key for key, shape in masks.items() if shapes.get(f"base_model.model.{key}", shape) != shape]
-    if missing or resized:
-        problems = [f"has no {missing}"] * bool(missing) + [f"has masks of the wrong size: {resized}"] * bool(resized)
+    problems = {"has no": missing, "has masks of the wrong size:": resized, "has, and should not have,": surplus}
+    if any(problems.values()):
         raise AdapterFileError(
-            f"{path} is not what was saved with its configuration: it {' and '.join(problems)}. "
-            "Fetch the adapter again."
+            f"{path} is not what was saved with its configuration: it "
+            f"{' and '.join(f'{what} {keys}' for what, keys in problems.items() if keys)}. Fetch the adapter again."
+        )
+
+
+def check_head(path: str | Path, shapes: dict[str, tuple[int, ...]], head_shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise if the head in an adapter's file of weights is not of the size of the model's.
+
+    Args:
+        path (`str` or `Path`): The file, for the message.
+        shapes (`dict[str, tuple[int, ...]]`): The shapes of its tensors.
+        head_shapes (`dict[str, tuple[int, ...]]`): Those of the head that the model has for the adapter.
+
+    Raises:
+        AdapterFileError: If it is not.
+    """
+    found = {key: shapes.get(f"base_model.model.{key}") for key in head_shapes}
+    problems = [
+        f"{key!r} is {found[key] or 'not there'}, not {shape}"
+        for key, shape in head_shapes.items()
+        if found[key] != shape
+    ]
+    if problems:
+        raise AdapterFileError(
+            f"{path} does not fit the head of the model: {'; '.join(problems)}. Fetch the adapter again, or open it "
+            "on the base that it was made for."
         )

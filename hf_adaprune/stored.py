@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,17 +10,17 @@ from typing import Any
 
 import transformers
 from huggingface_hub import EvalResult, HfApi, ModelCard, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from transformers import AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from .checks import run_checks
 from .config import AdaPruneConfig
 from .errors import AdapterFileError, AdapterNotFoundError, BaseMismatchError, ConfigError
 from .fingerprint import same_origin
-from .model_card import CARD
 from .storage import check_shapes, read_shapes
 
 
@@ -43,8 +44,8 @@ class StoredAdapter:
 
     @property
     def mask_bytes(self) -> int:
-        """How many of the bytes are masks: one bit a weight, rounded up for each module."""
-        return sum(shape[0] for key, shape in self.shapes.items() if key.endswith(".adaprune_mask"))
+        """How many of the bytes are masks: one bit a weight, rounded up for each module, or less."""
+        return sum(math.prod(shape) for key, shape in self.shapes.items() if key.endswith(".adaprune_mask"))
 
     def open(self, base: str | None = None) -> PeftModel:
         """Put the adapter on its base, and check everything now rather than at the first forward pass.
@@ -60,17 +61,20 @@ class StoredAdapter:
             AdapterFileError: If the adapter's files are not what was saved.
             BaseMismatchError: If the base is another one.
         """
-        architecture = (self.config.model_config or {}).get("architectures", ["AutoModel"])[0]
+        architecture = ((self.config.model_config or {}).get("architectures") or ["AutoModel"])[0]
         name, revision = base or self.config.base_model_name_or_path, None if base else self.config.revision
-        if not hasattr(transformers, architecture):
+        cls = _model_class(architecture)
+        if cls is None:
             raise AdapterNotFoundError(
                 f"The base of {self.name!r} is a {architecture}, which transformers {transformers.__version__} lacks. "
                 "Build it yourself and open the adapter with `peft.PeftModel.from_pretrained(base, name)`."
             )
-        try:
-            model = getattr(transformers, architecture).from_pretrained(
-                name, revision=revision, token=self.hub.get("token")
+        if not name:
+            raise AdapterNotFoundError(
+                f"The configuration of {self.name!r} names no base: give its name, or a folder."
             )
+        try:
+            model = cls.from_pretrained(name, revision=revision, token=self.hub.get("token"))
         except OSError as error:
             raise AdapterNotFoundError(f"The adapter's base {name!r} cannot be opened: {error}") from None
         tuned = PeftModel.from_pretrained(model, self.name, **self.hub)
@@ -94,7 +98,7 @@ class StoredAdapter:
     def results(self) -> list[EvalResult]:
         """Return the scores on the adapter's card: none if it has no card, or none within reach."""
         try:
-            card = ModelCard.load(cached_file(self.name, CARD, **self.hub), ignore_metadata_errors=True)
+            card = ModelCard.load(cached_file(self.name, REPOCARD_NAME, **self.hub), ignore_metadata_errors=True)
         except (OSError, ValueError):
             return []
         return card.data.eval_results or []
@@ -152,13 +156,20 @@ def _sizes(adapter: StoredAdapter) -> dict[str, int]:
     return {module: total for module, (_, total) in (adapter.config.module_counts or {}).items()}
 
 
+def _model_class(name: str) -> Any:
+    found = getattr(transformers, name, None)
+    is_model = found is AutoModel or (isinstance(found, type) and issubclass(found, PreTrainedModel))
+    return found if is_model else None
+
+
 def _read_config(name: str, hub: dict[str, Any]) -> AdaPruneConfig:
     try:
         config = PeftConfig.from_pretrained(name, **hub)
     except ConfigError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
-        if error.__cause__ is not None:
+    except Exception as error:
+        # Whatever PEFT stumbles over in a file that may hold anything, one that is nested too deeply, say.
+        if isinstance(error, ValueError) and error.__cause__ is not None:
             # PEFT says where it looked, and hides why it found nothing.
             raise AdapterNotFoundError(f"There is no adapter {name!r} within reach: {error.__cause__}") from None
         raise AdapterFileError(f"{CONFIG_NAME} of {name!r} is no adapter's configuration: {error!r}.") from None

@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner, skip_fingerprint_check, sparsity_report
+from hf_adaprune.analysis import load_masks
 from hf_adaprune.errors import AdaPruneError, AdapterFileError, BaseMismatchError, ConfigError, NonFiniteError
 from hf_adaprune.layer import adaprune_layers
 
@@ -323,6 +324,29 @@ def with_another_head(folder: Path) -> None:
     edit_tensors(folder, lambda it: it[f"{HEAD}.weight"].add_(1))
 
 
+def with_a_last_bit_of_the_head_flipped(folder: Path) -> None:
+    edit_tensors(
+        folder, lambda it: it[f"{HEAD}.weight"].view(torch.int32).bitwise_xor_(torch.ones(1, dtype=torch.int32))
+    )
+
+
+def with_a_weight_of_the_base(folder: Path) -> None:
+    name = "base_model.model.bert.embeddings.LayerNorm.weight"
+    edit_tensors(folder, lambda it: it.update({name: torch.zeros(32)}))
+
+
+def with_scores(folder: Path) -> None:
+    edit_tensors(folder, lambda it: it.update({first_mask(it).replace("mask", "scores.default"): torch.zeros(32, 32)}))
+
+
+def with_a_head_of_another_size(folder: Path) -> None:
+    edit_tensors(folder, lambda it: it.update({f"{HEAD}.weight": it[f"{HEAD}.weight"].T.contiguous()}))
+
+
+def with_more_to_save(folder: Path) -> None:
+    edit_config(folder, modules_to_save=["classifier", "embeddings"])
+
+
 def without_fingerprints(folder: Path) -> None:
     edit_config(folder, adapter_fingerprint=..., base_fingerprint=...)
 
@@ -352,6 +376,11 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     with_a_short_mask: "masks of the wrong size.*adaprune_mask.*Fetch",
     with_a_flipped_bit: "not those that were saved.*Fetch",
     with_another_head: "not those that were saved.*Fetch",
+    with_a_last_bit_of_the_head_flipped: "not those that were saved.*Fetch",
+    with_a_weight_of_the_base: "should not have, .*LayerNorm.weight.*Fetch",
+    with_scores: "should not have, .*adaprune_scores.*Fetch",
+    with_a_head_of_another_size: "does not fit the head.*classifier.weight.*Fetch",
+    with_more_to_save: "names .*embeddings.*has nothing.*Fetch",
     without_fingerprints: "has them no more.*Fetch.*skip_fingerprint_check",
     with_another_fingerprint: "not those that were saved.*Fetch",
     with_half_the_targets: "not those that were saved.*Fetch",
@@ -382,9 +411,17 @@ def test_a_damaged_adapter_never_computes(
     [
         ({"final_sparsity": 2}, r"`final_sparsity` must be in \[0, 1\), got 2"),
         ({"estimator": "ste"}, "`estimator` must be one of .* got 'ste'"),
-        ({"mask_codec": "rle"}, r"`mask_codec` must be one of \['packed-bits-lsb'\], got 'rle'"),
+        ({"mask_codec": "rle"}, r"`mask_codec` must be one of \['packed-bits-lsb', 'auto'\], got 'rle'"),
         ({"format_version": 2}, "format version 2, this hf_adaprune reads up to 1: upgrade"),
         ({"model_config": "bert"}, "`model_config` must be of type dict, got 'bert'"),
+        ({"model_config": {"architectures": 5}}, r"`model_config\['architectures'\]` must be a list of names, got 5"),
+        ({"model_config": {"id2label": {"a": "b"}}}, r"must number its labels from 0, got \['a'\]"),
+        ({"model_config": None}, "labels in `model_config` are not those that were saved"),
+        ({"labels_fingerprint": "0" * 32}, "labels in `model_config` are not those that were saved"),
+        ({"module_counts": {"bert": [2, 1]}}, r"`module_counts` must map names to .* got 'bert': \[2, 1\]"),
+        ({"modules_to_save": [1]}, r"`modules_to_save` must be of type list\[str\], got \[1\]"),
+        ({"target_modules": r"(\w+\.?)+ "}, "regular expressions are not read"),
+        ({"task_type": "CAUSAL_LM"}, "is for models that generate text; BertForSequenceClassification is none"),
         ({"target_modules": ["qurey"]}, r"No module matched `target_modules=\['qurey'\]`. Linear modules end in"),
     ],
     ids=str,
@@ -397,6 +434,31 @@ def test_a_configuration_that_was_edited_by_hand_is_refused_in_words(
     edit_config(tmp_path / "adapter", **fields)
     with pytest.raises(AdaPruneError, match=said):
         DOORS[door](str(base_path), str(tmp_path / "adapter"))
+
+
+def test_what_an_adapter_tells_of_its_base_decides_on_no_size_and_loads_no_code(
+    base_path: Path, adapter_path: Path, tmp_path: Path
+) -> None:
+    wanted = logits_of(DOORS["pipeline"](str(base_path), str(adapter_path)))
+    shutil.copytree(adapter_path, tmp_path / "adapter")
+    config = json.loads((adapter_path / CONFIG).read_text())
+    huge = {"num_labels": 10**12, "num_hidden_layers": 10**9, "attn_implementation": "somebody/kernel"}
+    edit_config(tmp_path / "adapter", model_config=config["model_config"] | huge)
+    for door in (*PEFT_DOORS, *TRANSFORMERS_DOORS):
+        assert torch.equal(logits_of(DOORS[door](str(base_path), str(tmp_path / "adapter"))), wanted)
+    with pytest.raises(AdapterFileError, match="1000000000 layers"):
+        load_masks(tmp_path / "adapter")
+
+
+def test_what_is_stored_names_its_modules_in_full(base_path: Path, tmp_path: Path) -> None:
+    config = AdaPruneConfig(target_modules=r".*\.(query|key|value)", exclude_modules=r".*layer\.0.*")
+    model = get_peft_model(load_base(base_path), config)
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / CONFIG).read_text())
+    names = [f"bert.encoder.layer.1.attention.self.{name}" for name in ("key", "query", "value")]
+    assert (stored["target_modules"], stored["exclude_modules"]) == (names, None)
+    opened = DOORS["PeftModel.from_pretrained"](str(base_path), str(tmp_path))
+    assert [name for name, _ in adaprune_layers(opened)] == [name for name, _ in adaprune_layers(model)]
 
 
 class Trap:

@@ -31,6 +31,16 @@ class Kill(TrainerCallback):
             raise KeyboardInterrupt
 
 
+class Reporter(TrainerCallback):
+    """Keep what a reporter would be given."""
+
+    def __init__(self) -> None:
+        self.entries: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.entries.append(dict(logs))
+
+
 def trainer(model: nn.Module, folder: Path, *callbacks: Any, **options: Any) -> Trainer:
     options = {"per_device_train_batch_size": 8, "num_train_epochs": 2, "logging_steps": 4, "save_steps": 5} | options
     args = TrainingArguments(str(folder), report_to=[], disable_tqdm=True, use_cpu=True, **options)
@@ -59,9 +69,11 @@ def test_a_stock_trainer_prunes_to_the_target_and_changes_no_weight(given: str, 
 
 
 def test_sparsity_and_flip_rate_are_logged_beside_the_loss(tmp_path: Path) -> None:
-    run = trainer(fresh(), tmp_path, AdaPruneCallback)
+    reporter = Reporter()
+    run = trainer(fresh(), tmp_path, AdaPruneCallback, reporter)
     run.train()
     logs = [entry for entry in run.state.log_history if "loss" in entry]
+    assert [{**entry, "step": step} for entry, step in zip(reporter.entries, (4, 8, 12, 16), strict=False)] == logs
     assert len(logs) == STEPS // 4
     assert [entry["sparsity"] for entry in logs] == sorted(entry["sparsity"] for entry in logs)
     assert logs[-1]["sparsity"] == 0.5

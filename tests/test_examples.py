@@ -1,15 +1,18 @@
 """The examples and the command line, on a tiny model."""
 
+import io
 import json
+import subprocess
 import sys
+from contextlib import redirect_stdout
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
-import torch
 from doors import save_base
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer
@@ -61,18 +64,50 @@ def test_a_loop_that_is_resumed_ends_where_the_whole_one_does(example: Any, base
     example("accelerate_loop.py", *flags, *checkpoint, "--output_dir", tmp_path / "cut")
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("whole", "cut")]
     assert files[0].read_bytes() == files[1].read_bytes()
+    # One that was cut short, and two that a kill before the former's deletion left.
+    for name in ("unfinished", "epoch-9", "epoch-10"):
+        (tmp_path / "left" / name).mkdir(parents=True)
+    assert module.find_checkpoint(tmp_path / "left") == tmp_path / "left" / "epoch-10"
+    assert module.find_checkpoint(tmp_path / "none") is None
 
 
-def test_the_step_time_benchmark_prints_ratios(
-    example: Any, base_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def in_this_process(command: list[str]) -> Any:
+    """Do what `subprocess.run` does with a Python script, without another import of everything."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        patch.setattr(sys, "argv", command[1:])
+        import_module(Path(command[1]).stem).main()
+    return SimpleNamespace(returncode=0, stdout=said.getvalue(), stderr="")
+
+
+def test_the_benchmark_of_training_compares_times_and_memory(
+    example: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ["--model", base_path, "--batch_size", 2, "--length", 8, "--steps", 3, "--warmup", 1, "--device", "cpu"]
-    randint = torch.randint
-    monkeypatch.setattr(torch, "randint", lambda low, high, *args, **kwargs: randint(5, 40, *args, **kwargs))
-    example("benchmarks/step_time.py", *flags)
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert len(result["adaprune_over_finetune"]) == 3
-    assert all(ratio > 0 for ratio in result["lora_over_finetune"])
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: in_this_process(command))
+    flags = ["--shapes", "tiny", "--batches", "2x8", "--rounds", 3, "--warmup", 1, "--device", "cpu"]
+    example("benchmarks/training.py", *flags, "--dtypes", "fp32", "bf16")
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["dtype"] for row in rows] == ["fp32", "bf16"]
+    for row in rows:
+        assert len(row["adaprune_over_finetune"]) == 3
+        assert all(ratio > 0 for ratio in row["lora_over_finetune"])
+        assert 0 < row["choosing_masks"] < 1
+        held = row["mib"]["adaprune"]
+        # Frozen: neither the word embeddings, which are nearly all here, nor anything else of the base.
+        assert held["gradients"] < 0.1 * row["mib"]["finetune"]["gradients"]
+        assert held["optimizer"] == pytest.approx(2 * held["gradients"], abs=0.1)
+
+
+def test_the_benchmark_of_growth_measures_and_draws_each_size(
+    example: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: in_this_process(command))
+    flags = ["--width", 16, "--rows", 4, "--steps", 2, "--device", "cpu", "--figure", tmp_path / "growth.png"]
+    example("benchmarks/growth.py", "--weights", 0.001, 0.003, *flags)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["weights"] for row in rows] == [1024, 3072]
+    assert all(row["selection_seconds"] <= row["step_seconds"] for row in rows)
+    assert (tmp_path / "growth.png").stat().st_size > 5_000
 
 
 def test_the_latency_benchmark_prints_a_line_for_each_form_and_size(

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_adaprune.masks import pack_mask, sparsity_of, topk_mask, unpack_mask
+from hf_adaprune.masks import apply_mask, pack_mask, sparsity_of, topk_mask, unpack_mask
 
 
 def naive_topk(scores: torch.Tensor, num_kept: int, weight: torch.Tensor) -> torch.Tensor:
@@ -75,3 +75,16 @@ def test_unpacking_refuses_a_mask_of_the_wrong_length() -> None:
 def test_sparsity_counts_all_masks_together() -> None:
     assert sparsity_of([torch.tensor([True, False]), torch.tensor([False] * 6)]) == 7 / 8
     assert sparsity_of([]) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_mask_is_applied_to_the_last_bit(dtype: torch.dtype) -> None:
+    weight = torch.randn(7, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mask = torch.arange(63).view(7, 9) % 3 == 0
+
+    masked = apply_mask(weight, mask)
+    assert masked.dtype == dtype
+    assert torch.equal(masked, torch.where(mask, weight, 0))
+    # A mask that is laid out otherwise, and one that is not of zeros and ones.
+    assert torch.equal(apply_mask(weight.T, mask.T), masked.T)
+    assert torch.equal(apply_mask(weight, torch.full_like(weight, 0.5)), weight * 0.5)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from doors import load_base, logits_of, make_trainer
 from hub_server import Account, HubServer
-from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForSequenceClassification
 
@@ -255,6 +255,17 @@ def test_the_trainer_pushes_the_adapter_and_its_card_while_it_trains(
         assert "masked weights are pruned" in card
     opened = AutoModelForSequenceClassification.from_pretrained(NAME)
     assert torch.equal(logits_of(opened), logits_of(trainer.model))
+
+
+def test_a_run_goes_on_from_the_checkpoint_that_it_has_pushed(
+    base_path: Path, tmp_path: Path, online: HubServer
+) -> None:
+    whole = train_and_push(base_path, tmp_path / "run", hub_strategy="checkpoint", hub_always_push=True, save_steps=3)
+    assert "model.safetensors" not in online.files(NAME)
+    snapshot_download(NAME, local_dir=tmp_path / "pulled")
+    resumed = make_trainer(load_base(base_path), tmp_path / "pulled", AdaPruneCallback)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "pulled" / "last-checkpoint"))
+    assert torch.equal(logits_of(resumed.model), logits_of(whole.model))
 
 
 def test_the_trainers_last_push_has_one_card_with_what_the_trainer_tells(

@@ -14,21 +14,26 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..config import AdaPruneConfig
-from ..errors import NoMatchingModuleError, NotPrunedError
+from ..errors import AdapterFileError, NoMatchingModuleError, NotPrunedError
 from ..groups import Groups
 from ..layer import AdaPruneLayer, adaprune_layers
 from ..masks import unpack_mask
 from ..storage import read_masks
+from ..stored import read_adapter
 from ..structure import stored_units
 from .names import in_order
 
+
+# What would make transformers fetch code, or name a billion labels.
+_NOT_TAKEN = {"attn_implementation", "_attn_implementation", "experts_implementation", "auto_map", "num_labels"}
+_MAX_LAYERS = 1000
 
 # The masks of one adapter: module name -> boolean tensor, True = kept.
 Masks = Mapping[str, torch.Tensor]
 
 
 def load_masks(name_or_path: str | Path, *, subfolder: str | None = None, **hub: Any) -> dict[str, torch.Tensor]:
-    """Read the masks of a stored adapter. Its base is neither needed nor loaded.
+    """Read the masks of a stored adapter. Its base is neither needed nor loaded, unless the masks are coded by it.
 
     Args:
         name_or_path (`str` or `Path`): The adapter's folder, or its name on the Hub.
@@ -43,7 +48,8 @@ def load_masks(name_or_path: str | Path, *, subfolder: str | None = None, **hub:
             own does not tell its shapes: its masks are flat.
 
     Raises:
-        AdapterFileError: If the weights are a pickle, or are not all there.
+        AdapterFileError: If the weights are a pickle, or are not all there, or what is told of the model is wrong.
+        AdapterNotFoundError: If the masks are coded, and the base is not within reach.
         NotPrunedError: If the adapter is of another method, or holds no masks.
         ValueError: If there is no adapter of that name.
 
@@ -57,6 +63,9 @@ def load_masks(name_or_path: str | Path, *, subfolder: str | None = None, **hub:
             f"{str(name_or_path)!r} must be an adapter that AdaPrune has saved; it is one of the method "
             f"{config.peft_type.value}, and its configuration tells of no masks. Name another."
         )
+    if config.mask_bytes:
+        given = {key: hub[key] for key in ("revision", "token") if key in hub}
+        return model_masks(read_adapter(name_or_path, subfolder=subfolder, **given).open())
     packed = read_masks(str(name_or_path), config, subfolder, **hub)
     skeleton: Any = _skeleton(config)
     units = {} if skeleton is None else stored_units(skeleton, config)
@@ -141,12 +150,28 @@ def transformers_config(config: AdaPruneConfig | PretrainedConfig) -> Pretrained
 
     Raises:
         NotPrunedError: If the adapter was made for a model that is none of transformers'.
+        AdapterFileError: If what is stored is no configuration of a model.
     """
     if isinstance(config, PretrainedConfig):
         return config
     if config.model_config is None:
         raise NotPrunedError("The adapter's configuration does not tell what model it was made for.")
-    return AutoConfig.for_model(**config.model_config)
+    told = {key: value for key, value in config.model_config.items() if key not in _NOT_TAKEN}
+    try:
+        found = AutoConfig.for_model(**told)
+    except Exception as error:
+        raise _no_model(error) from None
+    num_layers = getattr(found, "num_hidden_layers", None) or 0
+    if not isinstance(num_layers, int) or num_layers > _MAX_LAYERS:
+        raise _no_model(f"{num_layers} layers")
+    return found
+
+
+def _no_model(reason: object) -> AdapterFileError:
+    return AdapterFileError(
+        f"The `model_config` of the adapter's configuration is none of a model that masks can be for: {reason}. Fetch "
+        "the adapter again."
+    )
 
 
 def _skeleton(config: AdaPruneConfig) -> nn.Module | None:
@@ -155,8 +180,23 @@ def _skeleton(config: AdaPruneConfig) -> nn.Module | None:
     cls = getattr(transformers, names[0], None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         return None
-    with torch.device("meta"):
-        return cls(transformers_config(config))
+    told = transformers_config(config)
+    try:
+        with torch.device("meta"):
+            skeleton: nn.Module = cls(told)
+    except Exception as error:
+        raise _no_model(error) from None
+    sizes = {
+        key.removesuffix(".weight"): parameter.numel()
+        for key, parameter in skeleton.named_parameters(remove_duplicate=False)
+        if key.endswith(".weight")
+    }
+    strangers = [name for name in config.mask_lengths if name not in sizes]
+    if not config.group_counts:
+        strangers += [name for name, length in config.mask_lengths.items() if sizes.get(name, length) != length]
+    if strangers:
+        raise _no_model(f"it has no {strangers} of that size")
+    return skeleton
 
 
 def _outputs_first(masks: Masks, model: nn.Module | None) -> dict[str, torch.Tensor]:

@@ -58,7 +58,7 @@ class RandomMaskCallback(FixedMaskCallback):
 
     def __init__(self, final_sparsity: float = 0.5) -> None:
         config = AdaPruneConfig(
-            final_sparsity=final_sparsity, scope="global", score_init="constant", score_lr_ratio=1.0
+            final_sparsity=final_sparsity, scope="global", score_init="constant", score_lr_ratio=1.0, dropout=None
         )
         super().__init__(config)
 

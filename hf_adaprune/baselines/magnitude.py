@@ -60,6 +60,7 @@ class MagnitudeCallback(TrainedWeightsCallback):
             pruning_end=0.8,
             score_init="constant",
             score_lr_ratio=1.0,
+            dropout=None,
         )
         super().__init__(config)
 
@@ -92,7 +93,7 @@ class IterativeMagnitudeCallback(TrainedWeightsCallback):
 
     def __init__(self, final_sparsity: float = 0.5, rate: float = 0.2) -> None:
         config = AdaPruneConfig(
-            final_sparsity=final_sparsity, scope="global", score_init="constant", score_lr_ratio=1.0
+            final_sparsity=final_sparsity, scope="global", score_init="constant", score_lr_ratio=1.0, dropout=None
         )
         super().__init__(config)
         if not 0 < rate < 1:

@@ -29,7 +29,7 @@ class MovementCallback(TrainedWeightsCallback):
 
     def __init__(self, final_sparsity: float = 0.5, score_learning_rate: float = 1e-2) -> None:
         config = AdaPruneConfig(
-            final_sparsity=final_sparsity, pruning_start=0.1, pruning_end=0.8, score_init="constant"
+            final_sparsity=final_sparsity, pruning_start=0.1, pruning_end=0.8, score_init="constant", dropout=None
         )
         super().__init__(config)
         self.score_learning_rate = score_learning_rate

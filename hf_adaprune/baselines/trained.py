@@ -58,9 +58,7 @@ class TrainedWeightsCallback(AdaPruneCallback):
                 layer.adaprune_scores[self.adapter_name].requires_grad_(self.trains_scores)
                 _replace(model, name, layer)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave the checkpoint as it is: the whole model is in it, masks and scores too."""
         self._forget_best(state)
 

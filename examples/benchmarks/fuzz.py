@@ -1,0 +1,66 @@
+"""Open adapters with something wrong in their files, and count what comes of it:
+
+    python examples/benchmarks/fuzz.py --cases 200000
+    python examples/benchmarks/fuzz.py --only 1234        # one case again, with what was said
+
+Each case takes an intact adapter of a tiny BERT, does one thing to its folder (`tests/mutations.py`), and opens it by
+`read_adapter` and then by PEFT or by transformers. It must come out as one of the package's own errors, or as a model
+whose logits and labels are those of the intact one. Prints a JSON line a kind, how many cases had which outcome, and
+one for all; ends with an error if there was a fault: another model, another error, code run, a file written, more than
+five seconds of computing, or more memory than twice what the intact adapter takes.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser
+from collections import Counter
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers.utils import logging
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+from fuzzing import Fuzzer
+
+
+def main() -> None:
+    """Run, count and print."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=200_000)
+    parser.add_argument("--minutes", type=float, help="After how many to end, whatever is left.")
+    parser.add_argument("--start", type=int, default=0, help="The number of the first case.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, help="The number of a case to be looked at; its files are kept.")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        fuzzer = Fuzzer(Path(folder), args.seed)
+        if args.only is not None:
+            print(fuzzer.run(args.only))
+            print(shutil.copytree(fuzzer.folder, f"fuzzed-{args.only}", dirs_exist_ok=True))
+            return
+        start, end = time.process_time(), time.monotonic() + 60 * (args.minutes or float("inf"))
+        for number in tqdm(range(args.start, args.start + args.cases), unit="case", mininterval=5):
+            fuzzer.run(number)
+            if time.monotonic() > end:
+                break
+    kinds: dict[str, Counter[str]] = {}
+    for (kind, outcome), count in sorted(fuzzer.outcomes.items()):
+        kinds.setdefault(kind, Counter())[outcome] += count
+    for kind, outcomes in kinds.items():
+        print(json.dumps({"kind": kind, "cases": outcomes.total(), **dict(outcomes.most_common())}))
+    total = sum(kinds.values(), Counter[str]())
+    seconds = round(time.process_time() - start)
+    print(json.dumps({"cases": total.total(), "cpu_seconds": seconds, **dict(total.most_common())}))
+    for number, fault in fuzzer.faults.items():
+        print(json.dumps({"number": number, "fault": fault[:500]}))
+    sys.exit(bool(fuzzer.faults))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""The dropout of a model, changed for the time of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+
+_FORMER = "_adaprune_former_dropout"
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Drop with one probability wherever a model drops; what it had is remembered, once, for `restore_dropout`.
+
+    Args:
+        model (`torch.nn.Module`): The model, wrapped for training or not.
+        probability (`float`): In [0, 1).
+    """
+    for module in model.modules():
+        former = dict(_probabilities(module))
+        if former:
+            vars(module).setdefault(_FORMER, former)
+        for name in former:
+            setattr(module, name, probability)
+
+
+def restore_dropout(model: nn.Module) -> None:
+    """Give a model the dropout back that it had before `set_dropout`."""
+    for module in model.modules():
+        for name, probability in vars(module).pop(_FORMER, {}).items():
+            setattr(module, name, probability)
+
+
+def _probabilities(module: nn.Module) -> Iterator[tuple[str, float]]:
+    """Yield where a module keeps a probability: `p` of PyTorch's own, and plain numbers that attention hands on."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        yield "p", module.p
+    for name, value in vars(module).items():
+        if "dropout" in name and isinstance(value, float):
+            yield name, value

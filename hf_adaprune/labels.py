@@ -1,0 +1,56 @@
+"""The names of the labels that an adapter's head has, as its configuration stores them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+LABEL_FIELDS = ("id2label", "label2id", "problem_type")
+_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def stored_labels(model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the labels that a stored configuration of a model tells, as they are in a configuration in memory.
+
+    Nothing else of it is looked at: what a stranger has written into it decides on no size and loads no code.
+
+    Args:
+        model_config (`Mapping[str, Any]`): As `AdaPruneConfig.model_config`, without `problems_of_labels`.
+
+    Returns:
+        `dict[str, Any]`: `id2label`, `label2id` and `problem_type`; what transformers leaves out is two labels.
+    """
+    labels: dict[str, Any] = {field: model_config.get(field) for field in LABEL_FIELDS}
+    if labels["id2label"] is None:
+        names = {number: f"LABEL_{number}" for number in range(2)}
+        labels |= {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    labels["id2label"] = {int(number): name for number, name in labels["id2label"].items()}
+    return labels
+
+
+def problems_of_labels(model_config: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the labels in a stored configuration of a model, in sentences."""
+    labels = {field: model_config.get(field) for field in LABEL_FIELDS}
+    problems = [
+        f"`model_config[{field!r}]` must be of type dict, got {labels[field]!r}."
+        for field in ("id2label", "label2id")
+        if not isinstance(labels[field], (dict, type(None)))
+    ]
+    if not problems and labels["id2label"] is not None:
+        numbers = [str(number) for number in labels["id2label"]]
+        if sorted(numbers) != sorted(str(number) for number in range(len(numbers))) or not numbers:
+            problems.append(f"`model_config['id2label']` must number its labels from 0, got {numbers}.")
+    if labels["problem_type"] not in (None, *_PROBLEM_TYPES):
+        problems.append(
+            f"`model_config['problem_type']` must be one of {list(_PROBLEM_TYPES)}, got {labels['problem_type']!r}."
+        )
+    return problems
+
+
+def labels_fingerprint(model_config: Mapping[str, Any]) -> str:
+    """Return a digest of the labels in a stored configuration of a model: 32 hexadecimal digits."""
+    text = json.dumps(stored_labels(model_config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

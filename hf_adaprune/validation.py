@@ -1,0 +1,92 @@
+"""What can be wrong with a configuration, whoever has written it, before anything is done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from .fingerprint import fingerprints_are_checked
+from .labels import labels_fingerprint, problems_of_labels
+
+
+if TYPE_CHECKING:
+    from .config import AdaPruneConfig
+
+# A model of more weights than this in one matrix does not exist; numbers beyond it only wear down a reader.
+_MAX_WEIGHTS = 2**48
+
+
+def mistyped(config: AdaPruneConfig) -> list[str]:
+    """Return, in sentences, which fields have a value of another type than their annotation's."""
+    annotations = {spec.name: str(spec.type) for spec in fields(config)} | _INHERITED
+    problems = []
+    for name, annotation in annotations.items():
+        kinds = [kind for kind in annotation.split(" | ") if kind in _KINDS]
+        value = getattr(config, name)
+        if kinds and not any(_KINDS[kind](value) for kind in kinds):
+            wanted = " or ".join(_SPOKEN.get(kind, kind) for kind in kinds if kind != "None")
+            problems.append(f"`{name}` must be of type {wanted}, got {value!r}.")
+    return problems
+
+
+def problems_of_storage(config: AdaPruneConfig) -> list[str]:
+    """Return, in sentences, what is wrong with the fields that are written when an adapter is made and saved."""
+    problems = [
+        f"`{field}` must map names to how many are pruned and how many there are, got {name!r}: {counts!r}."
+        for field in ("module_counts", "group_counts")
+        for name, counts in (getattr(config, field) or {}).items()
+        if not _are_counts(counts)
+    ]
+    packed = {name: -(-length // 8) for name, length in config.mask_lengths.items()} if not problems else {}
+    problems += [
+        f"`mask_bytes` must be of masks that take less than one bit a weight, got {name!r}: {size}."
+        for name, size in (config.mask_bytes or {}).items()
+        if not 0 < size < packed.get(name, 0)
+    ]
+    if config.is_stored and config.has_patterns:
+        problems.append("A stored adapter names its `target_modules`: regular expressions are not read.")
+    if config.model_config is not None:
+        architectures = config.model_config.get("architectures", ["PreTrainedModel"])
+        if architectures is not None and not (architectures and _is_list_of(str, architectures)):
+            problems.append(f"`model_config['architectures']` must be a list of names, got {architectures!r}.")
+        problems += problems_of_labels(config.model_config)
+    if problems or config.labels_fingerprint is None or not fingerprints_are_checked():
+        return problems
+    if config.model_config is None or config.labels_fingerprint != labels_fingerprint(config.model_config):
+        return ["The labels in `model_config` are not those that were saved: fetch the adapter again."]
+    return []
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(it, kind) and (kind is bool or not isinstance(it, bool)) for it in value
+    )
+
+
+def _are_counts(value: Any) -> bool:
+    return _is_list_of(int, value) and len(value) == 2 and 0 <= value[0] <= value[1] < _MAX_WEIGHTS
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "None": lambda value: value is None,
+    "bool": lambda value: isinstance(value, bool),
+    "int": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "float": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+    "str": lambda value: isinstance(value, str),
+    "set[str]": lambda value: isinstance(value, set) and _is_list_of(str, [*value]),
+    "list[str]": lambda value: _is_list_of(str, value),
+    "list[int]": lambda value: _is_list_of(int, [*value] if isinstance(value, range) else value),
+    "dict[str, Any]": lambda value: isinstance(value, dict),
+    "dict[str, list[int]]": lambda value: isinstance(value, dict),
+    "dict[str, int]": lambda value: isinstance(value, dict) and _is_list_of(int, [*value.values()]),
+}
+_SPOKEN = {"float": "number"} | dict.fromkeys(["dict[str, Any]", "dict[str, list[int]]", "dict[str, int]"], "dict")
+
+# Fields of PEFT's own that are read from a stored adapter.
+_INHERITED = {
+    "base_model_name_or_path": "str | None",
+    "revision": "str | None",
+    "inference_mode": "bool",
+    "auto_mapping": "dict[str, Any] | None",
+}

@@ -1,0 +1,144 @@
+"""Killed, torn and poor checkpoints: a resumed run is the same run, or says why it is not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_callback import STEPS, Kill, fresh, trainer
+
+from hf_adaprune import AdaPruneCallback, sparsity_report
+
+
+RESUME = Path(__file__).parents[1] / "examples" / "benchmarks" / "resume.py"
+
+
+@pytest.mark.parametrize(("options", "num_processes", "kills"), [("best", 1, 5), ("one_checkpoint", 2, 2)])
+def test_a_run_killed_at_random_moments_ends_as_the_run_never_killed(
+    options: str, num_processes: int, kills: int
+) -> None:
+    flags = ["--options", options, "--num_processes", str(num_processes), "--kills", str(kills)]
+    done = subprocess.run([sys.executable, RESUME, *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["kills"] == kills == sum(result["kills_at"].values())
+    assert result["equal_runs"] == result["runs"] >= 1
+    assert result["torn_checkpoints"] >= 1
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize("damage", [cut_short, Path.unlink])
+@pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.pt", "rng_state.pth"])
+def test_a_torn_checkpoint_is_never_picked_up(
+    name: str, damage: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("hf_adaprune.checkpoints.logger.warning", said.append)
+    whole = fresh()
+    trainer(whole, tmp_path / "whole", AdaPruneCallback).train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(fresh(), tmp_path / "cut", AdaPruneCallback, Kill(12)).train()
+    damage(tmp_path / "cut" / "checkpoint-10" / name)
+    resumed = fresh()
+    run = trainer(resumed, tmp_path / "cut", AdaPruneCallback)
+    assert (tmp_path / "cut" / "torn-checkpoint-10").is_dir()
+    assert not (tmp_path / "cut" / "checkpoint-10").exists()
+    assert "checkpoint-10 was not saved to its end" in said[0]
+    run.train(resume_from_checkpoint=True)
+    for key, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[key], tensor), key
+
+
+def test_what_is_whole_or_no_checkpoint_of_a_trainer_stays_where_it_is(tmp_path: Path) -> None:
+    trainer(fresh(), tmp_path, AdaPruneCallback, max_steps=10).train()
+    trainer(fresh(), tmp_path / "fine-tuned", max_steps=5).train()
+    (tmp_path / "fine-tuned" / "checkpoint-5").rename(tmp_path / "checkpoint-7")
+    for name in ("checkpoint-of-mine", "checkpoint-10.bak"):
+        (tmp_path / name).mkdir()
+    before = {path: path.stat().st_mtime for path in tmp_path.glob("checkpoint-*")}
+    assert len(before) == 5
+    trainer(fresh(), tmp_path, AdaPruneCallback)
+    assert {path: path.stat().st_mtime for path in tmp_path.glob("*checkpoint-*")} == before
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_former_checkpoint_is_there_until_the_next_has_its_scores(
+    wrapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import trainer as module
+
+    rotated: list[int] = []
+    rotate = module.rotate_checkpoints
+
+    def check(output_dir: str, **kwargs: Any) -> None:
+        rotated.append(len(list(Path(output_dir).glob("checkpoint-*"))))
+        assert all((path / "training_state.safetensors").is_file() for path in Path(output_dir).glob("checkpoint-*"))
+        rotate(output_dir, **kwargs)
+
+    monkeypatch.setattr(module, "rotate_checkpoints", check)
+    model = fresh(wrapped)
+    trainer(model, tmp_path, AdaPruneCallback, save_total_limit=1).train()
+    assert rotated == [1, 2, 2, 2]
+    # What is saved afterwards is the adapter alone.
+    model.save_pretrained(tmp_path / "checkpoint-99")
+    assert {path.name for path in (tmp_path / "checkpoint-99").glob("*.safetensors")} == {"adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_scores_that_were_not_yet_put_in_place_when_a_run_was_killed_are_not_lost(
+    wrapped: bool, links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError
+
+    whole = fresh(wrapped)
+    trainer(whole, tmp_path / "whole", AdaPruneCallback).train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(fresh(wrapped), tmp_path / "cut", AdaPruneCallback, Kill(12)).train()
+    (tmp_path / "cut" / "checkpoint-10" / "model.safetensors").unlink()
+    if not links:
+        monkeypatch.setattr("hf_adaprune.checkpoints.os.link", refuse)
+    resumed = fresh(wrapped)
+    trainer(resumed, tmp_path / "cut", AdaPruneCallback).train(resume_from_checkpoint=True)
+    for key, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[key], tensor), key
+
+
+def test_a_run_in_the_folder_of_an_earlier_one_takes_nothing_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(folder: str) -> None:
+        raise KeyboardInterrupt
+
+    trainer(fresh(), tmp_path, AdaPruneCallback, max_steps=5, seed=1).train()
+    before = (tmp_path / "checkpoint-5" / "model.safetensors").read_bytes()
+    run = trainer(fresh(), tmp_path, AdaPruneCallback, max_steps=10)
+    # Killed between the adapter and the Trainer's own state: what is there is of two runs.
+    monkeypatch.setattr(run, "_save_optimizer_and_scheduler", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert not (tmp_path / "checkpoint-5" / "trainer_state.json").exists()
+    trainer(fresh(), tmp_path, AdaPruneCallback, max_steps=10).train()
+    assert (tmp_path / "checkpoint-5" / "model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_run_that_saved_its_model_only_goes_on_from_its_masks_with_a_warning(wrapped: bool, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trainer(fresh(wrapped), tmp_path, AdaPruneCallback, Kill(7), save_only_model=True).train()
+    model = fresh(wrapped)
+    run = trainer(model, tmp_path, AdaPruneCallback, save_only_model=True)
+    with pytest.warns(UserWarning, match="The scores behind the loaded masks are not stored: training goes on from"):
+        run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == STEPS
+    assert sparsity_report(model).sparsity == 0.5

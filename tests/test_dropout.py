@@ -1,0 +1,83 @@
+"""Dropout while masks are trained, and after."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import ARCHITECTURES, make_batch, make_model
+from torch import nn
+
+from hf_adaprune import AdaPruneConfig, Pruner
+from hf_adaprune.errors import ConfigError
+
+
+# Every way in which the configurations of transformers ask for dropout; each model takes the ones that it knows.
+HALF: dict[str, Any] = dict.fromkeys(
+    [
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "classifier_dropout",
+        "classifier_dropout_prob",
+        "dropout",
+        "attention_dropout",
+        "seq_classif_dropout",
+        "embedding_dropout",
+        "mlp_dropout",
+        "resid_pdrop",
+        "embd_pdrop",
+        "attn_pdrop",
+    ],
+    0.5,
+)
+
+
+def dropping_model(architecture: str = "bert") -> nn.Module:
+    return make_model(architecture, **HALF)
+
+
+def logits(model: nn.Module, *, training: bool) -> torch.Tensor:
+    with torch.no_grad():
+        return model.train(training)(**make_batch()).logits
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_model_drops_nothing_while_its_masks_are_trained_and_what_it_did_after(architecture: str) -> None:
+    model = get_peft_model(dropping_model(architecture), AdaPruneConfig(target_modules="all-linear"))
+    expected = logits(model, training=False)
+    assert not torch.equal(logits(model, training=True), expected)
+
+    pruner = Pruner(model, total_steps=1)
+    torch.testing.assert_close(logits(model, training=True), expected)
+
+    pruner.prune_to(0.0)
+    with pytest.warns(UserWarning, match="Training ended at a sparsity"):
+        pruner.finalize()
+    pruner.prune_to(0.0)
+    assert not torch.equal(logits(model, training=True), expected)
+
+
+def test_a_dropout_that_is_asked_for_is_everywhere() -> None:
+    model = get_peft_model(dropping_model(), AdaPruneConfig(dropout=0.25))
+    Pruner(model, total_steps=1)
+    assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.25}
+
+
+def test_none_leaves_the_dropout_of_the_model() -> None:
+    model = get_peft_model(dropping_model(), AdaPruneConfig(dropout=None))
+    Pruner(model, total_steps=1)
+    assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.5}
+
+
+def test_a_training_that_was_broken_off_and_begun_anew_loses_no_dropout() -> None:
+    model = get_peft_model(dropping_model(), AdaPruneConfig())
+    Pruner(model, total_steps=1)
+    Pruner(model, total_steps=1)
+    plain = model.unload()
+    assert {module.p for module in plain.modules() if isinstance(module, nn.Dropout)} == {0.5}
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, "none"])
+def test_a_dropout_out_of_range_is_refused(dropout: object) -> None:
+    with pytest.raises(ConfigError, match="`dropout` must be"):
+        AdaPruneConfig(dropout=dropout)  # type: ignore[arg-type]

@@ -1,0 +1,37 @@
+"""Nothing that is wrong in an adapter's files goes unseen, or gets further than an error of ours."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+from fuzzing import EscapeError, Fuzzer, Guard, HangError
+from mutations import MUTATIONS
+
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is measured by what Linux tells of a process")
+
+
+def test_ten_thousand_damaged_adapters_are_refused_or_equal_to_the_intact_one(tmp_path: Path) -> None:
+    fuzzer = Fuzzer(tmp_path)
+    for number in range(10_000):
+        fuzzer.run(number)
+    assert not fuzzer.faults
+    assert {kind for kind, _ in fuzzer.outcomes} == {mutation.__name__ for mutation in MUTATIONS}
+    assert 100 < sum(count for (_, outcome), count in fuzzer.outcomes.items() if outcome == "equal") < 2_000
+
+
+def test_what_must_not_be_done_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guard = Guard()
+    with pytest.raises(EscapeError, match="open"), guard():
+        (tmp_path / "mark").write_bytes(b"")
+    monkeypatch.setattr("fuzzing.MAX_SECONDS", 0.05)
+    with pytest.raises(HangError), guard():
+        all(number >= 0 for number in itertools.count())
+    with guard():
+        filled = b"x" * 2**25
+    assert guard.peak >= len(filled)
+    with pytest.raises(MemoryError), guard():
+        bytes(2**40)
