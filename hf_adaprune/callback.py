@@ -159,7 +159,7 @@ class AdaPruneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """End at exactly the sparsity that was asked for."""
-        save_state_no_more(kwargs["model"])
+        save_state_no_more(self._running.model)
         self._running.finalize()
 
     @property
