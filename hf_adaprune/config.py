@@ -13,7 +13,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
 from .errors import ConfigError
-from .labels import labels_fingerprint
+from .labels import has_real_labels, labels_fingerprint
 from .masks import PACKED_BITS, SHORTEST
 from .storage import check_weights_file, put_in_place
 from .validation import mistyped, problems_of_storage
@@ -26,6 +26,7 @@ SCORE_INITS = ("wanda", "magnitude", "normal", "constant")
 GRANULARITIES = ("weight", "neuron", "head", "neuron+head")
 SCOPES = ("module", "kind", "global")
 SELECTIONS = ("topk", "threshold")
+AUTO = "auto"
 HEADS = ("model", "layer_average")
 
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -107,8 +108,9 @@ class AdaPruneConfig(PeftConfig):
             The learning rate of the scores over the optimizer's, > 0. Under Adam a score moves by about
             `score_lr_ratio * learning_rate` a step: 5e-3 at the Trainer's default of 5e-5.
         head_lr_ratio (`float`): The learning rate of `modules_to_save` over the optimizer's, > 0: 2e-4 at 5e-5.
-        dropout (`float`, *optional*):
-            The dropout of the whole model while `Pruner` trains it, in [0, 1). `None` leaves the model's own.
+        dropout (`float` or `str`, *optional*):
+            The dropout of the whole model while `Pruner` trains it, in [0, 1). `None` leaves the model's own; `"auto"`
+            does too, but for a regression, where there is none.
         drift (`float`):
             Subtracted from every score over the whole run, in equal steps, >= 0 (the sum of the gammas of Eq. 5).
 
@@ -157,7 +159,7 @@ class AdaPruneConfig(PeftConfig):
     backward_temperature: float = _option(1.0, "t_s of Eq. 4.")
     score_lr_ratio: float = _option(100.0, "Learning rate of the scores over the optimizer's.")
     head_lr_ratio: float = _option(4.0, "Learning rate of the head over the optimizer's.")
-    dropout: float | None = _option(0.0, "Dropout while masks are trained; None is the model's own.")
+    dropout: float | str | None = _option(AUTO, "Dropout while masks are trained; None is the model's own.")
     drift: float = _option(0.0, "Subtracted from every score over the run (sum of the gammas of Eq. 5).")
 
     base_fingerprint: str | None = _option(None, "Which weights the masks belong to.")
@@ -192,6 +194,14 @@ class AdaPruneConfig(PeftConfig):
     def group_kinds(self) -> tuple[str, ...]:
         """What whole groups are pruned: `"neuron"`, `"head"`, both, or none."""
         return () if self.granularity == "weight" or self.n_of_m else tuple(self.granularity.split("+"))
+
+    @property
+    def training_dropout(self) -> float | None:
+        """The dropout that the model has while its masks are trained; `None` for its own."""
+        if not isinstance(self.dropout, str):
+            return self.dropout
+        is_regression = self.model_config is not None and has_real_labels(self.model_config)
+        return 0.0 if is_regression else None
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:
@@ -299,8 +309,11 @@ class AdaPruneConfig(PeftConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 problems.append(f"`{name}` must be positive and finite, got {value}.")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            problems.append(f"`dropout` must be in [0, 1), or None for the model's own; got {self.dropout}.")
+        known = self.dropout in (None, AUTO) if not isinstance(self.dropout, (float, int)) else 0 <= self.dropout < 1
+        if not known:
+            problems.append(
+                f"`dropout` must be in [0, 1), {AUTO!r}, or None for the model's own; got {self.dropout!r}."
+            )
         if not 0 <= self.drift < float("inf"):
             problems.append(f"`drift` must be finite and >= 0, got {self.drift}.")
         choices = {"estimator": ESTIMATORS, "score_init": SCORE_INITS, "scope": SCOPES, "selection": SELECTIONS}

@@ -31,6 +31,12 @@ def stored_labels(model_config: Mapping[str, Any]) -> dict[str, Any]:
     return labels
 
 
+def has_real_labels(model_config: Mapping[str, Any]) -> bool:
+    """Return whether a stored configuration is of a regression: it says so, or says nothing and has one label."""
+    labels = stored_labels(model_config)
+    return labels["problem_type"] == "regression" or (labels["problem_type"] is None and len(labels["id2label"]) == 1)
+
+
 def problems_of_labels(model_config: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the labels in a stored configuration of a model, in sentences."""
     labels = {field: model_config.get(field) for field in LABEL_FIELDS}

@@ -69,8 +69,8 @@ class Pruner:
             warnings.warn(
                 "The scores behind the loaded masks are not stored: training goes on from the masks.", stacklevel=2
             )
-        if self.config.dropout is not None:
-            set_dropout(model, self.config.dropout)
+        if self.config.training_dropout is not None:
+            set_dropout(model, self.config.training_dropout)
         self._head = [
             parameter
             for module in model.modules()

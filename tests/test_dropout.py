@@ -43,7 +43,7 @@ def logits(model: nn.Module, *, training: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_model_drops_nothing_while_its_masks_are_trained_and_what_it_did_after(architecture: str) -> None:
-    model = get_peft_model(dropping_model(architecture), AdaPruneConfig(target_modules="all-linear"))
+    model = get_peft_model(dropping_model(architecture), AdaPruneConfig(target_modules="all-linear", dropout=0.0))
     expected = logits(model, training=False)
     assert not torch.equal(logits(model, training=True), expected)
 
@@ -70,11 +70,28 @@ def test_none_leaves_the_dropout_of_the_model() -> None:
 
 
 def test_a_training_that_was_broken_off_and_begun_anew_loses_no_dropout() -> None:
-    model = get_peft_model(dropping_model(), AdaPruneConfig())
+    model = get_peft_model(dropping_model(), AdaPruneConfig(dropout=0.0))
     Pruner(model, total_steps=1)
     Pruner(model, total_steps=1)
     plain = model.unload()
     assert {module.p for module in plain.modules() if isinstance(module, nn.Dropout)} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ({"num_labels": 1}, 0.0),
+        ({"num_labels": 2, "problem_type": "regression"}, 0.0),
+        ({"num_labels": 1, "problem_type": "multi_label_classification"}, 0.5),
+        ({"num_labels": 3}, 0.5),
+    ],
+)
+def test_by_default_a_regression_drops_nothing_and_all_else_what_the_model_does(
+    labels: dict[str, Any], expected: float
+) -> None:
+    model = get_peft_model(make_model("bert", **HALF, **labels), AdaPruneConfig())
+    Pruner(model, total_steps=1)
+    assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {expected}
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, "none"])
