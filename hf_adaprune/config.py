@@ -309,8 +309,8 @@ class AdaPruneConfig(PeftConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 problems.append(f"`{name}` must be positive and finite, got {value}.")
-        known = self.dropout in (None, AUTO) if not isinstance(self.dropout, (float, int)) else 0 <= self.dropout < 1
-        if not known:
+        is_rate = isinstance(self.dropout, (float, int)) and 0 <= self.dropout < 1
+        if not (is_rate or self.dropout in (None, AUTO)):
             problems.append(
                 f"`dropout` must be in [0, 1), {AUTO!r}, or None for the model's own; got {self.dropout!r}."
             )

@@ -149,7 +149,8 @@ def check_architecture(model: nn.Module, config: AdaPruneConfig) -> None:
     """
     if config.task_type in _GENERATES and not hasattr(model, _GENERATES[config.task_type]):
         raise ConfigError(
-            f"`task_type={str(config.task_type)!r}` is for models that generate text; {type(model).__name__} is none."
+            f"`task_type={str(config.task_type)!r}` is for models that generate text; {type(model).__name__} is none: "
+            "leave `task_type` out, or name the task that the model is for."
         )
     if config.model_config is None or not isinstance(model, PreTrainedModel):
         return

@@ -37,19 +37,23 @@ def mistyped(config: AdaPruneConfig) -> list[str]:
 def problems_of_storage(config: AdaPruneConfig) -> list[str]:
     """Return, in sentences, what is wrong with the fields that are written when an adapter is made and saved."""
     problems = [
-        f"`{field}` must map names to how many are pruned and how many there are, got {name!r}: {counts!r}."
+        f"`{field}` must map names to how many are pruned and how many there are, got {name!r}: {counts!r}. "
+        "Fetch the adapter again."
         for field in ("module_counts", "group_counts")
         for name, counts in (getattr(config, field) or {}).items()
         if not _are_counts(counts)
     ]
     packed = {name: -(-length // 8) for name, length in config.mask_lengths.items()} if not problems else {}
     problems += [
-        f"`mask_bytes` must be of masks that take less than one bit a weight, got {name!r}: {size}."
+        f"`mask_bytes` must be of masks that take less than one bit a weight, got {name!r}: {size}. "
+        "Fetch the adapter again."
         for name, size in (config.mask_bytes or {}).items()
         if not 0 < size < packed.get(name, 0)
     ]
     if config.is_stored and config.has_patterns:
-        problems.append("A stored adapter names its `target_modules`: regular expressions are not read.")
+        problems.append(
+            "A stored adapter names its `target_modules`: regular expressions are not read. Save it again."
+        )
     if config.model_config is not None:
         architectures = config.model_config.get("architectures", ["PreTrainedModel"])
         if architectures is not None and not (architectures and _is_list_of(str, architectures)):
