@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+import xxhash
 
 
 _checked: ContextVar[bool] = ContextVar("hf_adaprune_fingerprints_checked", default=True)
 
 
-def fingerprint(tensors: Iterable[torch.Tensor], exact: bool = False) -> str:
+def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
     """Return a digest of the tensors' shapes and values, in order, that copies in lower precision can be held against.
 
-    It is two digests, of the values rounded to bfloat16 and to float16, and the precision that the values have. A copy
-    in either has one of the digests in common with its original; the roundings of one original to the two have none
-    (two roundings are not one), which `matches` then says.
+    It is three digests, of the values rounded to bfloat16 and to float16 and of the values themselves, and the
+    precision that they have. A copy in either has one of the first two in common with its original; the roundings of
+    one original to the two have none (two roundings are not one), which `matches` then says.
 
     Args:
         tensors (`Iterable[torch.Tensor]`): Tensors of any shape and dtype.
-        exact (`bool`): Whether a copy in float32 must have the very same values, not only the same roundings.
 
     Returns:
         `str`:
-            Twice 32 hexadecimal digits, and `"float32"`, `"bfloat16"` or `"float16"`, with dots between; if exact, 32
-            digits more, of the values themselves.
+            Twice 32 hexadecimal digits, `"float32"`, `"bfloat16"` or `"float16"`, and 32 digits more, with dots
+            between.
     """
     tensors = list(tensors)
-    parts = [_digest(tensors, torch.bfloat16), _digest(tensors, torch.float16), _precision(tensors)]
-    return ".".join([*parts, _digest(tensors, torch.float32)] if exact else parts)
+    rounded = [_digest(tensors, dtype) for dtype in (torch.bfloat16, torch.float16)]
+    return ".".join([*rounded, _precision(tensors), _digest(tensors, torch.float32)])
 
 
 def matches(tensors: Iterable[torch.Tensor], expected: str) -> bool | None:
@@ -39,19 +38,19 @@ def matches(tensors: Iterable[torch.Tensor], expected: str) -> bool | None:
 
     Args:
         tensors (`Iterable[torch.Tensor]`): Tensors of any shape and dtype.
-        expected (`str`): What `fingerprint` has returned for the original, or, in earlier versions, its first digest.
+        expected (`str`): What `fingerprint` has returned for the original.
 
     Returns:
         `bool`, *optional*: `None` if it cannot be told: the one is in bfloat16, the other in float16.
     """
     tensors = list(tensors)
     bfloat16, float16, made_in, values = [*expected.split("."), "", "", ""][:4]
-    if values and _precision(tensors) == "float32":
+    precision = _precision(tensors)
+    if made_in == precision == "float32":
         return _digest(tensors, torch.float32) == values
-    if _digest(tensors, torch.bfloat16) == bfloat16 or (float16 and _digest(tensors, torch.float16) == float16):
+    if _digest(tensors, torch.bfloat16) == bfloat16 or _digest(tensors, torch.float16) == float16:
         return True
-    made_in = made_in or "bfloat16"
-    return None if {_precision(tensors), made_in} == {"bfloat16", "float16"} else False
+    return None if {precision, made_in} == {"bfloat16", "float16"} else False
 
 
 def same_origin(first: str, second: str) -> bool | None:
@@ -63,26 +62,31 @@ def same_origin(first: str, second: str) -> bool | None:
 
 
 def _digest(tensors: list[torch.Tensor], dtype: torch.dtype) -> str:
-    digest = hashlib.sha256()
+    # Fast, and not proof against a forger: who could forge a base's weights could as well forge the adapter.
+    digest = xxhash.xxh3_128()
     for tensor in tensors:
         digest.update(str(tuple(tensor.shape)).encode())
         tensor = tensor.detach()
         if tensor.is_floating_point():
             tensor = tensor.to(dtype).view(torch.int32 if dtype == torch.float32 else torch.int16)
         digest.update(tensor.cpu().contiguous().numpy().data)
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()
 
 
 def _precision(tensors: list[torch.Tensor]) -> str:
     floating = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
     for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
         # In float32 too, what was once rounded shows it.
-        rounded = (
-            tensor.dtype == dtype or torch.equal(tensor, tensor.to(dtype).to(tensor.dtype)) for tensor in floating
-        )
+        rounded = (tensor.dtype == dtype or _is_rounded(tensor, dtype) for tensor in floating)
         if any(tensor.dtype == dtype for tensor in floating) or (floating and all(rounded)):
             return name
     return "float32"
+
+
+def _is_rounded(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    # Most often some values tell already; the first ones may be those of a padding token, all zero.
+    parts = (tensor.reshape(-1)[-256:], tensor)
+    return all(torch.equal(part, part.to(dtype).to(part.dtype)) for part in parts)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from .binarize import sigmoid_relaxation, straight_through
 from .codec import decode_mask, encode_mask, is_coded
 from .config import AdaPruneConfig
 from .groups import Groups
-from .masks import SHORTEST, apply_mask, pack_mask, topk_mask, unpack_mask
+from .masks import SHORTEST, apply_mask, pack_mask, packed_ones, topk_mask, unpack_mask
 from .scores import initial_scores, magnitude_ranks, scores_from_mask, wanda_ranks
 from .sharding import copy_whole, is_sharded, whole
 
@@ -108,8 +108,8 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         self._effective = None
         if groups is not None:
             self._groups[adapter_name] = groups
-        everything = torch.ones(self._entries(adapter_name), dtype=torch.bool, device="cpu")
-        packed = pack_mask(everything) if mask_bytes is None else torch.zeros(mask_bytes, dtype=torch.uint8)
+        num_entries = self._entries(adapter_name).numel()
+        packed = packed_ones(num_entries) if mask_bytes is None else torch.zeros(mask_bytes, dtype=torch.uint8)
         self.adaprune_mask[adapter_name] = packed.to(weight.device)
         if not config.inference_mode:
             self.adaprune_scores[adapter_name] = nn.Parameter(initial_scores(self.measure(adapter_name), config))

@@ -30,6 +30,13 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     return (padded << torch.arange(8, device=flat.device, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
+def packed_ones(num_entries: int) -> torch.Tensor:
+    """Return the packed mask that keeps everything, in memory: `uint8`, of shape `(ceil(num_entries / 8),)`."""
+    packed = torch.full((-(-num_entries // 8),), 255, dtype=torch.uint8, device="cpu")
+    packed[num_entries // 8 :] = (1 << num_entries % 8) - 1
+    return packed
+
+
 def unpack_mask(packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Undo `pack_mask`.
 

@@ -256,7 +256,7 @@ class AdaPruneModel(BaseTuner):
             key: layer.decode(adapter_name, mask)
             for (key, mask), layer in zip(masks.items(), layers.values(), strict=True)
         }
-        config.adapter_fingerprint = fingerprint([*masks.values(), *head], exact=True)
+        config.adapter_fingerprint = fingerprint([*masks.values(), *head])
         return _shortest(masks, layers, adapter_name, config)
 
     @classmethod

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_adaprune.masks import apply_mask, pack_mask, sparsity_of, topk_mask, unpack_mask
+from hf_adaprune.masks import apply_mask, pack_mask, packed_ones, sparsity_of, topk_mask, unpack_mask
 
 
 def naive_topk(scores: torch.Tensor, num_kept: int, weight: torch.Tensor) -> torch.Tensor:
@@ -50,6 +50,11 @@ def test_packing_restores_every_mask_and_takes_one_bit_a_weight(shape: tuple[int
     assert packed.dtype == torch.uint8
     assert packed.numel() == -(-mask.numel() // 8)
     assert torch.equal(unpack_mask(packed, mask.shape), mask)
+
+
+@pytest.mark.parametrize("num_entries", [1, 7, 8, 9, 64])
+def test_packed_ones_are_a_packed_mask_of_ones(num_entries: int) -> None:
+    assert torch.equal(packed_ones(num_entries), pack_mask(torch.ones(num_entries, dtype=torch.bool)))
 
 
 def test_bits_are_packed_from_the_least_significant() -> None:
