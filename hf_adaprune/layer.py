@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -12,26 +12,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from .binarize import sigmoid_relaxation, straight_through
+from .built_weight import BuiltWeight
 from .codec import decode_mask, encode_mask, is_coded
 from .config import AdaPruneConfig
 from .groups import Groups
 from .masks import SHORTEST, apply_mask, pack_mask, packed_ones, topk_mask, unpack_mask
 from .scores import initial_scores, magnitude_ranks, scores_from_mask, wanda_ranks
 from .sharding import copy_whole, is_sharded, whole
-
-
-class _Effective(NamedTuple):
-    """A masked weight, and what it was built from: as long as that is unchanged, it is not built again."""
-
-    weight: torch.Tensor
-    base: torch.Tensor
-    active: list[str]
-    names: list[str]
-    masks: list[torch.Tensor]
-    # Those of the weight and the masks whose changes are counted, and their counts.
-    counted: list[torch.Tensor]
-    counts: list[int]
-    pointer: int
 
 
 class AdaPruneLayer(nn.Module, BaseTunerLayer):
@@ -77,7 +64,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         self._unpacked: dict[str, torch.Tensor] = {}
         self._configs: dict[str, AdaPruneConfig] = {}
         self._groups: dict[str, Groups] = {}
-        self._effective: _Effective | None = None
+        self._built: BuiltWeight | None = None
         self._removed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -105,7 +92,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         """
         weight = self.get_base_layer().weight
         self._configs[adapter_name] = config
-        self._effective = None
+        self._built = None
         if groups is not None:
             self._groups[adapter_name] = groups
         num_entries = self._entries(adapter_name).numel()
@@ -241,7 +228,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             self._removed[name] = pruned, weight[pruned]
             weight[pruned] = 0
             self.merged_adapters.append(name)
-        self._effective = None
+        self._built = None
 
     def unmerge(self) -> None:
         """Put back what `merge` zeroed, to the last bit."""
@@ -260,7 +247,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         """
         # A compiled model cannot tell what was built from what would be: it unpacks its masks in each pass.
         if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
-            reusable = self._reusable()
+            reusable = self._reusable_weight()
             if reusable is not None:
                 return reusable
         if self.merged and self.disable_adapters:
@@ -270,13 +257,14 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             return weight
         names = [name for name in self.active_adapters if name in self.adaprune_mask]
         if torch.is_grad_enabled() and (weight.requires_grad or any(self._is_trained(name) for name in names)):
-            self._effective = None
+            self._built = None
             return self._trained_weight(weight, names)
         if not names:
             return weight
         if torch.compiler.is_compiling():
             return self._masked(weight, names)
-        return self._built_weight(weight, names)
+        reusable = self._reusable_weight()
+        return self._build_weight(weight, names) if reusable is None else reusable
 
     def _masked(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
         for name in names:
@@ -306,35 +294,21 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
                 )
         return weight
 
-    def _built_weight(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
-        reusable = self._reusable()
-        if reusable is not None:
-            return reusable
+    def _build_weight(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
         # Built outside of inference mode, so that it may take part in a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
             product = self._masked(weight.detach(), names)
-        masks = [self._mask_tensor(name) for name in names]
-        counted = [tensor for tensor in (weight, *masks) if not tensor.is_inference()]
-        counts = [tensor._version for tensor in counted]
-        active = list(self.active_adapters)
-        self._effective = _Effective(product, weight, active, names, masks, counted, counts, weight.data_ptr())
+        masks = {name: self._mask_tensor(name) for name in names}
+        self._built = BuiltWeight(product, weight, self.active_adapters, masks)
         return product
 
-    def _reusable(self) -> torch.Tensor | None:
-        """Return the weight that was built, if it is what would be: asked of every layer in every forward pass."""
-        built, weight = self._effective, self.get_base_layer().weight
-        if built is None:
+    def _reusable_weight(self) -> torch.Tensor | None:
+        """Return the weight that was built, if it is what would be."""
+        built = self._built
+        if built is None or self._disable_adapters or self.merged_adapters:
             return None
-        holds = (
-            weight is built.base
-            and not self._disable_adapters
-            and not self.merged_adapters
-            and self.active_adapters == built.active
-            and all(self._mask_tensor(name) is mask for name, mask in zip(built.names, built.masks, strict=True))
-            and [tensor._version for tensor in built.counted] == built.counts
-            and weight.data_ptr() == built.pointer
-        )
-        return built.weight if holds else None
+        holds = built.holds(self.get_base_layer().weight, self.active_adapters, self._mask_tensor)
+        return built.product if holds else None
 
     def _mask_tensor(self, adapter_name: str) -> torch.Tensor:
         unpacked = self._unpacked.get(adapter_name)
@@ -343,7 +317,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._effective = None
+        self._built = None
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.adaprune_mask.keys())

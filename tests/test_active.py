@@ -277,6 +277,8 @@ def tensors_of(model: nn.Module) -> dict[int, torch.Tensor]:
             left += item.values()
         elif isinstance(item, (list, tuple, set)):
             left += item
+        elif type(item).__module__.startswith("hf_adaprune"):
+            left.append(vars(item))
     return found
 
 
