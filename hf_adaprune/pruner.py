@@ -14,6 +14,7 @@ from .config import AdaPruneConfig
 from .dropout import restore_dropout, set_dropout
 from .errors import NonFiniteError, NotPrunedError
 from .layer import adaprune_layers
+from .masks import pack_mask, unpack_mask
 from .replicas import check_same_masks
 from .schedule import cubic_sparsity
 from .selection import protect_best, prune_groups, share_threshold
@@ -196,9 +197,10 @@ class Pruner:
 
     def pop_flip_rate(self) -> float:
         """Return the share of mask entries that changed since the last call, in [0, 1]."""
-        masks = self._masks()
-        flipped = sum(int((mask ^ self._reference[name]).count_nonzero()) for name, mask in masks.items())
-        self._reference = masks
+        masks, flipped = self._masks(), 0
+        for name, mask in masks.items():
+            flipped += int((mask ^ unpack_mask(self._reference[name], mask.shape)).count_nonzero())
+            self._reference[name] = pack_mask(mask)
         return flipped / sum(mask.numel() for mask in masks.values())
 
     def state_dict(self) -> dict[str, Any]:
@@ -224,9 +226,11 @@ class Pruner:
             self.layers[name].set_mask(self.adapter_name, mask)
 
     def _remember(self) -> None:
-        self._reference = self._masks()
+        masks = self._masks()
+        # Packed: in training memory is scarce, and logs are rare.
+        self._reference = {name: pack_mask(mask) for name, mask in masks.items()}
         # Unpacked from the first step on: a compiled model would be compiled anew where that changes.
-        self._set(self._reference)
+        self._set(masks)
         self._previous_head = [parameter.detach().clone() for parameter in self._head]
 
     def _calibrate(self) -> None:
