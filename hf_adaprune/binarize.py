@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .masks import apply_mask
 
@@ -48,6 +49,60 @@ def straight_through(weight: torch.Tensor, scores: torch.Tensor, mask: torch.Ten
         `torch.Tensor`: The masked weight, in the dtype of `weight`.
     """
     return _MaskWeight.apply(weight, scores, mask, None)
+
+
+class _MaskedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scores: torch.Tensor,
+        mask: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, mask)
+        ctx.scores_dtype = scores.dtype
+        return F.linear(x, apply_mask(weight, mask).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grad_outputs
+        x, weight, mask = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_scores = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ apply_mask(weight, mask).to(grad.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
+            grad_scores = grad_weight.to(ctx.scores_dtype).mul_(weight)
+        if ctx.needs_input_grad[4]:
+            grad_bias = rows.sum(0)
+        return grad_x, None, grad_scores, None, grad_bias
+
+
+def masked_linear(
+    x: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Compute `F.linear(x, straight_through(weight, scores, mask), bias)` and keep no masked weight for backward.
+
+    That is built anew there: a copy of all masked weights less in memory, for one multiplication more a weight.
+
+    Args:
+        x (`torch.Tensor`): Inputs, of shape `(*, in_features)`.
+        weight (`torch.Tensor`): Frozen weight, of shape `(out_features, in_features)`.
+        scores (`torch.Tensor`): Trainable scores, same shape.
+        mask (`torch.Tensor`): Boolean mask, same shape.
+        bias (`torch.Tensor`, *optional*): Of shape `(out_features,)`.
+
+    Returns:
+        `torch.Tensor`: Of shape `(*, out_features)`, in the dtype of `x`, or autocast's where that is on.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    output: torch.Tensor = _MaskedLinear.apply(x, weight, scores, mask, bias)
+    return output
 
 
 def sigmoid_relaxation(

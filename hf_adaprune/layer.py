@@ -255,7 +255,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         weight = self.get_base_layer().weight
         if self.merged or self.disable_adapters:
             return weight
-        names = [name for name in self.active_adapters if name in self.adaprune_mask]
+        names = self._active_masks()
         if torch.is_grad_enabled() and (weight.requires_grad or any(self._is_trained(name) for name in names)):
             self._built = None
             return self._trained_weight(weight, names)
@@ -265,6 +265,20 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             return self._masked(weight, names)
         reusable = self._reusable_weight()
         return self._build_weight(weight, names) if reusable is None else reusable
+
+    def trained_mask(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return scores and mask, of the weight's shape, if one mask is being trained straight-through."""
+        weight, names = self.get_base_layer().weight, self._active_masks()
+        alone = len(names) == 1 and not (self.merged_adapters or self._disable_adapters or weight.requires_grad)
+        if not (alone and torch.is_grad_enabled() and self._is_trained(names[0])):
+            return None
+        if self._configs[names[0]].estimator != "straight_through":
+            return None
+        self._built = None
+        return self._spread(names[0], self.adaprune_scores[names[0]]), self.mask(names[0])
+
+    def _active_masks(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.adaprune_mask]
 
     def _masked(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
         for name in names:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .binarize import masked_linear
 from .config import AdaPruneConfig
 from .groups import Groups
 from .layer import AdaPruneLayer
@@ -20,6 +21,9 @@ class Linear(AdaPruneLayer):
     input_dim = 1
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        trained = self.trained_mask()
+        if trained is not None:
+            return masked_linear(self._cast_input_dtype(x, self.weight.dtype), self.weight, *trained, self.bias)
         weight = self.effective_weight()
         return F.linear(self._cast_input_dtype(x, weight.dtype), weight, self.bias)
 
@@ -34,6 +38,11 @@ class Conv1DLinear(AdaPruneLayer):
         return tuple(base_layer.weight.shape)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        trained = self.trained_mask()
+        if trained is not None:
+            scores, mask = trained
+            x, bias = self._cast_input_dtype(x, self.weight.dtype), self.get_base_layer().bias
+            return masked_linear(x, self.weight.t(), scores.t(), mask.t(), bias)
         weight = self.effective_weight()
         x = self._cast_input_dtype(x, weight.dtype)
         output = torch.addmm(self.get_base_layer().bias, x.reshape(-1, self.in_features), weight)

@@ -1,7 +1,8 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
-from hf_adaprune.binarize import sigmoid_relaxation, straight_through
+from hf_adaprune.binarize import masked_linear, sigmoid_relaxation, straight_through
 
 
 def tensors(shape: tuple[int, ...] = (5, 3)) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -67,3 +68,48 @@ def test_scores_keep_their_precision_under_a_half_precision_weight() -> None:
     masked.backward(upstream.bfloat16())
     assert theta.grad is not None
     assert theta.grad.dtype == torch.float64
+
+
+def plain_linear(
+    x: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return F.linear(x, straight_through(weight, scores, mask), bias)
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 3), (2, 4, 3)])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_masked_linear_layer_is_a_linear_layer_with_a_masked_weight(
+    shape: tuple[int, ...], has_bias: bool, transposed: bool, autocast: bool
+) -> None:
+    weight, theta, mask, _ = tensors((3, 5) if transposed else (5, 3))
+    generator = torch.Generator().manual_seed(1)
+    x, bias = (torch.randn(size, generator=generator) for size in (shape, (5,)))
+    upstream = torch.randn(*shape[:-1], 5, generator=generator)
+    found = []
+    for function in (masked_linear, plain_linear):
+        leaves = [it.detach().float().requires_grad_() for it in (x, theta, bias)]
+        w, s, m = (it.t() if transposed else it for it in (weight.float(), leaves[1], mask))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = function(leaves[0], w, s, m, leaves[2] if has_bias else None)
+        output.backward(upstream.to(output.dtype))
+        assert output.dtype == (torch.bfloat16 if autocast else torch.float32)
+        found.append([output, *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+        assert len(found[-1]) == 3 + has_bias
+    assert all(one.dtype == other.dtype for one, other in zip(*found, strict=True))
+    torch.testing.assert_close(*found)
+
+
+def test_a_masked_linear_layer_keeps_no_masked_weight_for_its_backward_pass() -> None:
+    weight, theta, mask, _ = tensors((5, 3))
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        masked_linear(torch.ones(2, 3, dtype=torch.float64), weight, theta, mask, None)
+    real = [tensor for tensor in kept if tensor.numel() == 15 and tensor.is_floating_point()]
+    assert [tensor.data_ptr() for tensor in real] == [weight.data_ptr()]
