@@ -103,11 +103,11 @@ def topk_mask(scores: torch.Tensor, num_kept: int, weight: torch.Tensor) -> torc
         return torch.zeros_like(scores, dtype=torch.bool)
     flat = scores.detach().reshape(-1)
     threshold, kept = _kth_largest(flat, num_kept)
-    if int(kept.count_nonzero()) != num_kept:
+    if _count(kept) != num_kept:
         kept = flat > threshold
         tied = (flat == threshold).nonzero().squeeze(1)
         order = weight.detach().reshape(-1)[tied].abs().sort(descending=True, stable=True).indices
-        kept[tied[order[: num_kept - int(kept.count_nonzero())]]] = True
+        kept[tied[order[: num_kept - _count(kept)]]] = True
     return kept.view(scores.shape)
 
 
@@ -117,9 +117,13 @@ def _kth_largest(flat: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
         # On a CPU numpy selects and compares several times as fast as torch, with the same result.
         values = flat.numpy()
         threshold = np.partition(values, len(values) - k)[len(values) - k]
-        return torch.tensor(threshold), torch.from_numpy(values >= threshold)
+        return torch.as_tensor(threshold), torch.from_numpy(values >= threshold)
     threshold = flat.kthvalue(flat.numel() - k + 1).values
     return threshold, flat >= threshold
+
+
+def _count(mask: torch.Tensor) -> int:
+    return int(np.count_nonzero(mask.numpy()) if _on_cpu(mask) else mask.count_nonzero())
 
 
 def _on_cpu(tensor: torch.Tensor) -> bool:
