@@ -268,9 +268,10 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
 
     def trained_mask(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return scores and mask, of the weight's shape, if one mask is being trained straight-through."""
-        weight, names = self.get_base_layer().weight, self._active_masks()
-        alone = len(names) == 1 and not (self.merged_adapters or self._disable_adapters or weight.requires_grad)
-        if not (alone and torch.is_grad_enabled() and self._is_trained(names[0])):
+        if not torch.is_grad_enabled() or self.merged_adapters or self._disable_adapters:
+            return None
+        names = self._active_masks()
+        if len(names) != 1 or not self._is_trained(names[0]) or self.get_base_layer().weight.requires_grad:
             return None
         if self._configs[names[0]].estimator != "straight_through":
             return None
