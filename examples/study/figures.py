@@ -103,9 +103,9 @@ def _draw_curve(axes: Any, found: Mapping[int, Sequence[float]], method: str) ->
 
 def _draw_legend(figure: Figure, handles: Mapping[str, Any], names: Mapping[str, str]) -> None:
     labels = [names[method].replace("`", "") for method in handles]
-    figure.legend(
-        handles.values(), labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=9
-    )
+    # The longest of the names takes some three inches and a half.
+    ncols = max(1, min(len(labels), int(figure.get_figwidth() / 3.5)))
+    figure.legend(handles.values(), labels, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
 
 
 def plot_pruned(cells: Cells, names: Mapping[str, str], task: str, sparsities: Sequence[float]) -> Figure:
