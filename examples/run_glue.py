@@ -14,9 +14,10 @@ Your own csv, json (lines) or parquet, with one or two text columns and `label` 
     python run_glue.py ... --train_file train.csv --validation_file validation.csv
 
 To compare, `--method` names another one of `hf_adaprune.baselines`. Learning rates that suit: 5e-5 (the default) for
-adaprune, no_recovery and smp; 5e-5 to 1e-4 where all weights are trained: finetune, magnitude, movement, imp; 5e-4 for
-lora; 1e-3 where the head alone is: feature_extraction, random. Those that prune trained weights are scored twice: as
-trained, and (`eval_rewound_...`) with the pre-trained values under the same masks; that adapter goes to `rewound`.
+adaprune, no_recovery and smp; 5e-5 to 1e-4 where all weights are trained: finetune, magnitude, movement, imp; 5e-4 to
+2e-3 for lora; 1e-3 where the head alone is: feature_extraction, random. Those that prune trained weights are scored
+twice: as trained, and (`eval_rewound_...`) with the pre-trained values under the same masks; that adapter goes to
+`rewound`.
 
 Every flag of `TrainingArguments` works too: --eval_strategy epoch, --bf16, --seed, --push_to_hub ...
 """
