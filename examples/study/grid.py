@@ -20,9 +20,9 @@ TASKS = {
 }
 COMMON = "--do_train --do_eval --per_device_eval_batch_size 64 --save_strategy no --logging_steps 50 --report_to none"
 
-# Learning rates: where none is given, the Trainer's 5e-5; 1e-3 for a head alone; 2e-3 for LoRA, whose own on SST-2, 5e-4,
-# is too low for so small a base (.846, not .856). Scores have theirs: 1e-2 in movement pruning and 2e-2 in SMP, from the
-# papers.
+# Learning rates: where none is given, the Trainer's 5e-5; 1e-3 for a head alone; 2e-3 for LoRA, whose own on SST-2,
+# 5e-4, is too low for so small a base (.846, not .856). Scores have theirs: 1e-2 in movement pruning and 2e-2 in SMP,
+# from the papers.
 ALL_WEIGHTS = "--learning_rate 1e-4"  # for so small a base; for BERT-base its paper takes 2e-5 to 5e-5
 METHODS = {
     "finetune": f"--method finetune {ALL_WEIGHTS}",
