@@ -42,6 +42,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "head_lr_ratio": 1.0,
         # The paper's own gammas add up to 0.0008 over a run, which no score of 0.01 can fall to zero by.
         "drift": 0.012,
+        "settle": False,
         "dropout": None,
         "mask_embeddings": True,
         "head": "layer_average",
@@ -111,6 +112,9 @@ class AdaPruneConfig(PeftConfig):
         dropout (`float` or `str`, *optional*):
             The dropout of the whole model while `Pruner` trains it, in [0, 1). `None` leaves the model's own; `"auto"`
             does too, but for a regression, where there is none.
+        settle (`bool`):
+            Whether the steps of the scores shrink linearly to nothing from `pruning_end` on, beyond what the schedule
+            of the learning rate does; under `"topk"` and `"straight_through"`, where only the scores' order counts.
         drift (`float`):
             Subtracted from every score over the whole run, in equal steps, >= 0 (the sum of the gammas of Eq. 5).
 
@@ -160,6 +164,7 @@ class AdaPruneConfig(PeftConfig):
     score_lr_ratio: float = _option(100.0, "Learning rate of the scores over the optimizer's.")
     head_lr_ratio: float = _option(4.0, "Learning rate of the head over the optimizer's.")
     dropout: float | str | None = _option(AUTO, "Dropout while masks are trained; None is the model's own.")
+    settle: bool = _option(True, "Whether scores settle after the ramp, by ever smaller steps.")
     drift: float = _option(0.0, "Subtracted from every score over the run (sum of the gammas of Eq. 5).")
 
     base_fingerprint: str | None = _option(None, "Which weights the masks belong to.")
@@ -202,6 +207,11 @@ class AdaPruneConfig(PeftConfig):
             return self.dropout
         is_regression = self.model_config is not None and has_real_labels(self.model_config)
         return 0.0 if is_regression else None
+
+    @property
+    def settles(self) -> bool:
+        """Whether the steps of the scores shrink from `pruning_end` on."""
+        return self.settle and self.selection == "topk" and self.estimator == "straight_through"
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:

@@ -48,7 +48,7 @@ _OPTIONS = (
         "score_init",
         "estimator",
     ),
-    *("score_lr_ratio", "head_lr_ratio", "dropout", "drift", "mask_embeddings", "head"),
+    *("score_lr_ratio", "head_lr_ratio", "dropout", "settle", "drift", "mask_embeddings", "head"),
 )
 
 

@@ -16,7 +16,7 @@ from .errors import NonFiniteError, NotPrunedError
 from .layer import adaprune_layers
 from .masks import pack_mask, unpack_mask
 from .replicas import check_same_masks
-from .schedule import cubic_sparsity
+from .schedule import cubic_sparsity, settling
 from .selection import protect_best, prune_groups, share_threshold
 from .sharding import check_sharding, whole
 from .thresholds import topk_masks
@@ -130,6 +130,7 @@ class Pruner:
         self.num_steps += 1
         self._scale_head_update()
         self._calibrate()
+        self._settle()
         scores = self._scores()
         drift = self.config.drift / self.total_steps / self.config.score_lr_ratio
         for name, score in scores.items():
@@ -239,6 +240,16 @@ class Pruner:
         for name, norm in self._input_norms.pop().items():
             self.layers[name].calibrate_scores(self.adapter_name, norm)
         self._input_norms = None
+
+    def _settle(self) -> None:
+        # Only the order of scores counts: to let them grow is to shorten the steps to come, whatever the optimizer.
+        config, done, total = self.config, self.num_steps, self.total_steps
+        if not config.settles or done >= total:
+            return
+        before, after = (settling(step / total, config.pruning_end) for step in (done - 1, done))
+        if after < before:
+            for score in self._scores().values():
+                score *= before / after
 
     def _scale_head_update(self) -> None:
         # A stock Trainer has one learning rate. What the optimizer did to the head is carried on in its direction:

@@ -1,4 +1,4 @@
-"""How sparse a model should be at a point of its training."""
+"""How sparse a model should be at a point of its training, and how far its scores may still move."""
 
 
 def cubic_sparsity(progress: float, final_sparsity: float, start: float = 0.0, end: float = 1.0) -> float:
@@ -21,3 +21,19 @@ def cubic_sparsity(progress: float, final_sparsity: float, start: float = 0.0, e
         return 0.0
     remaining = 1 - (progress - start) / (end - start)
     return final_sparsity * (1 - remaining**3)
+
+
+def settling(progress: float, start: float) -> float:
+    """Return what is left of the scores' steps: all until `start`, and from there linearly less, down to nothing.
+
+    A score then ends where the mean of its path from `start` on would be, had all its steps been whole: averaging
+    without a copy of the scores to average into.
+
+    Args:
+        progress (`float`): The share of training that is done, in [0, 1].
+        start (`float`): The share of training after which steps shrink, in [0, 1].
+
+    Returns:
+        `float`: The factor, in [0, 1].
+    """
+    return 1.0 if progress <= start else (1 - progress) / (1 - start)

@@ -12,6 +12,7 @@ from torch import nn
 from hf_adaprune import AdaPruneConfig, Pruner
 from hf_adaprune.errors import NonFiniteError, NotPrunedError, UnsupportedShardingError
 from hf_adaprune.layer import adaprune_layers
+from hf_adaprune.masks import topk_mask
 from hf_adaprune.scores import wanda_ranks
 
 
@@ -207,6 +208,36 @@ def test_algorithm_one_prunes_what_falls_below_zero_and_ends_when_the_target_is_
     assert pruner.sparsity > 0.4
     for _, layer in adaprune_layers(model):
         assert torch.equal(layer.mask("default"), layer.adaprune_scores["default"] > 0)
+
+
+@pytest.mark.parametrize("settle", [True, False])
+def test_a_score_ends_at_the_mean_of_its_path_since_the_ramp(settle: bool) -> None:
+    model = make(score_init="magnitude", pruning_end=0.6, settle=settle)
+    pruner = Pruner(model, total_steps=10)
+    layer = pruner.layers["base_model.model.first"]
+    scores = layer.adaprune_scores["default"]
+    path = [scores.detach().clone()]
+    for step in torch.randn(10, *scores.shape, generator=torch.Generator().manual_seed(0)):
+        path.append(path[-1] + 0.01 * step)
+        scores.data += 0.01 * step
+        pruner.step()
+    expected = torch.stack(path[7:]).mean(0) if settle else path[-1]
+    torch.testing.assert_close(scores / scores.sum(), expected / expected.sum())
+    pruner.finalize()
+    num_kept = scores.numel() - round(scores.numel() / 2)
+    assert torch.equal(layer.mask("default"), topk_mask(expected, num_kept, layer.weight))
+
+
+@pytest.mark.parametrize(
+    "options", [{"estimator": "sigmoid"}, {"selection": "threshold", "score_init": "normal"}, {"settle": False}]
+)
+def test_scores_whose_size_counts_do_not_settle(options: dict[str, Any]) -> None:
+    model = make(pruning_end=0.2, **({"score_init": "magnitude"} | options))
+    pruner = Pruner(model, total_steps=5)
+    before = [score.detach().clone() for score in pruner._scores().values()]
+    for _ in range(5):
+        pruner.step()
+    assert all(map(torch.equal, pruner._scores().values(), before))
 
 
 def test_drift_lowers_every_score_alike_over_the_run() -> None:

@@ -29,7 +29,12 @@ class MovementCallback(TrainedWeightsCallback):
 
     def __init__(self, final_sparsity: float = 0.5, score_learning_rate: float = 1e-2) -> None:
         config = AdaPruneConfig(
-            final_sparsity=final_sparsity, pruning_start=0.1, pruning_end=0.8, score_init="constant", dropout=None
+            final_sparsity=final_sparsity,
+            pruning_start=0.1,
+            pruning_end=0.8,
+            score_init="constant",
+            dropout=None,
+            settle=False,
         )
         super().__init__(config)
         self.score_learning_rate = score_learning_rate

@@ -37,7 +37,9 @@ class SMPCallback(AdaPruneCallback):
         self, final_sparsity: float = 0.5, score_learning_rate: float = 2e-2, max_penalty: float = 400.0
     ) -> None:
         super().__init__(
-            AdaPruneConfig(final_sparsity=final_sparsity, scope="kind", score_init="constant", dropout=None)
+            AdaPruneConfig(
+                final_sparsity=final_sparsity, scope="kind", score_init="constant", dropout=None, settle=False
+            )
         )
         self.score_learning_rate, self.max_penalty = score_learning_rate, max_penalty
 
