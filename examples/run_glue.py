@@ -80,6 +80,10 @@ class ModelArguments:
     preset: Literal["default", "paper"] = flag(
         "adaprune, no_recovery: our recipe, or Algorithm 1 of arXiv 2105.03343.", "default"
     )
+    granularity: str = flag(
+        'adaprune: what is pruned as a whole: "weight", "neuron", "head", "neuron+head"; or "2:4", any "n:m".',
+        "weight",
+    )
     ablate: bool = flag("Score the trained masks shuffled, and over other weights, too.", False)
     tokenizer_name: str | None = flag("If not the model's own: a name or a folder.")
     model_revision: str = flag("Branch, tag or commit of the model on the Hub.", "main")
@@ -325,7 +329,9 @@ def main(argv: list[str] | None = None) -> None:
     asked = [split for flag, split in SPLIT_OF_FLAG.items() if getattr(args, flag)]
     if not asked:
         raise InputError("There is nothing to do: give `--do_train`, `--do_eval` or `--do_predict`.")
-    config = AdaPruneConfig.from_preset(model_args.preset, final_sparsity=model_args.final_sparsity)
+    config = AdaPruneConfig.from_preset(
+        model_args.preset, final_sparsity=model_args.final_sparsity, granularity=model_args.granularity
+    )
     callback = make_callback(model_args.method, config) if args.do_train else None
     set_seed(args.seed)
     with args.main_process_first(desc="reading the data"):

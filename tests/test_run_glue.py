@@ -225,6 +225,14 @@ def test_the_papers_preset_runs(run: Any, tmp_path: Path) -> None:
     assert json.loads((out / "adapter_config.json").read_text())["selection"] == "threshold"
 
 
+@pytest.mark.parametrize("granularity", ["neuron+head", "2:4"])
+def test_whole_groups_are_pruned_if_asked(run: Any, tmp_path: Path, granularity: str) -> None:
+    files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
+    out, results = run("--granularity", granularity, "--do_train", "--do_eval", *files)
+    assert results["sparsity"] == pytest.approx(0.5, abs=0.05)
+    assert json.loads((out / "adapter_config.json").read_text())["granularity"] == granularity
+
+
 @pytest.mark.parametrize("folder", ["glue/stsb", "glue"])
 def test_a_glue_task_is_found_in_a_folder_or_below_it(run: Any, tmp_path: Path, folder: str) -> None:
     glue_folder(tmp_path / "glue" / "stsb", {**PAIRS, "label": SCORES, "idx": list(range(len(TEXTS)))})

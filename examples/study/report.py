@@ -22,6 +22,8 @@ NAMES = {
     "feature_extraction": "frozen encoder, trained head",
     "lora": "LoRA, r = 8",
     "adaprune": "masks",
+    "neurons_heads": "masks of neurons and heads",
+    "two_of_four": "masks, 2:4",
     "no_recovery": "masks, no recovery",
     "ablations": "masks, then ablated",
     "paper": 'masks, `"paper"` preset',
