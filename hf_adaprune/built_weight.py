@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
+
+
+if TYPE_CHECKING:
+    from .layer import AdaPruneLayer
 
 
 class BuiltWeight:
@@ -13,32 +19,41 @@ class BuiltWeight:
     Args:
         product (`torch.Tensor`): The masked weight.
         weight (`torch.Tensor`): The base layer's, of the same shape.
-        active (`list[str]`): The names of all active adapters.
-        masks (`Mapping[str, torch.Tensor]`): The masks of those that have one here, in any form.
+        active (`str` or `list[str]`): The names of all active adapters.
+        masks (`Mapping[str, torch.Tensor]`): The layer's buffers of those that have a mask in it.
     """
 
     def __init__(
-        self, product: torch.Tensor, weight: torch.Tensor, active: list[str], masks: Mapping[str, torch.Tensor]
+        self, product: torch.Tensor, weight: torch.Tensor, active: str | list[str], masks: Mapping[str, torch.Tensor]
     ) -> None:
         self.product = product
-        self._weight, self._pointer = weight, weight.data_ptr()
-        self._active, self._masks = list(active), masks
-        # Tensors of inference mode do not count their changes.
-        self._counted = [tensor for tensor in (weight, *masks.values()) if not tensor.is_inference()]
-        self._counts = [tensor._version for tensor in self._counted]
+        self._active = copy.copy(active)
+        self._weight, self._pointer, self._version = weight, weight.data_ptr(), _version(weight)
+        self._masks = [(name, mask, _version(mask)) for name, mask in masks.items()]
 
-    def holds(self, weight: torch.Tensor, active: list[str], mask_of: Callable[[str], torch.Tensor]) -> bool:
-        """Return whether the product would be the same again: every layer asks in every forward pass.
+    def holds(self, layer: AdaPruneLayer) -> bool:
+        """Return whether the product is what would be built again.
 
-        Args:
-            weight (`torch.Tensor`): The base layer's weight now.
-            active (`list[str]`): The names of all active adapters now.
-            mask_of (`Callable`): Returns the mask that an adapter has now, in the same form.
+        A new mask of training, and merging, are not seen: the layer drops the product then. Every layer asks in every
+        forward pass, when nothing that it needs is in the processor's cache any more: so all is looked at here, and
+        nothing else is called.
         """
-        return (
-            weight is self._weight
-            and active == self._active
-            and all(mask_of(name) is mask for name, mask in self._masks.items())
-            and [tensor._version for tensor in self._counted] == self._counts
-            and weight.data_ptr() == self._pointer
-        )
+        weight = layer._modules["base_layer"]._parameters.get("weight")  # type: ignore[union-attr]
+        if (
+            weight is not self._weight
+            or layer._disable_adapters
+            or layer._active_adapter != self._active
+            or weight.data_ptr() != self._pointer
+            or (self._version is not None and weight._version != self._version)
+        ):
+            return False
+        buffers = layer._modules["adaprune_mask"]._buffers  # type: ignore[union-attr]
+        for name, mask, version in self._masks:
+            if buffers[name] is not mask or (version is not None and mask._version != version):
+                return False
+        return True
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    # Tensors of inference mode do not count their changes.
+    return None if tensor.is_inference() else tensor._version

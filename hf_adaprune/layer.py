@@ -179,7 +179,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
 
     def set_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
         """Replace the mask of an adapter in training, as it is scored (see `entries`)."""
-        self._unpacked[adapter_name] = mask
+        self._unpacked[adapter_name], self._built = mask, None
 
     @torch.no_grad()
     def calibrate_scores(self, adapter_name: str, input_norm: torch.Tensor) -> None:
@@ -245,11 +245,6 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         With gradients enabled and an active adapter in training the result carries the gradient to its scores.
         Otherwise it is built once and reused until a mask or the weight changes.
         """
-        # A compiled model cannot tell what was built from what would be: it unpacks its masks in each pass.
-        if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
-            reusable = self._reusable_weight()
-            if reusable is not None:
-                return reusable
         if self.merged and self.disable_adapters:
             self.unmerge()
         weight = self.get_base_layer().weight
@@ -261,10 +256,12 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             return self._trained_weight(weight, names)
         if not names:
             return weight
+        # A compiled model cannot tell what was built from what would be: it unpacks its masks in each pass.
         if torch.compiler.is_compiling():
             return self._masked(weight, names)
-        reusable = self._reusable_weight()
-        return self._build_weight(weight, names) if reusable is None else reusable
+        if self._built is None or not self._built.holds(self):
+            self._built = self._build_weight(weight, names)
+        return self._built.product
 
     def trained_mask(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return scores and mask, of the weight's shape, if one mask is being trained straight-through."""
@@ -309,26 +306,12 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
                 )
         return weight
 
-    def _build_weight(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
+    def _build_weight(self, weight: torch.Tensor, names: list[str]) -> BuiltWeight:
         # Built outside of inference mode, so that it may take part in a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
             product = self._masked(weight.detach(), names)
-        masks = {name: self._mask_tensor(name) for name in names}
-        self._built = BuiltWeight(product, weight, self.active_adapters, masks)
-        return product
-
-    def _reusable_weight(self) -> torch.Tensor | None:
-        """Return the weight that was built, if it is what would be."""
-        built = self._built
-        if built is None or self._disable_adapters or self.merged_adapters:
-            return None
-        holds = built.holds(self.get_base_layer().weight, self.active_adapters, self._mask_tensor)
-        return built.product if holds else None
-
-    def _mask_tensor(self, adapter_name: str) -> torch.Tensor:
-        unpacked = self._unpacked.get(adapter_name)
-        buffers: Any = self._modules["adaprune_mask"]
-        return buffers._buffers[adapter_name] if unpacked is None else unpacked
+        masks = {name: self.adaprune_mask[name] for name in names}
+        return BuiltWeight(product, weight, self._active_adapter, masks)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -364,6 +347,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
                 # The same masks may be stored in more bytes or in less.
                 self.adaprune_mask[name] = torch.empty_like(stored, device=self.adaprune_mask[name].device)
             self._unpacked.pop(name, None)
+            self._built = None
             scores_key = f"{prefix}adaprune_scores.{name}"
             if scores_key in state_dict:
                 # A state of training: no longer what was saved.

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .binarize import masked_linear
+from .built_weight import BuiltWeight
 from .config import AdaPruneConfig
 from .groups import Groups
 from .layer import AdaPruneLayer
@@ -21,6 +22,13 @@ class Linear(AdaPruneLayer):
     input_dim = 1
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            # Short, and before all else: it is most of what an adapter adds to a forward pass of a single sentence.
+            built: BuiltWeight | None = self._built
+            if built is not None and built.holds(self):
+                weight, base = built.product, self._modules["base_layer"]
+                x = x if x.dtype == weight.dtype else self._cast_input_dtype(x, weight.dtype)
+                return F.linear(x, weight, base._parameters["bias"])  # type: ignore[union-attr]
         trained = self.trained_mask()
         if trained is not None:
             return masked_linear(self._cast_input_dtype(x, self.weight.dtype), self.weight, *trained, self.bias)
