@@ -137,6 +137,7 @@ def test_gradients_of_groups_are_those_of_finite_differences(
             for step in (1e-4, -1e-4):
                 gate[group] = float(mask[group]) + step
                 gated = weight * groups.spread(gate)
+                monkeypatch.setattr(layer, "_built", None)
                 monkeypatch.setattr(layer, "effective_weight", lambda gated=gated: gated)
                 with torch.no_grad():
                     losses.append(loss_of(model(**batch)).item())
