@@ -32,7 +32,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("adaprune_scores",)
-    other_param_names: tuple[str, ...] = ("adaprune_mask", "_unpacked", "_configs", "_groups")
+    other_param_names: tuple[str, ...] = ("adaprune_mask", "_unpacked", "_configs", "_groups", "_growth")
     # Which dimension of the weight the inputs run along, if the inputs are real.
     input_dim: int | None = None
 
@@ -64,6 +64,8 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         self._unpacked: dict[str, torch.Tensor] = {}
         self._configs: dict[str, AdaPruneConfig] = {}
         self._groups: dict[str, Groups] = {}
+        # By how much scores have grown; `None` for scores of a checkpoint: by as much as its step says.
+        self._growth: dict[str, float | None] = {}
         self._built: BuiltWeight | None = None
         self._removed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._disable_adapters = False
@@ -194,6 +196,14 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             ranks = magnitude_ranks(groups.sums(read.movedim(-1, self.input_dim)))
         copy_whole(self.adaprune_scores[adapter_name], ranks / self._configs[adapter_name].score_lr_ratio)
 
+    @torch.no_grad()
+    def grow_scores(self, adapter_name: str, growth: float) -> None:
+        """Let the scores be so many times as large as they were made: in the same order, and less moved by a step."""
+        before = self._growth.get(adapter_name, 1.0)
+        if before is not None and before != growth:
+            self.adaprune_scores[adapter_name] *= growth / before
+        self._growth[adapter_name] = growth
+
     def count(self, adapter_name: str) -> tuple[int, int]:
         """Return how many weights the adapter's mask prunes, and how many it decides on, in other layers too."""
         mask, groups = self.entries(adapter_name), self.groups(adapter_name)
@@ -215,6 +225,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             self.adaprune_scores[adapter_name] = nn.Parameter(made, requires_grad=scores.requires_grad)
         else:
             copy_whole(scores.data, made)
+        self._growth[adapter_name] = 1.0
         return True
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -351,7 +362,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             scores_key = f"{prefix}adaprune_scores.{name}"
             if scores_key in state_dict:
                 # A state of training: no longer what was saved.
-                self._configs[name].adapter_fingerprint = None
+                self._configs[name].adapter_fingerprint, self._growth[name] = None, None
             elif name in self.adaprune_scores:
                 # An adapter's file has no scores; those at hand stay until `match_scores_to_mask` is called.
                 state_dict[scores_key] = self.adaprune_scores[name]

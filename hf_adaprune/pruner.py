@@ -66,10 +66,7 @@ class Pruner:
         self.adapter_name, self.total_steps, self.num_steps = adapter_name, total_steps, 0
         self.config: AdaPruneConfig = next(iter(self.layers.values())).config(adapter_name)
         check_sharding(self._scores(), self.config.granularity)
-        # By how much the scores have grown: see `_settle`.
-        self._growth = 1.0
-        self._scores_are_new = sum(layer.match_scores_to_mask(adapter_name) for layer in self.layers.values()) > 0
-        if self._scores_are_new:
+        if sum(layer.match_scores_to_mask(adapter_name) for layer in self.layers.values()):
             warnings.warn(
                 "The scores behind the loaded masks are not stored: training goes on from the masks.", stacklevel=2
             )
@@ -175,7 +172,8 @@ class Pruner:
             DivergenceError: If the processes have different masks.
         """
         restore_dropout(self.model)
-        self._grow_scores(1.0)  # another run may follow
+        for layer in self.layers.values():
+            layer.grow_scores(self.adapter_name, 1.0)  # another run may follow
         self._prune_to_target()
         self.check_masks()
 
@@ -215,10 +213,7 @@ class Pruner:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state; call it after the model's own state was loaded."""
         self.num_steps = state_dict["num_steps"]
-        if self._scores_are_new:
-            self._settle()
-        else:
-            self._growth = self._wanted_growth()
+        self._settle()
         if self._input_norms is not None and self.num_steps:
             self._input_norms.close()
             self._input_norms = None
@@ -249,21 +244,12 @@ class Pruner:
             self.layers[name].calibrate_scores(self.adapter_name, norm)
         self._input_norms = None
 
-    @torch.no_grad()
     def _settle(self) -> None:
         # Only the order of scores counts: to let them grow is to shorten the steps to come, whatever the optimizer.
-        self._grow_scores(self._wanted_growth())
-
-    def _wanted_growth(self) -> float:
-        if not self.config.settles:
-            return 1.0
-        return 1 / settling(min(self.num_steps, self.total_steps - 1) / self.total_steps, self.config.pruning_end)
-
-    def _grow_scores(self, growth: float) -> None:
-        if growth != self._growth:
-            for score in self._scores().values():
-                score *= growth / self._growth
-        self._growth = growth
+        if self.config.settles:
+            progress = min(self.num_steps, self.total_steps - 1) / self.total_steps
+            for layer in self.layers.values():
+                layer.grow_scores(self.adapter_name, 1 / settling(progress, self.config.pruning_end))
 
     def _scale_head_update(self) -> None:
         # A stock Trainer has one learning rate. What the optimizer did to the head is carried on in its direction:

@@ -241,7 +241,7 @@ def test_scores_whose_size_counts_do_not_settle(options: dict[str, Any]) -> None
 
 
 def test_scores_that_are_lost_settle_as_far_as_the_run_has_come() -> None:
-    model = make(score_init="magnitude", inference_mode=False)
+    model = make(score_init="magnitude")
     first = Pruner(model, total_steps=10)
     for _ in range(8):
         first.step()
@@ -254,6 +254,18 @@ def test_scores_that_are_lost_settle_as_far_as_the_run_has_come() -> None:
     for name, score in second._scores().items():
         # Half of what comes after the ramp is done: steps are half as long, scores twice as large.
         assert score.max().item() == pytest.approx(before[name].max().item(), rel=0.1)
+
+
+def test_a_run_that_was_broken_off_leaves_the_next_one_scores_in_their_unit() -> None:
+    model = make(score_init="magnitude")
+    before = {name: layer.adaprune_scores["default"].detach().clone() for name, layer in adaprune_layers(model)}
+    first = Pruner(model, total_steps=10)
+    for _ in range(9):
+        first.step()
+    second = Pruner(model, total_steps=10)
+    second.step()
+    for name, layer in adaprune_layers(model):
+        torch.testing.assert_close(layer.adaprune_scores["default"].detach(), before[name])
 
 
 def test_drift_lowers_every_score_alike_over_the_run() -> None:

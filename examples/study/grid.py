@@ -41,7 +41,7 @@ METHODS = {
     "imp": f"--method imp {ALL_WEIGHTS}",  # 5 trainings to .5, 12 to .9: it comes last
 }
 UNPRUNED = ("finetune", "feature_extraction", "lora")
-GROUPED_WEIGHTS = ("neurons_heads", "two_of_four")  # at half of the weights alone
+STRUCTURED = ("neurons_heads", "two_of_four")  # at half of the weights alone
 
 CORE = ("stsb", "sst2-8k", "mrpc")
 OTHERS = ("cola", "rte", "sst2")
@@ -77,13 +77,13 @@ def grid() -> list[Run]:
     """Return all runs, the most telling first; in each block every cell comes once before any has a second seed."""
 
     def cells(*sparsities: float) -> list[tuple[str, float]]:
-        known = [method for method in METHODS if method not in GROUPED_WEIGHTS]
+        known = [method for method in METHODS if method not in STRUCTURED]
         return [(method, level) for method in known for level in ((0.0,) if method in UNPRUNED else sparsities)]
 
     blocks: list[tuple[tuple[str, ...], list[tuple[str, float]], range]] = [
         (CORE, cells(*TELLING), range(3)),
         (CORE, [("adaprune", sparsity) for sparsity in REST], range(3)),
-        ((*CORE, "cola", "rte"), [(method, 0.5) for method in GROUPED_WEIGHTS], range(3)),
+        ((*CORE, "cola", "rte"), [(method, 0.5) for method in STRUCTURED], range(3)),
         (OTHERS, cells(*TELLING), range(3)),
         (OTHERS, [("adaprune", sparsity) for sparsity in REST], range(3)),
         (CORE, [(method, sparsity) for method in CURVES for sparsity in REST], range(3)),
