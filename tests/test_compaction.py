@@ -80,6 +80,18 @@ def test_neurons_and_heads_are_gone_and_the_logits_are_the_same(architecture: st
     assert torch.equal(logits_of(AutoModelForSequenceClassification.from_pretrained(tmp_path)), logits_of(small))
 
 
+@pytest.mark.parametrize("granularity", ["neuron", "neuron+head"])
+def test_a_smaller_model_is_a_base_like_any_other(granularity: str, tmp_path: Path) -> None:
+    compact(trained("bert", granularity)).save_pretrained(tmp_path / "small")
+    small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")
+    model = get_peft_model(small, AdaPruneConfig(final_sparsity=0.3))
+    train_masks(model, steps=2)
+    assert sparsity_report(model).sparsity == pytest.approx(0.3, abs=1e-3)
+    model.save_pretrained(tmp_path / "adapter")
+    opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits_of(opened), logits_of(model))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_with_as_many_neurons_in_every_layer_it_is_a_stock_model(architecture: str, tmp_path: Path) -> None:
     model = trained(architecture, "neuron", final_sparsity=0.33)

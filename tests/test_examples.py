@@ -89,7 +89,7 @@ def test_the_benchmark_of_training_compares_times_and_memory(
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["dtype"] for row in rows] == ["fp32", "bf16"]
     for row in rows:
-        assert len(row["adaprune_over_finetune"]) == 3
+        assert len(row["adaprune_over_finetune"]) == len(row["adafactor_over_finetune"]) == 3
         assert all(ratio > 0 for ratio in row["lora_over_finetune"])
         assert 0 < row["choosing_masks"] < 1
         held = row["mib"]["adaprune"]

@@ -4,15 +4,17 @@
     python examples/benchmarks/training.py --shapes minilm base large --batches 8x32 32x32 64x128 --dtypes fp32 bf16
 
 A step is forward, backward, clipping, AdamW and, with masks, the choice of the next ones; bf16 is autocast, as the
-Trainer does it. Steps of the three methods alternate, so a machine that slows down slows all; the order of a round is
-drawn anew. Prints a JSON line a cell: quartiles of the ratio of each round's times to those of fine-tuning; the share
-of a step that goes into choosing masks; and, from a process of its own for each method, by how many MiB its memory
-grew at most, with what of that are weights, gradients, state of the optimizer, and masks. `floor` is the time that the
-matrix products of a step of fine-tuning would take at the speed of one large product, over the time the step took.
+Trainer does it. `adafactor` is masks too, trained by the optimizer that holds least (`optim="adafactor"`). Steps of
+all alternate, so a machine that slows down slows all; the order of a round is drawn anew. Prints a JSON line a
+cell: quartiles of the ratio of each round's times to those of fine-tuning; the share of a step that goes into
+choosing masks; and, from a process of its own for each method, by how many MiB its memory grew at most, with what
+of that are weights, gradients, state of the optimizer, and masks. `floor` is the time that the matrix products of a
+step of fine-tuning would take at the speed of one large product, over the time the step took.
 """
 
 import itertools
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -27,14 +29,14 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from tqdm import tqdm
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import Adafactor, BertConfig, BertForSequenceClassification
 from transformers.utils import logging
 
 from hf_adaprune import AdaPruneConfig, Pruner
 from hf_adaprune.layer import adaprune_layers
 
 
-METHODS = ("finetune", "adaprune", "lora")
+METHODS = ("finetune", "adaprune", "adafactor", "lora")
 SHAPES = {
     "tiny": (16, 1, 2),
     "minilm": (384, 6, 12),
@@ -58,14 +60,19 @@ class Training:
         )
         torch.manual_seed(0)
         model: Any = BertForSequenceClassification(config)
-        if method == "adaprune":
+        is_masked = method in ("adaprune", "adafactor")
+        if is_masked:
             model = get_peft_model(model, AdaPruneConfig())
         elif method == "lora":
             model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type=TaskType.SEQ_CLS))
         self.model = model.to(device).train()
-        self.pruner = Pruner(model, total_steps) if method == "adaprune" else None
+        self.pruner = Pruner(model, total_steps) if is_masked else None
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=5e-5, fused=True)
+        self.optimizer: torch.optim.Optimizer
+        if method == "adafactor":
+            self.optimizer = Adafactor(self.trained, lr=5e-5, scale_parameter=False, relative_step=False)
+        else:
+            self.optimizer = torch.optim.AdamW(self.trained, lr=5e-5, fused=True)
         size, length = map(int, batch.split("x"))
         ids = torch.randint(1000, 20000, (size, length), generator=torch.Generator().manual_seed(0))
         batch_of = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
@@ -171,7 +178,9 @@ def _peak_of_process() -> float:
 def in_own_process(method: str, *cell: str) -> dict[str, float]:
     """Measure a method's memory where nothing else has taken any."""
     command = [sys.executable, str(Path(__file__)), "--memory_of", method, *cell]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # What is freed goes back to the system at once (glibc): else holes in the heap count too, and those vary.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"Measuring the memory of {method} failed:\n{done.stderr}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
