@@ -13,6 +13,11 @@ Your own csv, json (lines) or parquet, with one or two text columns and `label` 
 
     python run_glue.py ... --train_file train.csv --validation_file validation.csv
 
+A model that is smaller and faster too: one run takes half of the weights out as neurons and heads, which gives the
+smaller base that is saved in `small`, and a second one, as long, prunes half of what is left:
+
+    python run_glue.py ... --compact_first 0.5 --final_sparsity 0.5
+
 To compare, `--method` names another one of `hf_adaprune.baselines`. Learning rates that suit: 5e-5 (the default) for
 adaprune, no_recovery and smp; 5e-5 to 1e-4 where all weights are trained: finetune, magnitude, movement, imp; 5e-4 to
 2e-3 for lora; 1e-3 where the head alone is: feature_extraction, random. Those that prune trained weights are scored
@@ -22,6 +27,7 @@ twice: as trained, and (`eval_rewound_...`) with the pre-trained values under th
 Every flag of `TrainingArguments` works too: --eval_strategy epoch, --bf16, --seed, --push_to_hub ...
 """
 
+import dataclasses
 import logging
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
@@ -42,7 +48,8 @@ from transformers import (
     set_seed,
 )
 
-from hf_adaprune import AdaPruneCallback, AdaPruneConfig, sparsity_report
+from hf_adaprune import AdaPruneCallback, AdaPruneConfig, compact, sparsity_report
+from hf_adaprune.analysis import SparsityReport
 from hf_adaprune.baselines import METHODS, TrainedWeightsCallback, ablate, make_callback
 from hf_adaprune.errors import AdaPruneError
 from hf_adaprune.glue import GLUE_COLUMNS
@@ -54,6 +61,7 @@ logger = logging.getLogger("run_glue")
 
 FILE_KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SPLIT_OF_FLAG = {"do_train": "train", "do_eval": "validation", "do_predict": "test"}
+SMALL = "small"  # the folder, in the output folder, of a base without some neurons and heads
 SPLITS = ("train", "validation", "validation_mismatched", "test", "test_mismatched")
 
 
@@ -83,6 +91,9 @@ class ModelArguments:
     granularity: str = flag(
         'adaprune: what is pruned as a whole: "weight", "neuron", "head", "neuron+head"; or "2:4", any "n:m".',
         "weight",
+    )
+    compact_first: float = flag(
+        "In a run before, take this fraction of the masked weights out of the model, as neurons and heads.", 0.0
     )
     ablate: bool = flag("Score the trained masks shuffled, and over other weights, too.", False)
     tokenizer_name: str | None = flag("If not the model's own: a name or a folder.")
@@ -266,8 +277,27 @@ def count_bytes(folder: Path, name: str) -> int:
     return sum(path.stat().st_size for path in folder.glob(f"{name}*.safetensors"))
 
 
-def train(trainer: Trainer, callback: TrainerCallback | None) -> Any:
-    """Train and save; return the model that holds the masks, a copy over pre-trained weights if these were trained."""
+def make_smaller(model: Any, sparsity: float, options: dict[str, Any]) -> tuple[Any, SparsityReport]:
+    """Prune neurons and heads; return the model without them, saved and opened again, and what was pruned of it."""
+    args, folder = options["args"], Path(options["args"].output_dir, SMALL)
+    # A run of its own: its checkpoints would be taken for those of the one that follows.
+    first = dataclasses.replace(args, output_dir=str(folder), save_strategy="no", load_best_model_at_end=False)
+    config = AdaPruneConfig(granularity="neuron+head", final_sparsity=sparsity)
+    trainer = Trainer(model, **options | {"args": first}, callbacks=[AdaPruneCallback(config)])
+    trainer.train()
+    removed = sparsity_report(trainer.model)
+    if args.should_save:
+        compact(trainer.model).save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+    trainer.accelerator.wait_for_everyone()
+    return AutoModelForSequenceClassification.from_pretrained(folder), removed
+
+
+def train(trainer: Trainer, callback: TrainerCallback | None, removed: SparsityReport | None = None) -> Any:
+    """Train and save; return the model that holds the masks, a copy over pre-trained weights if these were trained.
+
+    What was removed before training counts as pruned, and the smaller base as a part of what is shared.
+    """
     folder = Path(trainer.args.output_dir)
     trainable = trainer.get_num_trainable_parameters()
     (folder / "all_results.json").unlink(missing_ok=True)  # an earlier run's
@@ -278,6 +308,7 @@ def train(trainer: Trainer, callback: TrainerCallback | None) -> Any:
     is_adapter, masked = hasattr(trainer.model, "peft_config"), trainer.model
     metrics |= {"train_samples": len(trainer.train_dataset), "trainable_params": trainable}
     metrics["checkpoint_bytes"] = count_bytes(folder, "adapter_model" if is_adapter else "model")
+    metrics["checkpoint_bytes"] += count_bytes(folder / SMALL, "model") if is_adapter and removed else 0
     if isinstance(callback, TrainedWeightsCallback):
         masked = callback.rewound(trainer.model)
         if trainer.args.should_save:
@@ -285,7 +316,8 @@ def train(trainer: Trainer, callback: TrainerCallback | None) -> Any:
             trainer.processing_class.save_pretrained(folder / "rewound")
     if isinstance(callback, AdaPruneCallback):
         report = sparsity_report(masked)
-        metrics |= {"sparsity": report.sparsity, "sparsity_whole_model": report.sparsity_whole_model}
+        pruned, whole = report.num_pruned + (removed.num_pruned if removed else 0), removed or report
+        metrics |= {"sparsity": pruned / whole.num_weights, "sparsity_whole_model": pruned / whole.num_parameters}
         metrics["adapter_bytes"] = count_bytes(folder if is_adapter else folder / "rewound", "adapter_model")
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
@@ -329,6 +361,12 @@ def main(argv: list[str] | None = None) -> None:
     asked = [split for flag, split in SPLIT_OF_FLAG.items() if getattr(args, flag)]
     if not asked:
         raise InputError("There is nothing to do: give `--do_train`, `--do_eval` or `--do_predict`.")
+    if model_args.compact_first and args.push_to_hub:
+        raise InputError(
+            "`--push_to_hub` cannot go with `--compact_first`: the base would not be on the Hub. Run its two "
+            "parts apart: `--granularity neuron+head`; `hf-adaprune export`; push what that wrote, and give its name as "
+            "`--model_name_or_path`."
+        )
     config = AdaPruneConfig.from_preset(
         model_args.preset, final_sparsity=model_args.final_sparsity, granularity=model_args.granularity
     )
@@ -341,8 +379,11 @@ def main(argv: list[str] | None = None) -> None:
         data = {split: tokenize(task, split, tokenizer, data_args) for split in wanted}
     options = {"args": args, "processing_class": tokenizer, "compute_metrics": make_compute_metrics(task)}
     options |= {"train_dataset": data.get("train"), "eval_dataset": data.get("validation")}
+    removed = None
+    if args.do_train and model_args.compact_first:
+        model, removed = make_smaller(model, model_args.compact_first, options)
     trainer = Trainer(model, **options, callbacks=[callback] if callback else [])
-    masked = train(trainer, callback) if args.do_train else model
+    masked = train(trainer, callback, removed) if args.do_train else model
     evaluated = evaluate(trainer, data) if args.do_eval else {}
     if args.do_eval and masked is not trainer.model:
         evaluate(Trainer(masked, **options), data, "eval_rewound")

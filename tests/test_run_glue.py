@@ -13,7 +13,14 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizer,
+    TrainingArguments,
+)
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "run_glue.py"
@@ -21,6 +28,7 @@ WORDS = ["the", "film", "meal", "trip", "was", "is", "very", "not", "good", "bad
 TEXTS = [f"the {thing} was {much} {how}" for thing in WORDS[1:4] for much in WORDS[6:8] for how in WORDS[8:13]]
 NAMES = ["positive" if ("good" in text or "great" in text) else "negative" for text in TEXTS]
 SCORES = [round(0.25 * (number % 7), 2) for number in range(len(TEXTS))]
+MASKED = 2 * (4 * 16 * 16 + 2 * 16 * 32)  # the weights of the two layers of the BERT below
 PAIRS: dict[str, list[Any]] = {"sentence1": TEXTS, "sentence2": TEXTS[::-1]}
 
 
@@ -231,6 +239,27 @@ def test_whole_groups_are_pruned_if_asked(run: Any, tmp_path: Path, granularity:
     out, results = run("--granularity", granularity, "--do_train", "--do_eval", *files)
     assert results["sparsity"] == pytest.approx(0.5, abs=0.05)
     assert json.loads((out / "adapter_config.json").read_text())["granularity"] == granularity
+
+
+def test_what_a_run_before_has_taken_out_counts_as_pruned(run: Any, tmp_path: Path, model_path: Path) -> None:
+    files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
+    out, results = run("--compact_first", 0.5, "--final_sparsity", 0.5, "--do_train", "--do_eval", *files)
+    small = AutoModelForSequenceClassification.from_pretrained(out / "small")
+    matrices = [weight.numel() for name, weight in small.named_parameters() if ".layer." in name and weight.dim() == 2]
+    assert sum(matrices) == pytest.approx(0.5 * MASKED, rel=0.05)
+    assert results["sparsity"] == 1 - (sum(matrices) - sum(matrices) // 2) / MASKED
+    before = BertForSequenceClassification.from_pretrained(model_path).num_parameters()
+    assert results["sparsity_whole_model"] == results["sparsity"] * MASKED / before
+    sizes = [path.stat().st_size for path in (out / "adapter_model.safetensors", out / "small" / "model.safetensors")]
+    assert (results["adapter_bytes"], results["checkpoint_bytes"]) == (sizes[0], sum(sizes))
+    _, again = run("--do_eval", *files, model=out, out="again")
+    assert again["eval_loss"] == pytest.approx(results["eval_loss"], abs=1e-6)
+
+
+def test_an_adapter_over_a_base_that_nobody_has_is_not_pushed(script: Any, run: Any, tmp_path: Path) -> None:
+    files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
+    with pytest.raises(script.InputError, match="base would not be on the Hub"):
+        run("--compact_first", 0.5, "--do_train", "--push_to_hub", *files)
 
 
 @pytest.mark.parametrize("folder", ["glue/stsb", "glue"])

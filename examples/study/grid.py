@@ -37,11 +37,12 @@ METHODS = {
     "no_recovery": "--method no_recovery",
     "ablations": "--method adaprune --ablate",
     "neurons_heads": "--method adaprune --granularity neuron+head",
+    "smaller": "--method adaprune --compact_first 0.5",  # half of the encoder, then half of what is left
     "two_of_four": "--method adaprune --granularity 2:4",
     "imp": f"--method imp {ALL_WEIGHTS}",  # 5 trainings to .5, 12 to .9: it comes last
 }
 UNPRUNED = ("finetune", "feature_extraction", "lora")
-STRUCTURED = ("neurons_heads", "two_of_four")  # at half of the weights alone
+STRUCTURED = ("neurons_heads", "smaller", "two_of_four")  # at half of the weights alone
 
 CORE = ("stsb", "sst2-8k", "mrpc")
 OTHERS = ("cola", "rte", "sst2")

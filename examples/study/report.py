@@ -23,6 +23,7 @@ NAMES = {
     "lora": "LoRA, r = 8",
     "adaprune": "masks",
     "neurons_heads": "masks of neurons and heads",
+    "smaller": "neurons and heads taken out, then masks",
     "two_of_four": "masks, 2:4",
     "no_recovery": "masks, no recovery",
     "ablations": "masks, then ablated",
