@@ -364,7 +364,7 @@ def main(argv: list[str] | None = None) -> None:
     if model_args.compact_first and args.push_to_hub:
         raise InputError(
             "`--push_to_hub` cannot go with `--compact_first`: the base would not be on the Hub. Run its two "
-            "parts apart: `--granularity neuron+head`; `hf-adaprune export`; push what that wrote, and give its name as "
+            "parts apart: `--granularity neuron+head`; `hf-adaprune export`; push what that wrote; give its name as "
             "`--model_name_or_path`."
         )
     config = AdaPruneConfig.from_preset(
