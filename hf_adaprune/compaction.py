@@ -36,7 +36,7 @@ def compact(model: Any) -> PreTrainedModel:
             A model with an active AdaPrune adapter that masks neurons or heads. Not changed.
 
     Returns:
-        `transformers.PreTrainedModel`: A plain model, in evaluation mode.
+        `transformers.PreTrainedModel`: A plain model, in evaluation mode, with all of its parameters trainable.
 
     Raises:
         CompactionError: If the active masks are not of neurons or heads, or the model's forward pass cannot do with
@@ -60,7 +60,7 @@ def compact(model: Any) -> PreTrainedModel:
     blocks = [(name, int(mask.sum()), len(mask), unit.kind) for name, (unit, mask) in kept.items()]
     config = next(layer.config(name) for _, layer in adaprune_layers(base) for name in _active(layer))
     CompactCard(config, type(dense).__name__, is_stock, before, dense.num_parameters(), blocks).attach(dense)
-    return dense
+    return dense.requires_grad_()
 
 
 def _base(model: Any) -> PreTrainedModel:

@@ -193,6 +193,7 @@ def test_an_adapter_put_on_by_transformers_is_applied_too(tmp_path: Path) -> Non
 def test_a_smaller_model_is_trained_and_saved_like_any_other(tmp_path: Path) -> None:
     small = compact(trained()).train()
     small(**make_batch()).loss.backward()
+    assert not [name for name, parameter in small.named_parameters() if parameter.grad is None]
     torch.optim.SGD(small.parameters(), 0.1).step()
     small.save_pretrained(tmp_path)
     assert torch.equal(logits_of(AutoModelForSequenceClassification.from_pretrained(tmp_path)), logits_of(small))
