@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -142,6 +143,16 @@ def test_the_curves_are_the_means_of_the_seeds_and_the_bands_their_deviation(stu
     shown = [text.get_text() for text in figure.legends[0].get_texts()]
     assert shown[:2] == ["fine-tuning", "frozen encoder, trained head"]
     assert "magnitude pruning, pre-trained weights" in shown
+
+
+def test_a_task_is_drawn_once_fine_tuning_is_there_to_compare_with(
+    study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [row for row in make_rows() if (row["task"], row["method"]) != ("stsb", "finetune")]
+    figures, drawn = study("figures"), Mock(wraps=study("figures").plot_scores)
+    monkeypatch.setattr(figures, "plot_scores", drawn)
+    study("report").main(write(tmp_path / "results.jsonl", rows), tmp_path / "figures")
+    assert drawn.call_args.args[2] == ["sst2-8k"]
 
 
 def test_a_fourth_task_begins_a_second_row(study: Any, cells: Any) -> None:

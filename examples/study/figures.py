@@ -193,7 +193,9 @@ def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 def draw_all(cells: Cells, names: Mapping[str, str], tasks: Sequence[str], folder: Path) -> list[Path]:
     """Draw every figure that the rows suffice for; return where they are."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {"scores": plot_scores(cells, names, tasks)}
+    # A score alone says nothing: a task is drawn once fine-tuning is there to hold the others against.
+    tuned = [task for task in tasks if cells.get(("finetune", 0.0), {}).get(task)]
+    figures = {"scores": plot_scores(cells, names, tuned or tasks)}
     for task in tasks:
         told = {
             sparsity
