@@ -13,8 +13,8 @@ Your own csv, json (lines) or parquet, with one or two text columns and `label` 
 
     python run_glue.py ... --train_file train.csv --validation_file validation.csv
 
-A model that is smaller and faster too: one run takes half of the weights out as neurons and heads, which gives the
-smaller base that is saved in `small`, and a second one, as long, prunes half of what is left:
+A model that is smaller and faster too: one run prunes half of the weights as neurons and heads (`groups`, an adapter),
+and a second one, twice as long, half of what is left over the base without these (`small`):
 
     python run_glue.py ... --compact_first 0.5 --final_sparsity 0.5
 
@@ -61,7 +61,7 @@ logger = logging.getLogger("run_glue")
 
 FILE_KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SPLIT_OF_FLAG = {"do_train": "train", "do_eval": "validation", "do_predict": "test"}
-SMALL = "small"  # the folder, in the output folder, of a base without some neurons and heads
+GROUPS, SMALL = "groups", "small"  # folders in the output folder: masks of neurons and heads, the base without these
 SPLITS = ("train", "validation", "validation_mismatched", "test", "test_mismatched")
 
 
@@ -279,18 +279,20 @@ def count_bytes(folder: Path, name: str) -> int:
 
 def make_smaller(model: Any, sparsity: float, options: dict[str, Any]) -> tuple[Any, SparsityReport]:
     """Prune neurons and heads; return the model without them, saved and opened again, and what was pruned of it."""
-    args, folder = options["args"], Path(options["args"].output_dir, SMALL)
-    # A run of its own: its checkpoints would be taken for those of the one that follows.
-    first = dataclasses.replace(args, output_dir=str(folder), save_strategy="no", load_best_model_at_end=False)
+    args, folder = options["args"], Path(options["args"].output_dir)
+    # Few groups need few steps. Checkpoints would be taken for those of the run that follows.
+    shorter = {"num_train_epochs": args.num_train_epochs / 2, "max_steps": args.max_steps // 2}
+    unsaved = {"save_strategy": "no", "load_best_model_at_end": False}
+    first = dataclasses.replace(args, output_dir=str(folder / GROUPS), **shorter, **unsaved)
     config = AdaPruneConfig(granularity="neuron+head", final_sparsity=sparsity)
     trainer = Trainer(model, **options | {"args": first}, callbacks=[AdaPruneCallback(config)])
     trainer.train()
-    removed = sparsity_report(trainer.model)
+    trainer.save_model()
     if args.should_save:
-        compact(trainer.model).save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)
+        compact(trainer.model).save_pretrained(folder / SMALL)
+        trainer.processing_class.save_pretrained(folder / SMALL)
     trainer.accelerator.wait_for_everyone()
-    return AutoModelForSequenceClassification.from_pretrained(folder), removed
+    return AutoModelForSequenceClassification.from_pretrained(folder / SMALL), sparsity_report(trainer.model)
 
 
 def train(trainer: Trainer, callback: TrainerCallback | None, removed: SparsityReport | None = None) -> Any:

@@ -206,8 +206,15 @@ def test_what_tells_most_comes_first_and_each_cell_before_a_second_seed(study: A
     names = [run.name for run in study.grid()]
     assert names[:4] == ["stsb/finetune/0.0/0", "sst2-8k/finetune/0.0/0", "mrpc/finetune/0.0/0", "stsb/adaprune/0.5/0"]
     core = {run for run in study.grid() if run.sparsity in (0.0, 0.5, 0.9) and run.task in ("stsb", "sst2-8k", "mrpc")}
-    core = {run for run in core if run.method not in ("neurons_heads", "smaller", "two_of_four")}
+    core = {run for run in core if run.method not in ("neurons_heads", "smaller", "longer", "two_of_four")}
     assert set(takewhile(lambda run: run.seed == 0, study.grid())) == {run for run in core if run.seed == 0}
+
+
+def test_some_methods_take_twice_the_epochs_of_their_task(study: Any) -> None:
+    commands = {run.method: run.command("base", None, "out") for run in study.grid() if run.task == "mrpc"}
+    epochs = {method: flags[flags.index("--num_train_epochs") + 1] for method, flags in commands.items()}
+    assert (epochs["longer"], epochs["smaller"]) == ("10", "10")
+    assert {epochs[method] for method in epochs.keys() - {"longer", "smaller"}} == {"5"}
 
 
 def test_a_filter_picks_runs_and_a_failed_run_stops_no_other(study: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_adaprune import compact
+
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "run_glue.py"
 WORDS = ["the", "film", "meal", "trip", "was", "is", "very", "not", "good", "bad", "fine", "dull", "great", "and"]
@@ -252,6 +254,10 @@ def test_what_a_run_before_has_taken_out_counts_as_pruned(run: Any, tmp_path: Pa
     assert results["sparsity_whole_model"] == results["sparsity"] * MASKED / before
     sizes = [path.stat().st_size for path in (out / "adapter_model.safetensors", out / "small" / "model.safetensors")]
     assert (results["adapter_bytes"], results["checkpoint_bytes"]) == (sizes[0], sum(sizes))
+    shrunk = compact(AutoModelForSequenceClassification.from_pretrained(out / "groups"))
+    assert {name: weight.shape for name, weight in shrunk.named_parameters()} == {
+        name: weight.shape for name, weight in small.named_parameters()
+    }
     _, again = run("--do_eval", *files, model=out, out="again")
     assert again["eval_loss"] == pytest.approx(results["eval_loss"], abs=1e-6)
 

@@ -17,6 +17,7 @@ from hf_adaprune import AdaPruneConfig, sparsity_report
 # One look for each method in every figure. Baselines that keep pre-trained weights, as in the paper, have full lines.
 CURVES = {
     "adaprune": ("tab:blue", "-"),
+    "longer": ("tab:blue", "--"),
     "paper": ("tab:purple", "-"),
     "smp": ("tab:cyan", "-"),
     "no_recovery": ("tab:pink", "-"),

@@ -22,6 +22,7 @@ NAMES = {
     "feature_extraction": "frozen encoder, trained head",
     "lora": "LoRA, r = 8",
     "adaprune": "masks",
+    "longer": "masks, twice the epochs",
     "neurons_heads": "masks of neurons and heads",
     "smaller": "neurons and heads taken out, then masks",
     "two_of_four": "masks, 2:4",

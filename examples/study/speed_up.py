@@ -30,11 +30,13 @@ RUN = ("task", "method", "sparsity_asked", "seed")
 def measure(keep: Path, path: Path, base: str | None, **options: Any) -> None:
     """Measure the adapters that are not in the file yet; `options` are those of `measure_speed`."""
     done = {tuple(row[key] for key in RUN) for row in read_rows(path)}
-    for config in tqdm(sorted(keep.glob("*/*/*/*/adapter_config.json")), unit="adapter"):
-        task, method, sparsity, seed = config.parent.relative_to(keep).parts
+    for folder in tqdm(sorted(keep.glob("*/*/*/*")), unit="run"):
+        task, method, sparsity, seed = folder.relative_to(keep).parts
         run = (task, method, float(sparsity), int(seed))
-        if run not in done:
-            for report in measure_speed(read_adapter(config.parent).open(base), **options):
+        # Where a run before has made the base smaller, its masks are those that make the model faster.
+        adapter = folder / "groups" if (folder / "groups").is_dir() else folder
+        if run not in done and (adapter / "adapter_config.json").is_file():
+            for report in measure_speed(read_adapter(adapter).open(base), **options):
                 for row in report.rows():
                     append_row(path, dict(zip(RUN, run, strict=True)) | row)
 
