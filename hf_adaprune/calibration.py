@@ -1,8 +1,7 @@
-"""How strong the inputs of each masked layer are, seen in the first step of training."""
+"""What the inputs of each masked layer are like, seen in the first step of training."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,20 +11,22 @@ import torch.distributed as dist
 from .layer import AdaPruneLayer
 
 
-class InputNorms:
+class InputMoments:
     """Watch the inputs of masked layers in training, from now until they are asked for.
 
     Args:
         layers (`Mapping[str, AdaPruneLayer]`): The layers by name; those that have no real inputs are left out.
+        adapter_name (`str`): The adapter that is trained: where it masks groups, they are seen in pairs.
     """
 
-    def __init__(self, layers: Mapping[str, AdaPruneLayer]) -> None:
-        self._layers = {name: layer for name, layer in layers.items() if layer.input_dim is not None}
-        self._sums: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self._hooks = [
-            layer.register_forward_pre_hook(self._watch(name, layer.in_features))
-            for name, layer in self._layers.items()
-        ]
+    def __init__(self, layers: Mapping[str, AdaPruneLayer], adapter_name: str = "default") -> None:
+        self._totals: dict[str, torch.Tensor] = {}
+        self._hooks = []
+        for name, layer in layers.items():
+            if layer.input_dim is not None:
+                shape = [layer.in_features] * (1 if layer.groups(adapter_name) is None else 2)
+                self._totals[name] = torch.zeros(shape, device=layer.weight.device)
+                self._hooks.append(layer.register_forward_pre_hook(self._watch(self._totals[name])))
 
     def close(self) -> None:
         """Watch no longer."""
@@ -33,32 +34,27 @@ class InputNorms:
             hook.remove()
 
     def pop(self) -> dict[str, torch.Tensor]:
-        """Watch no longer; return the norm of each layer's inputs over all that was seen, by all processes together.
+        """Watch no longer; return the sums, over all inputs that all processes have seen, of their products.
 
         Returns:
-            `dict[str, torch.Tensor]`: Float32, of shape `(in_features,)`; layers that were not called are absent.
+            `dict[str, torch.Tensor]`:
+                Float32: of shape `(in_features,)` the squares, or of `(in_features, in_features)` all second moments
+                where groups are masked. Layers that were not called are absent.
         """
         self.close()
-        if not self._layers:
-            return {}
-        totals = {
-            name: sum((seen.to(layer.weight.device) for seen in self._sums[name]), self._zeros(layer))
-            for name, layer in self._layers.items()
-        }
-        flat = torch.cat(list(totals.values()))
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(flat)
-        parts = flat.sqrt().split([total.numel() for total in totals.values()])
-        return {name: norm for name, norm in zip(totals, parts, strict=True) if norm.any()}
+            for total in self._totals.values():
+                dist.all_reduce(total)
+        return {name: total for name, total in self._totals.items() if total.any()}
 
     @staticmethod
-    def _zeros(layer: AdaPruneLayer) -> torch.Tensor:
-        return torch.zeros(layer.in_features, device=layer.weight.device)
-
-    def _watch(self, name: str, in_features: int) -> Any:
+    def _watch(total: torch.Tensor) -> Any:
         def hook(layer: AdaPruneLayer, args: tuple[Any, ...]) -> None:
             if layer.training and args:
-                inputs = args[0].detach().reshape(-1, in_features)
-                self._sums[name].append(inputs.float().square().sum(0))
+                inputs = args[0].detach().reshape(-1, len(total)).float()
+                # Autocast would multiply in half precision.
+                with torch.autocast(inputs.device.type, enabled=False):
+                    seen = inputs.square().sum(0) if total.dim() == 1 else inputs.T @ inputs
+                total.add_(seen.to(total.device))
 
         return hook

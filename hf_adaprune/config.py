@@ -99,7 +99,8 @@ class AdaPruneConfig(PeftConfig):
             `"wanda"`: the ranks, among the weights of one output, of |w| times the norm of the input that w multiplies
             in the first step, spread evenly over [0, 2] (arXiv 2306.11695). `"magnitude"`: the ranks of |w| in the
             matrix, over [0, 2]. `"normal"`: N(0.01, 0.001^2). `"constant"`: 0.01 everywhere (ties are broken by |w|).
-            A group is ranked in its block, by the sum of |w| over its weights, or of Wanda's over those that read it.
+            A group is ranked in its block: by the sum of |w| over its weights, or under `"wanda"` by when it would
+            leave if always the one left that changes the block's output least.
         estimator (`str`):
             How gradients reach the scores: `"straight_through"`, or `"sigmoid"` with the two temperatures (Eq. 4).
         forward_temperature (`float`, *optional*):

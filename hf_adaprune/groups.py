@@ -59,6 +59,19 @@ class Groups:
         """Add up, for each group, one value for each weight of the consumer."""
         return importance.movedim(input_dim(self.consumer), 0).reshape(self.unit.num_groups, -1).sum(1)
 
+    def interactions(self, moments: torch.Tensor) -> torch.Tensor:
+        """Return the inner products of what any two groups put into the consumer's output, over all inputs seen.
+
+        Args:
+            moments (`torch.Tensor`): The second moments of the consumer's inputs, of shape `(inputs, inputs)`.
+
+        Returns:
+            `torch.Tensor`: float32, of shape `(groups, groups)`.
+        """
+        weight = self.consumer.weight.detach().float().movedim(input_dim(self.consumer), 0)
+        pairs = (weight @ weight.T) * moments
+        return pairs.view(2 * (self.unit.num_groups, self.unit.width)).sum((1, 3))
+
     def magnitudes(self) -> torch.Tensor:
         """Return the sum of |w| over the weights of each group, in all layers: float32."""
         total = self.sums(self.consumer.weight.detach().float().abs())

@@ -17,7 +17,7 @@ from .codec import decode_mask, encode_mask, is_coded
 from .config import AdaPruneConfig
 from .groups import Groups
 from .masks import SHORTEST, apply_mask, pack_mask, packed_ones, topk_mask, unpack_mask
-from .scores import initial_scores, magnitude_ranks, scores_from_mask, wanda_ranks
+from .scores import elimination_ranks, initial_scores, scores_from_mask, wanda_ranks
 from .sharding import copy_whole, is_sharded, whole
 
 
@@ -184,16 +184,14 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         self._unpacked[adapter_name], self._built = mask, None
 
     @torch.no_grad()
-    def calibrate_scores(self, adapter_name: str, input_norm: torch.Tensor) -> None:
-        """Start the scores anew, from the weights and the norms of this layer's inputs, of shape `(in_features,)`."""
+    def calibrate_scores(self, adapter_name: str, moments: torch.Tensor) -> None:
+        """Start the scores anew, from the weights and what `InputMoments` has seen of this layer's inputs."""
         assert self.input_dim is not None
         groups = self.groups(adapter_name)
         if groups is None:
-            ranks = wanda_ranks(whole(self.weight), input_norm, self.input_dim)
+            ranks = wanda_ranks(whole(self.weight), moments.sqrt(), self.input_dim)
         else:
-            # A group is worth what is read of it: the importance of Wanda, added up (as in FLAP, arXiv 2312.11983).
-            read = self.weight.float().abs().movedim(self.input_dim, -1) * input_norm
-            ranks = magnitude_ranks(groups.sums(read.movedim(-1, self.input_dim)))
+            ranks = elimination_ranks(groups.interactions(moments))
         copy_whole(self.adaprune_scores[adapter_name], ranks / self._configs[adapter_name].score_lr_ratio)
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from .calibration import InputNorms
+from .calibration import InputMoments
 from .config import AdaPruneConfig
 from .dropout import restore_dropout, set_dropout
 from .errors import NonFiniteError, NotPrunedError
@@ -84,7 +84,7 @@ class Pruner:
         # An adapter that is trained on starts from its mask, and not from the schedule's beginning.
         self._start_sparsity = min(self.sparsity, self.config.final_sparsity)
         calibrates = self.config.score_init == "wanda" and self._start_sparsity == 0
-        self._input_norms = InputNorms(self.layers) if calibrates else None
+        self._inputs = InputMoments(self.layers, adapter_name) if calibrates else None
 
     @property
     def sparsity(self) -> float:
@@ -214,9 +214,9 @@ class Pruner:
         """Go on from a state; call it after the model's own state was loaded."""
         self.num_steps = state_dict["num_steps"]
         self._settle()
-        if self._input_norms is not None and self.num_steps:
-            self._input_norms.close()
-            self._input_norms = None
+        if self._inputs is not None and self.num_steps:
+            self._inputs.close()
+            self._inputs = None
         self._remember()
 
     def _masks(self) -> dict[str, torch.Tensor]:
@@ -238,11 +238,11 @@ class Pruner:
         self._previous_head = [parameter.detach().clone() for parameter in self._head]
 
     def _calibrate(self) -> None:
-        if self._input_norms is None:
+        if self._inputs is None:
             return
-        for name, norm in self._input_norms.pop().items():
-            self.layers[name].calibrate_scores(self.adapter_name, norm)
-        self._input_norms = None
+        for name, moments in self._inputs.pop().items():
+            self.layers[name].calibrate_scores(self.adapter_name, moments)
+        self._inputs = None
 
     def _settle(self) -> None:
         # Only the order of scores counts: to let them grow is to shorten the steps to come, whatever the optimizer.

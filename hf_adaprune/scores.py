@@ -33,6 +33,30 @@ def wanda_ranks(weight: torch.Tensor, input_norm: torch.Tensor, input_dim: int) 
     return ranks.movedim(-1, input_dim).contiguous()
 
 
+def elimination_ranks(interactions: torch.Tensor) -> torch.Tensor:
+    """Return in which order groups leave, always the one whose leaving adds least to the error, spread over [0, 2].
+
+    Without the groups S a layer's output is off by the sum of what they put there. Its squared error, over the inputs
+    that were seen, is the sum of `interactions` over S x S: groups that make up for each other leave together.
+
+    Args:
+        interactions (`torch.Tensor`): The inner products of what any two groups put there, `(groups, groups)`.
+
+    Returns:
+        `torch.Tensor`: float32, of shape `(groups,)`; 2 for the group that stays longest.
+    """
+    num_groups = len(interactions)
+    order = torch.empty(num_groups, dtype=torch.long, device=interactions.device)
+    added = interactions.diagonal().clone()  # to the error, by each group that is left
+    for place in range(num_groups):
+        order[place] = group = added.argmin()
+        added += 2 * interactions[group]
+        added[group] = torch.inf
+    ranks = torch.empty(num_groups, device=interactions.device)
+    ranks[order] = torch.linspace(0, 2, num_groups, device=interactions.device)
+    return ranks
+
+
 def initial_scores(weight: torch.Tensor, config: AdaPruneConfig) -> torch.Tensor:
     """Return the scores that an adapter starts from, as they are stored: divided by `config.score_lr_ratio`.
 

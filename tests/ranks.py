@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BertTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner
-from hf_adaprune.calibration import InputNorms
+from hf_adaprune.calibration import InputMoments
 from hf_adaprune.demo.reviews import make_reviews
 from hf_adaprune.errors import DivergenceError, UnsupportedShardingError
 from hf_adaprune.layer import adaprune_layers
@@ -128,13 +128,16 @@ def run_loop(name: str, base: str, folder: Path) -> None:
 
 
 def run_calibration(base: str, folder: Path) -> None:
-    """Watch the inputs of a part of a batch; write down the norms of the whole."""
-    model = get_peft_model(make_model(**NO_DROPOUT), AdaPruneConfig()).train()
-    norms = InputNorms(dict(adaprune_layers(model)))
-    batch = make_batch(size=GLOBAL_BATCH)
-    rank, size = world()
-    model(**{key: values.chunk(size)[rank] for key, values in batch.items()})
-    save_file(norms.pop(), folder / f"norms-rank{rank}.safetensors")
+    """Watch the inputs of a part of a batch; write down the moments of the whole."""
+    batch, (rank, size) = make_batch(size=GLOBAL_BATCH), world()
+    seen: dict[str, torch.Tensor] = {}
+    for granularity in ("weight", "neuron+head"):
+        config = AdaPruneConfig(granularity=granularity)
+        model = get_peft_model(make_model(**NO_DROPOUT), config).train()
+        moments = InputMoments(dict(adaprune_layers(model)))
+        model(**{key: values.chunk(size)[rank] for key, values in batch.items()})
+        seen |= {f"{granularity}.{name}": total for name, total in moments.pop().items()}
+    save_file(seen, folder / f"moments-rank{rank}.safetensors")
 
 
 def run_divergence(base: str, folder: Path) -> None:

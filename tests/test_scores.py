@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_adaprune import AdaPruneConfig
-from hf_adaprune.scores import initial_scores, magnitude_ranks, scores_from_mask, wanda_ranks
+from hf_adaprune.scores import elimination_ranks, initial_scores, magnitude_ranks, scores_from_mask, wanda_ranks
 
 
 def test_ranks_follow_magnitude_and_spread_evenly_over_their_range() -> None:
@@ -16,6 +16,14 @@ def test_weights_of_one_output_are_ranked_by_what_they_pass_on() -> None:
     expected = torch.tensor([[2.0, 0.0, 1.0], [2.0, 1.0, 0.0]])
     torch.testing.assert_close(wanda_ranks(weight, norm, input_dim=1), expected)
     torch.testing.assert_close(wanda_ranks(weight.T, norm, input_dim=0), expected.T)
+
+
+def test_groups_that_make_up_for_each_other_leave_together() -> None:
+    # What three groups put into two outputs: the first two are opposed, the third is larger than either.
+    outputs = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 5.0]])
+    assert elimination_ranks(outputs @ outputs.T).tolist() == [0.0, 1.0, 2.0]
+    apart = torch.tensor([[3.0, 0.0], [3.0, 0.0], [0.0, 5.0]])
+    assert elimination_ranks(apart @ apart.T).tolist() == [0.0, 2.0, 1.0]
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
