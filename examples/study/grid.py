@@ -38,7 +38,7 @@ METHODS = {
     "no_recovery": "--method no_recovery",
     "ablations": "--method adaprune --ablate",
     "neurons_heads": "--method adaprune --granularity neuron+head",
-    "smaller": "--method adaprune --compact_first 0.5",  # half of the encoder, then half of what is left
+    "smaller": "--method adaprune --compact_first 0.5",  # half of the encoder, and of what is left half
     "longer": "--method adaprune",
     "two_of_four": "--method adaprune --granularity 2:4",
     "imp": f"--method imp {ALL_WEIGHTS}",  # 5 trainings to .5, 12 to .9: it comes last
