@@ -280,9 +280,10 @@ def count_bytes(folder: Path, name: str) -> int:
 def make_smaller(model: Any, sparsity: float, options: dict[str, Any]) -> tuple[Any, SparsityReport]:
     """Prune neurons and heads; return the model without them, saved and opened again, and what was pruned of it."""
     args, folder = options["args"], Path(options["args"].output_dir)
-    # What the first step sees of the inputs tells as well which groups to keep as three epochs of training do.
+    # What one step sees of the inputs tells which groups to keep as well as three epochs of training do. A long step.
+    step = {"max_steps": 1, "gradient_accumulation_steps": 8 * args.gradient_accumulation_steps}
     unsaved = {"save_strategy": "no", "load_best_model_at_end": False}
-    first = dataclasses.replace(args, output_dir=str(folder / GROUPS), max_steps=1, **unsaved)
+    first = dataclasses.replace(args, output_dir=str(folder / GROUPS), **step, **unsaved)
     config = AdaPruneConfig(granularity="neuron+head", final_sparsity=sparsity)
     trainer = Trainer(model, **options | {"args": first}, callbacks=[AdaPruneCallback(config)])
     trainer.train()
