@@ -9,7 +9,7 @@ from figures import draw_all
 from grid import TASKS
 from published import ablation_table, beside_published
 from results import Cells, describe, read_rows
-from significance import compare, significance_table
+from significance import SAME, compare, significance_table
 
 
 SCORES = dict.fromkeys(TASKS, "accuracy") | {
@@ -66,7 +66,8 @@ def table(results: Path) -> str:
     lines[0] += "".join(f" {task} | of fine-tuning |" for task in tasks)
     lines[1] += " --- | --- |" * len(tasks)
     reference = {task: [row["score"] for row in cells["finetune", 0.0][task]] for task in tasks}
-    for method, sparsity in sorted(cells, key=lambda cell: (ORDER.index(cell[0]), cell[1])):
+    told = [cell for cell in cells if cell[0] != SAME]
+    for method, sparsity in sorted(told, key=lambda cell: (ORDER.index(cell[0]), cell[1])):
         by_task = cells[method, sparsity]
         first = next(iter(by_task.values()))[0]
         pruned = [f"{first['sparsity']:.3f}", f"{first['sparsity_whole_model']:.3f}"] if sparsity else ["0", "0"]
