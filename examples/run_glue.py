@@ -13,8 +13,8 @@ Your own csv, json (lines) or parquet, with one or two text columns and `label` 
 
     python run_glue.py ... --train_file train.csv --validation_file validation.csv
 
-A model that is smaller and faster too: a first step prunes half of the weights as neurons and heads (`groups`, an
-adapter), and the run half of what is left, over the base without these (`small`):
+A model that is smaller and faster too: one run prunes half of the weights as neurons and heads (`groups`, an adapter),
+and a second one, twice as long, half of what is left over the base without these (`small`):
 
     python run_glue.py ... --compact_first 0.5 --final_sparsity 0.5
 
@@ -93,7 +93,7 @@ class ModelArguments:
         "weight",
     )
     compact_first: float = flag(
-        "In a step before, take this fraction of the masked weights out of the model, as neurons and heads.", 0.0
+        "In a run before, take this fraction of the masked weights out of the model, as neurons and heads.", 0.0
     )
     ablate: bool = flag("Score the trained masks shuffled, and over other weights, too.", False)
     tokenizer_name: str | None = flag("If not the model's own: a name or a folder.")
@@ -280,10 +280,10 @@ def count_bytes(folder: Path, name: str) -> int:
 def make_smaller(model: Any, sparsity: float, options: dict[str, Any]) -> tuple[Any, SparsityReport]:
     """Prune neurons and heads; return the model without them, saved and opened again, and what was pruned of it."""
     args, folder = options["args"], Path(options["args"].output_dir)
-    # What one step sees of the inputs tells which groups to keep as well as three epochs of training do. A long step.
-    step = {"max_steps": 1, "gradient_accumulation_steps": 8 * args.gradient_accumulation_steps}
+    # Few groups need few steps. Checkpoints would be taken for those of the run that follows.
+    shorter = {"num_train_epochs": args.num_train_epochs / 2, "max_steps": args.max_steps // 2}
     unsaved = {"save_strategy": "no", "load_best_model_at_end": False}
-    first = dataclasses.replace(args, output_dir=str(folder / GROUPS), **step, **unsaved)
+    first = dataclasses.replace(args, output_dir=str(folder / GROUPS), **shorter, **unsaved)
     config = AdaPruneConfig(granularity="neuron+head", final_sparsity=sparsity)
     trainer = Trainer(model, **options | {"args": first}, callbacks=[AdaPruneCallback(config)])
     trainer.train()

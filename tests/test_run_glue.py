@@ -243,7 +243,7 @@ def test_whole_groups_are_pruned_if_asked(run: Any, tmp_path: Path, granularity:
     assert json.loads((out / "adapter_config.json").read_text())["granularity"] == granularity
 
 
-def test_what_a_step_before_has_taken_out_counts_as_pruned(run: Any, tmp_path: Path, model_path: Path) -> None:
+def test_what_a_run_before_has_taken_out_counts_as_pruned(run: Any, tmp_path: Path, model_path: Path) -> None:
     files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
     out, results = run("--compact_first", 0.5, "--final_sparsity", 0.5, "--do_train", "--do_eval", *files)
     small = AutoModelForSequenceClassification.from_pretrained(out / "small")

@@ -33,7 +33,7 @@ def measure(keep: Path, path: Path, base: str | None, **options: Any) -> None:
     for folder in tqdm(sorted(keep.glob("*/*/*/*")), unit="run"):
         task, method, sparsity, seed = folder.relative_to(keep).parts
         run = (task, method, float(sparsity), int(seed))
-        # Where a step before has made the base smaller, its masks are those that make the model faster.
+        # Where a run before has made the base smaller, its masks are those that make the model faster.
         adapter = folder / "groups" if (folder / "groups").is_dir() else folder
         if run not in done and (adapter / "adapter_config.json").is_file():
             for report in measure_speed(read_adapter(adapter).open(base), **options):
