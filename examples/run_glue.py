@@ -100,6 +100,10 @@ class ModelArguments:
     model_revision: str = flag("Branch, tag or commit of the model on the Hub.", "main")
     cache_dir: str | None = flag("Where models and data sets are kept.")
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.compact_first < 1:
+            raise InputError(f"`--compact_first` must be in [0, 1), 0 for not at all, got {self.compact_first}.")
+
 
 @dataclass
 class DataArguments:
@@ -281,7 +285,7 @@ def make_smaller(model: Any, sparsity: float, options: dict[str, Any]) -> tuple[
     """Prune neurons and heads; return the model without them, saved and opened again, and what was pruned of it."""
     args, folder = options["args"], Path(options["args"].output_dir)
     # Few groups need few steps. Checkpoints would be taken for those of the run that follows.
-    shorter = {"num_train_epochs": args.num_train_epochs / 2, "max_steps": args.max_steps // 2}
+    shorter = {"num_train_epochs": args.num_train_epochs / 2, "max_steps": -(-args.max_steps // 2)}
     unsaved = {"save_strategy": "no", "load_best_model_at_end": False}
     first = dataclasses.replace(args, output_dir=str(folder / GROUPS), **shorter, **unsaved)
     config = AdaPruneConfig(granularity="neuron+head", final_sparsity=sparsity)

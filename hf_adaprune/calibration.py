@@ -20,13 +20,13 @@ class InputMoments:
     """
 
     def __init__(self, layers: Mapping[str, AdaPruneLayer], adapter_name: str = "default") -> None:
+        self._layers = {name: layer for name, layer in layers.items() if layer.input_dim is not None}
         self._totals: dict[str, torch.Tensor] = {}
         self._hooks = []
-        for name, layer in layers.items():
-            if layer.input_dim is not None:
-                shape = [layer.in_features] * (1 if layer.groups(adapter_name) is None else 2)
-                self._totals[name] = torch.zeros(shape, device=layer.weight.device)
-                self._hooks.append(layer.register_forward_pre_hook(self._watch(self._totals[name])))
+        for name, layer in self._layers.items():
+            shape = [layer.in_features] * (1 if layer.groups(adapter_name) is None else 2)
+            self._totals[name] = torch.zeros(shape, device=layer.weight.device)
+            self._hooks.append(layer.register_forward_pre_hook(self._watch(self._totals[name])))
 
     def close(self) -> None:
         """Watch no longer."""
@@ -42,10 +42,12 @@ class InputMoments:
                 where groups are masked. Layers that were not called are absent.
         """
         self.close()
+        # The model may have been moved since.
+        totals = {name: total.to(self._layers[name].weight.device) for name, total in self._totals.items()}
         if dist.is_available() and dist.is_initialized():
-            for total in self._totals.values():
+            for total in totals.values():
                 dist.all_reduce(total)
-        return {name: total for name, total in self._totals.items() if total.any()}
+        return {name: total for name, total in totals.items() if total.any()}
 
     @staticmethod
     def _watch(total: torch.Tensor) -> Any:

@@ -55,10 +55,6 @@ class Groups:
             per_input = per_input.unsqueeze(1)
         return per_input.expand(self.consumer.weight.shape)
 
-    def sums(self, importance: torch.Tensor) -> torch.Tensor:
-        """Add up, for each group, one value for each weight of the consumer."""
-        return importance.movedim(input_dim(self.consumer), 0).reshape(self.unit.num_groups, -1).sum(1)
-
     def interactions(self, moments: torch.Tensor) -> torch.Tensor:
         """Return the inner products of what any two groups put into the consumer's output, over all inputs seen.
 
@@ -74,7 +70,8 @@ class Groups:
 
     def magnitudes(self) -> torch.Tensor:
         """Return the sum of |w| over the weights of each group, in all layers: float32."""
-        total = self.sums(self.consumer.weight.detach().float().abs())
+        per_input = self.consumer.weight.detach().float().abs().movedim(input_dim(self.consumer), 0)
+        total = per_input.reshape(self.unit.num_groups, -1).sum(1)
         for producer in self.producers.values():
             per_output = producer.weight.detach().float().abs().sum(input_dim(producer))
             total = total + per_output.view(-1, self.unit.num_groups, self.unit.width).sum((0, 2))

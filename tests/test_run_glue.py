@@ -262,8 +262,10 @@ def test_what_a_run_before_has_taken_out_counts_as_pruned(run: Any, tmp_path: Pa
     assert again["eval_loss"] == pytest.approx(results["eval_loss"], abs=1e-6)
 
 
-def test_an_adapter_over_a_base_that_nobody_has_is_not_pushed(script: Any, run: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_taken_out_or_pushed_is_refused(script: Any, run: Any, tmp_path: Path) -> None:
     files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
+    with pytest.raises(script.InputError, match=r"`--compact_first` must be in \[0, 1\).*got 1.0"):
+        run("--compact_first", 1, "--do_train", *files)
     with pytest.raises(script.InputError, match="base would not be on the Hub"):
         run("--compact_first", 0.5, "--do_train", "--push_to_hub", *files)
 
