@@ -285,7 +285,8 @@ def make_smaller(model: Any, sparsity: float, options: dict[str, Any]) -> tuple[
     """Prune neurons and heads; return the model without them, saved and opened again, and what was pruned of it."""
     args, folder = options["args"], Path(options["args"].output_dir)
     # Few groups need few steps. Checkpoints would be taken for those of the run that follows.
-    shorter = {"num_train_epochs": args.num_train_epochs / 2, "max_steps": -(-args.max_steps // 2)}
+    shorter: dict[str, float] = {"num_train_epochs": args.num_train_epochs / 2}
+    shorter |= {"max_steps": (args.max_steps + 1) // 2} if args.max_steps > 0 else {}
     unsaved = {"save_strategy": "no", "load_best_model_at_end": False}
     first = dataclasses.replace(args, output_dir=str(folder / GROUPS), **shorter, **unsaved)
     config = AdaPruneConfig(granularity="neuron+head", final_sparsity=sparsity)

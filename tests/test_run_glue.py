@@ -243,9 +243,12 @@ def test_whole_groups_are_pruned_if_asked(run: Any, tmp_path: Path, granularity:
     assert json.loads((out / "adapter_config.json").read_text())["granularity"] == granularity
 
 
-def test_what_a_run_before_has_taken_out_counts_as_pruned(run: Any, tmp_path: Path, model_path: Path) -> None:
+@pytest.mark.parametrize("length", [("--max_steps", 3), ("--max_steps", -1, "--num_train_epochs", 2)])
+def test_what_a_run_before_has_taken_out_counts_as_pruned(
+    run: Any, tmp_path: Path, model_path: Path, length: tuple[Any, ...]
+) -> None:
     files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
-    out, results = run("--compact_first", 0.5, "--final_sparsity", 0.5, "--do_train", "--do_eval", *files)
+    out, results = run("--compact_first", 0.5, "--final_sparsity", 0.5, "--do_train", "--do_eval", *length, *files)
     small = AutoModelForSequenceClassification.from_pretrained(out / "small")
     matrices = [weight.numel() for name, weight in small.named_parameters() if ".layer." in name and weight.dim() == 2]
     assert sum(matrices) == pytest.approx(0.5 * MASKED, rel=0.05)
