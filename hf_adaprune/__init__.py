@@ -10,6 +10,7 @@ from .callback import AdaPruneCallback  # noqa: E402
 from .combine import combine_adapters  # noqa: E402
 from .compaction import compact  # noqa: E402
 from .config import AdaPruneConfig  # noqa: E402
+from .expansion import expand  # noqa: E402
 from .export import export_onnx  # noqa: E402
 from .fingerprint import skip_fingerprint_check  # noqa: E402
 from .mixed_batch import mixed_batch  # noqa: E402
@@ -27,6 +28,7 @@ __all__ = [
     "Pruner",
     "combine_adapters",
     "compact",
+    "expand",
     "export_onnx",
     "mixed_batch",
     "skip_fingerprint_check",

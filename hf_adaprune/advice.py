@@ -9,8 +9,9 @@ def speed_advice(config: AdaPruneConfig) -> str:
     Args:
         config (`AdaPruneConfig`): The adapter's configuration.
     """
-    if config.group_kinds:
-        what = " and ".join(f"{kind}s" for kind in config.group_kinds)
+    if config.prunes_groups:
+        kinds = config.group_kinds or (config.whole_groups or "").split("+")
+        what = " and ".join(f"{kind}s" for kind in kinds)
         return (
             "Merged, the model computes as much as its base: expect no speed-up. `hf_adaprune.compact(model)` removes "
             f"the pruned {what}; what is left is a smaller dense model, which computes less: `hf-adaprune speed` "

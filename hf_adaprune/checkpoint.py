@@ -53,7 +53,7 @@ def save_compacted(adapter: StoredAdapter, folder: str | Path, base: str | None 
 
     Raises:
         FileExistsError: If the folder holds something.
-        CompactionError: If the adapter's masks are of single weights.
+        CompactionError: If the adapter prunes no neuron and no head as a whole.
     """
     with _whole(adapter, folder, base) as aside:
         model = compact(adapter.open(base))
@@ -77,7 +77,7 @@ def save_onnx(adapter: StoredAdapter, folder: str | Path, base: str | None = Non
     """
     with _whole(adapter, folder, base) as aside:
         opened = adapter.open(base)
-        model = compact(opened) if adapter.config.group_kinds else merged(opened)
+        model = compact(opened) if adapter.config.prunes_groups else merged(opened)
         export_onnx(model, aside)
     return model
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from .config import AdaPruneConfig
 from .errors import CombineError
 from .layer import AdaPruneLayer, adaprune_layers
-from .masks import pack_mask, sparsity_of
+from .masks import pack_mask
 
 
 WAYS = ("intersection", "union", "majority")
@@ -103,16 +102,10 @@ def _combine(layer: AdaPruneLayer, names: Sequence[str], how: str, grouped: bool
 def _new_config(
     configs: Any, names: Sequence[str], head: str | None, masks: dict[str, torch.Tensor], grouped: bool
 ) -> AdaPruneConfig:
-    config: AdaPruneConfig = copy.deepcopy(configs[names[0] if head is None else head])
-    config.final_sparsity = sparsity_of(masks.values())
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    config.granularity = configs[names[0]].granularity if grouped else "weight"
-    config.target_modules = configs[names[0]].target_modules if grouped else set(masks)
+    config: AdaPruneConfig = configs[names[0] if head is None else head].for_masks(masks)
+    if grouped:
+        config.granularity, config.target_modules = configs[names[0]].granularity, configs[names[0]].target_modules
     config.mask_embeddings = any(configs[name].mask_embeddings for name in names)
-    # What is written when an adapter is made or saved is written anew.
-    config.base_fingerprint = config.adapter_fingerprint = config.head_tensors = None
-    config.module_counts = config.group_counts = config.mask_bytes = None
-    config.is_stored, config.inference_mode = False, True
     return config
 
 

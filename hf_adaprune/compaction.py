@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,18 +14,19 @@ from transformers import PreTrainedModel
 
 from .compact_card import CompactCard
 from .compact_model import config_class, model_class
-from .errors import CompactionError
+from .config import AdaPruneConfig
+from .errors import CompactionError, StructureError
 from .groups import Groups
 from .layer import AdaPruneLayer, adaprune_layers
 from .layer_average import LayerAverageHead
 from .merging import merged
 from .shrink import keep_heads, keep_inputs, keep_outputs
-from .structure import Unit, features
+from .structure import Unit, features, find_units
 from .targets import maskable
 
 
 def compact(model: Any) -> PreTrainedModel:
-    """Return a dense model that computes what a masked one does, without what its masks prune.
+    """Return a dense model that computes what a masked one does, without the neurons and heads that its masks prune.
 
     Where every feed-forward layer keeps as many neurons (`granularity="neuron"`, `scope="module"`) and no head is
     pruned, the result is a stock transformers model of smaller `intermediate_size`: once saved, it is opened without
@@ -33,37 +35,44 @@ def compact(model: Any) -> PreTrainedModel:
 
     Args:
         model (`peft.PeftModel` or `transformers.PreTrainedModel`):
-            A model with an active AdaPrune adapter that masks neurons or heads. Not changed.
+            A model with an active AdaPrune adapter, of neurons, heads, or of single weights if it prunes all that
+            read a neuron or a head. Not changed.
 
     Returns:
         `transformers.PreTrainedModel`: A plain model, in evaluation mode, with all of its parameters trainable.
 
     Raises:
-        CompactionError: If the active masks are not of neurons or heads, or the model's forward pass cannot do with
-            fewer of them.
+        CompactionError: If the active masks prune no neuron and no head as a whole, or the model's forward pass cannot
+            do with fewer of them.
 
     Example:
 
         >>> model = AutoPeftModelForSequenceClassification.from_pretrained("me/bert-sst2-neurons")
         >>> compact(model).save_pretrained("bert-sst2-small")
     """
-    base = _base(model)
-    kept, dense = _kept_groups(base), merged(model)
-    expected, before = _hidden_states(dense), dense.num_parameters()
+    base = base_of(model)
+    kept, dense = kept_groups(base), merged(model)
+    expected, before = hidden_states(dense), dense.num_parameters()
     shapes = {name: features(module) for name, module in maskable(dense)}
-    heads = _remove_groups(dense, kept.values())
+    heads = _remove_groups(dense, kept)
     widths = {name: features(module) for name, module in maskable(dense) if features(module) != shapes[name]}
     is_stock = not heads and _is_stock(dense, shapes, widths)
     if not is_stock:
         _make_special(dense, widths, heads)
     _compare(dense, expected)
-    blocks = [(name, int(mask.sum()), len(mask), unit.kind) for name, (unit, mask) in kept.items()]
-    config = next(layer.config(name) for _, layer in adaprune_layers(base) for name in _active(layer))
-    CompactCard(config, type(dense).__name__, is_stock, before, dense.num_parameters(), blocks).attach(dense)
+    blocks = [(unit.consumer, int(mask.sum()), len(mask), unit.kind) for unit, mask in kept]
+    CompactCard(active_config(base), type(dense).__name__, is_stock, before, dense.num_parameters(), blocks).attach(
+        dense
+    )
     return dense.requires_grad_()
 
 
-def _base(model: Any) -> PreTrainedModel:
+def base_of(model: Any) -> PreTrainedModel:
+    """Return the transformers model that an adapter is on.
+
+    Raises:
+        CompactionError: If it is no transformers model, or not one that transformers could build.
+    """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base, PreTrainedModel):
         raise CompactionError(f"`compact` takes a transformers model with an adapter, got a {type(model).__name__}.")
@@ -75,27 +84,44 @@ def _base(model: Any) -> PreTrainedModel:
     return base
 
 
-def _active(layer: AdaPruneLayer) -> list[str]:
+def active_masks(layer: AdaPruneLayer) -> list[str]:
+    """Return the names of the adapters by whose masks a layer computes, merged or not."""
     names = [] if layer.disable_adapters else layer.merged_adapters or layer.active_adapters
     return [name for name in names if name in layer.adaprune_mask]
 
 
-def _kept_groups(base: nn.Module) -> dict[str, tuple[Unit, torch.Tensor]]:
-    """Return for each block what is left of its groups under the active masks."""
-    kept: dict[str, tuple[Unit, torch.Tensor]] = {}
-    for _, layer in adaprune_layers(base):
-        for name in _active(layer):
-            groups = layer.groups(name)
-            if groups is not None:
-                unit, mask = groups.unit, layer.entries(name).cpu()
-                kept[unit.consumer] = unit, mask & kept.get(unit.consumer, (unit, mask))[1]
-    if not kept:
+def active_config(base: nn.Module) -> AdaPruneConfig:
+    """Return the configuration of the adapter by whose masks a model computes: the first of them."""
+    return next(layer.config(name) for _, layer in adaprune_layers(base) for name in active_masks(layer))
+
+
+def kept_groups(base: nn.Module) -> list[tuple[Unit, torch.Tensor]]:
+    """Return for each block of a model what the active masks leave of its groups: boolean, one a group.
+
+    Raises:
+        CompactionError: If they leave all of them.
+    """
+    layers = dict(adaprune_layers(base))
+    kept = []
+    for unit in _units(base):
+        layer = layers.get(unit.consumer)
+        masks = [layer.mask(name) for name in active_masks(layer)] if layer else []
+        if masks:
+            kept.append((unit, Groups.of(unit, base).read(torch.stack(masks).all(0)).cpu()))
+    if all(mask.all() for _, mask in kept):
         raise CompactionError(
-            "There is nothing to remove: no active mask is of neurons or heads, and one of single weights leaves each "
+            "There is nothing to remove: the active masks prune no neuron and no head as a whole, and leave each "
             'matrix its shape. Train with `granularity="neuron"`, "head" or "neuron+head"; for a 2:4 mask see '
             "`to_semi_structured`."
         )
     return kept
+
+
+def _units(base: nn.Module) -> list[Unit]:
+    for kinds in (("neuron", "head"), ("neuron",)):
+        with suppress(StructureError):
+            return [unit for found in find_units(base, kinds).values() for unit in found]
+    return []
 
 
 def _remove_groups(dense: nn.Module, kept: Iterable[tuple[Unit, torch.Tensor]]) -> dict[str, dict[str, Any]]:
@@ -162,23 +188,27 @@ def _make_special(dense: Any, widths: dict[str, tuple[int, int]], heads: dict[st
 
 
 @torch.no_grad()
-def _hidden_states(model: Any) -> torch.Tensor:
+def hidden_states(model: Any) -> torch.Tensor:
+    """Return a plain model's last hidden states for its example inputs, in float32."""
     inputs = {name: tensor.to(model.device) for name, tensor in model.dummy_inputs.items()}
     return model.base_model(**inputs)[0].float()
 
 
+def differ(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> str:
+    """Return in words by how much hidden states differ, beyond the rounding of a dtype; nothing if they do not."""
+    error = float((found - expected).abs().max() / expected.abs().max())
+    allowed = 1e-4 if dtype == torch.float32 else 5e-2
+    return "" if error < allowed else f"its hidden states differ by {error:.2g} of their range"
+
+
 def _compare(dense: Any, expected: torch.Tensor) -> None:
     """Raise if the smaller model does not compute the same."""
-    problem = "it cannot run"
     try:
-        found = _hidden_states(dense)
-        error = float((found - expected).abs().max() / expected.abs().max())
-        if error < (1e-4 if dense.dtype == torch.float32 else 5e-2):
-            return
-        problem = f"its hidden states differ by {error:.2g} of their range"
+        problem = differ(hidden_states(dense), expected, dense.dtype)
     except (RuntimeError, ValueError, IndexError) as cause:
-        problem += f" ({cause})"
-    raise CompactionError(
-        f"{type(dense).__name__} does not do with fewer neurons or heads: {problem}. Use `merge_and_unload()`, which "
-        "leaves them in place as zeros."
-    )
+        problem = f"it cannot run ({cause})"
+    if problem:
+        raise CompactionError(
+            f"{type(dense).__name__} does not do with fewer neurons or heads: {problem}. Use `merge_and_unload()`, "
+            "which leaves them in place as zeros."
+        )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
 from .errors import ConfigError
 from .labels import has_real_labels, labels_fingerprint
-from .masks import PACKED_BITS, SHORTEST
+from .masks import PACKED_BITS, SHORTEST, sparsity_of
 from .storage import check_weights_file, put_in_place
 from .validation import mistyped, problems_of_storage
 
@@ -130,7 +133,11 @@ class AdaPruneConfig(PeftConfig):
             Written when an adapter is saved whose masks are of neurons or heads; for each mask how many groups are
             pruned, and how many there are.
         head_tensors (`list[str]`, *optional*): Written when an adapter is saved; the names of its head's tensors.
-        combination (`str`, *optional*): Written by `combine_adapters`; how the masks were made, and of which adapters.
+        combination (`str`, *optional*):
+            Written by `combine_adapters` and `expand`; how the masks were made, and of which others.
+        whole_groups (`str`, *optional*):
+            Written by `expand`; what groups some are pruned of as a whole, besides single weights: `"neuron"`,
+            `"head"` or `"neuron+head"`.
         mask_bytes (`dict[str, int]`, *optional*):
             Written when an adapter is saved whose masks are coded; how many bytes each takes, where that is less than
             one bit a weight.
@@ -177,6 +184,7 @@ class AdaPruneConfig(PeftConfig):
     group_counts: dict[str, list[int]] | None = _option(None, "Pruned and all groups of each mask of groups.")
     head_tensors: list[str] | None = _option(None, "Names of the tensors of the saved head.")
     combination: str | None = _option(None, "How the masks were made of those of other adapters.")
+    whole_groups: str | None = _option(None, "What groups some are pruned of as a whole, besides single weights.")
     mask_bytes: dict[str, int] | None = _option(None, "How many bytes each mask takes that is coded.")
     mask_codec: str = _option(PACKED_BITS, f"How masks are stored: {PACKED_BITS}, or {SHORTEST} for less.")
     format_version: int = _option(FORMAT_VERSION, "Version of the stored format.")
@@ -200,6 +208,11 @@ class AdaPruneConfig(PeftConfig):
     def group_kinds(self) -> tuple[str, ...]:
         """What whole groups are pruned: `"neuron"`, `"head"`, both, or none."""
         return () if self.granularity == "weight" or self.n_of_m else tuple(self.granularity.split("+"))
+
+    @property
+    def prunes_groups(self) -> bool:
+        """Whether whole neurons or heads are pruned, so that `compact` has something to remove."""
+        return bool(self.group_kinds or self.whole_groups)
 
     @property
     def training_dropout(self) -> float | None:
@@ -236,6 +249,23 @@ class AdaPruneConfig(PeftConfig):
     def mask_sizes(self) -> dict[str, int]:
         """How many bytes each mask of a stored adapter takes: one bit an entry, or less."""
         return {name: -(-length // 8) for name, length in self.mask_lengths.items()} | (self.mask_bytes or {})
+
+    def for_masks(self, masks: Mapping[str, torch.Tensor]) -> AdaPruneConfig:
+        """Return a copy for an adapter that is not trained: its masks, of single weights, are there already.
+
+        Args:
+            masks (`Mapping[str, torch.Tensor]`): The boolean mask of each module, by the module's name.
+        """
+        config = copy.deepcopy(self)
+        config.granularity, config.target_modules = "weight", set(masks)
+        config.final_sparsity = sparsity_of(masks.values())
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        # What is written when an adapter is made or saved is written anew.
+        config.base_fingerprint = config.adapter_fingerprint = config.head_tensors = None
+        config.module_counts = config.group_counts = config.mask_bytes = None
+        config.combination = config.whole_groups = None
+        config.is_stored, config.inference_mode = False, True
+        return config
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> AdaPruneConfig:
@@ -327,8 +357,15 @@ class AdaPruneConfig(PeftConfig):
             )
         if not 0 <= self.drift < float("inf"):
             problems.append(f"`drift` must be finite and >= 0, got {self.drift}.")
-        choices = {"estimator": ESTIMATORS, "score_init": SCORE_INITS, "scope": SCOPES, "selection": SELECTIONS}
-        choices |= {"head": HEADS, "mask_codec": (PACKED_BITS, SHORTEST)}
+        choices: dict[str, tuple[str | None, ...]] = {
+            "estimator": ESTIMATORS,
+            "score_init": SCORE_INITS,
+            "scope": SCOPES,
+            "selection": SELECTIONS,
+            "head": HEADS,
+            "mask_codec": (PACKED_BITS, SHORTEST),
+            "whole_groups": (None, *GRANULARITIES[1:]),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 problems.append(f"`{name}` must be one of {list(allowed)}, got {getattr(self, name)!r}.")

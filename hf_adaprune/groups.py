@@ -55,6 +55,11 @@ class Groups:
             per_input = per_input.unsqueeze(1)
         return per_input.expand(self.consumer.weight.shape)
 
+    def read(self, mask: torch.Tensor) -> torch.Tensor:
+        """Return which groups the consumer still reads under a mask of its weight's shape: boolean, one a group."""
+        per_input = mask.movedim(input_dim(self.consumer), 0)
+        return per_input.reshape(self.unit.num_groups, -1).any(1)
+
     def interactions(self, moments: torch.Tensor) -> torch.Tensor:
         """Return the inner products of what any two groups put into the consumer's output, over all inputs seen.
 

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 from .errors import NotPrunedError
@@ -26,21 +27,34 @@ def merged(model: Any) -> PreTrainedModel:
     Raises:
         NotPrunedError: If the model has no AdaPrune adapter.
     """
-    return _without_adapter(model, merge=True)
+    return _cleared(_tuner_of_copy(model).merge_and_unload())
 
 
 def unmasked(model: Any) -> PreTrainedModel:
-    """Return what `unload` would, the base with its own head, and leave the model as it is; see `merged`."""
-    return _without_adapter(model, merge=False)
+    """Return the base, with its own weights, head and labels, and leave the model as it is; see `merged`.
+
+    `unload` is not the same: it leaves the head of the active adapter.
+    """
+    tuner = _tuner_of_copy(model)
+    for _, layer in adaprune_layers(tuner):
+        if layer.merged:
+            layer.unmerge()
+    tuner._enable_adapter_layers(False)
+    for module in tuner.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module._active_adapter = []
+    return _cleared(tuner.unload())
 
 
-def _without_adapter(model: Any, merge: bool) -> PreTrainedModel:
+def _tuner_of_copy(model: Any) -> AdaPruneModel:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not any(True for _ in adaprune_layers(base)):
         raise NotPrunedError(f"There is no AdaPrune adapter on this {type(base).__name__}.")
-    tuner = AdaPruneModel.around(copy.deepcopy(base))
-    plain = tuner.merge_and_unload() if merge else tuner.unload()
-    # What transformers leaves of an adapter that it has loaded: a card, a flag, and how its keys are renamed.
+    return AdaPruneModel.around(copy.deepcopy(base))
+
+
+def _cleared(plain: Any) -> PreTrainedModel:
+    """Take off a model what transformers leaves of an adapter: a card, a flag, and how its keys are renamed."""
     for name in ("create_or_update_model_card", "_hf_peft_config_loaded", "_weight_conversions"):
         vars(plain).pop(name, None)
     return plain.eval()

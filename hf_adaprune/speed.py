@@ -110,7 +110,7 @@ def measure_speed(
     """Time the forms of a pruned model side by side, on the device that the model is on.
 
     The forms take turns, one forward pass each, so that a machine that slows down slows all. Compared are the base,
-    the merged model, where masks are of neurons or heads the compacted one, on a GPU with 2:4 masks in half precision
+    the merged model, where neurons or heads are pruned the compacted one, on a GPU with 2:4 masks in half precision
     the semi-structured one, and, if asked for, base and smallest form on ONNX Runtime.
 
     Args:
@@ -173,7 +173,7 @@ def _plain_forms(model: Any) -> dict[str, Any]:
     if config is None:
         raise NotPrunedError("There is nothing to compare: the model has no active AdaPrune adapter.")
     forms: dict[str, Any] = {BASE: unmasked(model), "merged": merged(model)}
-    if config.group_kinds:
+    if config.prunes_groups:
         forms["compacted"] = compact(model)
     elif config.n_of_m == (2, 4):
         # Where they cannot be used, or on no layer, the advice for 2:4 masks says what they need.

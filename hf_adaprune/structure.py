@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +74,7 @@ def plan_units(
     """
     if not config.group_kinds:
         return {}
-    by_layer = _units_by_layer(model, config)
+    by_layer = find_units(model, config.group_kinds)
     units = [unit for found in by_layer.values() for unit in found]
     if not config.is_stored and not any(parameter.is_meta for parameter in model.parameters()):
         units = verified(model, units)
@@ -97,7 +97,7 @@ def stored_units(model: Any, config: AdaPruneConfig) -> dict[str, Unit]:
     """Return the blocks whose groups a stored adapter masks, by the names of their consumers."""
     if not config.group_counts:
         return {}
-    units = [unit for found in _units_by_layer(model, config).values() for unit in found]
+    units = [unit for found in find_units(model, config.group_kinds).values() for unit in found]
     return {unit.consumer: unit for unit in units if unit.consumer in config.group_counts}
 
 
@@ -125,8 +125,16 @@ def features(module: Any) -> tuple[int, int]:
     return tuple(module.weight.shape) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
-def _units_by_layer(model: Any, config: AdaPruneConfig) -> dict[str, list[Unit]]:
-    """Return the blocks of the kinds wanted, by the name of the numbered layer that they are in."""
+def find_units(model: Any, kinds: Collection[str]) -> dict[str, list[Unit]]:
+    """Return the blocks that a model has by the shapes of its layers, by the name of the numbered layer they are in.
+
+    Args:
+        model (`torch.nn.Module`): The model, with adapters or without; not changed.
+        kinds (`Collection[str]`): What groups to look for: `"neuron"`, `"head"`, or both.
+
+    Raises:
+        StructureError: If it has no numbered layers, or does not tell how many heads it has.
+    """
     layers: dict[str, list[tuple[str, tuple[int, int]]]] = defaultdict(list)
     for name, module in maskable(model):
         numbered = re.match(r"(.*\.\d+)\.", name)
@@ -134,11 +142,12 @@ def _units_by_layer(model: Any, config: AdaPruneConfig) -> dict[str, list[Unit]]
             layers[numbered[1]].append((name, features(module)))
     if not layers:
         raise StructureError(
-            f"`granularity={config.granularity!r}` needs a transformer; {type(model).__name__} has no numbered layers."
+            f"{' and '.join(f'{kind}s' for kind in kinds).capitalize()} are looked for in a transformer; "
+            f"{type(model).__name__} has no numbered layers."
         )
-    num_heads = _num_heads(model) if "head" in config.group_kinds else None
+    num_heads = _num_heads(model) if "head" in kinds else None
     return {
-        layer: [unit for unit in _blocks(linears, num_heads) if unit.kind in config.group_kinds]
+        layer: [unit for unit in _blocks(linears, num_heads) if unit.kind in kinds]
         for layer, linears in layers.items()
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import logits_of, make_model
+from tiny import logits_of, make_model, train_masks
 
 from hf_adaprune import AdaPruneConfig, Pruner, speed
 from hf_adaprune.advice import speed_advice
@@ -72,6 +72,21 @@ def test_the_base_is_timed_without_masks_and_the_model_keeps_its_own() -> None:
     assert torch.equal(logits_of(unmasked(model)), logits_of(make_model()))
     assert torch.equal(logits_of(model), before)
     assert not torch.equal(before, logits_of(make_model()))
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_the_base_has_its_own_weights_and_head(is_merged: bool) -> None:
+    model = make_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    peft_model = get_peft_model(model, AdaPruneConfig())
+    train_masks(peft_model, learning_rate=1e-2)
+    if is_merged:
+        peft_model.merge_adapter()
+    logits = logits_of(peft_model)
+    plain = unmasked(peft_model)
+    assert plain.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in plain.state_dict().items())
+    assert torch.equal(logits_of(peft_model), logits)
 
 
 def test_the_forms_take_turns_and_warm_up_rounds_do_not_count() -> None:
