@@ -13,8 +13,8 @@ Your own csv, json (lines) or parquet, with one or two text columns and `label` 
 
     python run_glue.py ... --train_file train.csv --validation_file validation.csv
 
-A model that is smaller and faster too: one run prunes half of the weights as neurons and heads (`groups`, an adapter),
-and a second one, twice as long, half of what is left over the base without these (`small`):
+A model that is smaller and faster too: one run prunes half of the weights as neurons and heads, and a second one,
+twice as long, half of what these leave. One adapter has both; in `small` is the model without the neurons and heads:
 
     python run_glue.py ... --compact_first 0.5 --final_sparsity 0.5
 
@@ -48,8 +48,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_adaprune import AdaPruneCallback, AdaPruneConfig, compact, sparsity_report
-from hf_adaprune.analysis import SparsityReport
+from hf_adaprune import AdaPruneCallback, AdaPruneConfig, compact, expand, sparsity_report
 from hf_adaprune.baselines import METHODS, TrainedWeightsCallback, ablate, make_callback
 from hf_adaprune.errors import AdaPruneError
 from hf_adaprune.glue import GLUE_COLUMNS
@@ -61,7 +60,7 @@ logger = logging.getLogger("run_glue")
 
 FILE_KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SPLIT_OF_FLAG = {"do_train": "train", "do_eval": "validation", "do_predict": "test"}
-GROUPS, SMALL = "groups", "small"  # folders in the output folder: masks of neurons and heads, the base without these
+GROUPS, SMALL = "groups", "small"  # folders in the output folder: masks of neurons and heads, the model without these
 SPLITS = ("train", "validation", "validation_mismatched", "test", "test_mismatched")
 
 
@@ -93,7 +92,8 @@ class ModelArguments:
         "weight",
     )
     compact_first: float = flag(
-        "In a run before, take this fraction of the masked weights out of the model, as neurons and heads.", 0.0
+        "adaprune, no_recovery, smp, random: prune this fraction of the masked weights before, as neurons and heads.",
+        0.0,
     )
     ablate: bool = flag("Score the trained masks shuffled, and over other weights, too.", False)
     tokenizer_name: str | None = flag("If not the model's own: a name or a folder.")
@@ -281,29 +281,27 @@ def count_bytes(folder: Path, name: str) -> int:
     return sum(path.stat().st_size for path in folder.glob(f"{name}*.safetensors"))
 
 
-def make_smaller(model: Any, sparsity: float, options: dict[str, Any]) -> tuple[Any, SparsityReport]:
-    """Prune neurons and heads; return the model without them, saved and opened again, and what was pruned of it."""
-    args, folder = options["args"], Path(options["args"].output_dir)
+def prune_groups(model: Any, sparsity: float, options: dict[str, Any]) -> Any:
+    """Prune neurons and heads, in a run of its own; return the model with their masks."""
+    args, folder = options["args"], Path(options["args"].output_dir, GROUPS)
+    if args.resume_from_checkpoint and (folder / "adapter_config.json").is_file():
+        return AutoModelForSequenceClassification.from_pretrained(folder)
     # Few groups need few steps. Checkpoints would be taken for those of the run that follows.
     shorter: dict[str, float] = {"num_train_epochs": args.num_train_epochs / 2}
     shorter |= {"max_steps": (args.max_steps + 1) // 2} if args.max_steps > 0 else {}
     unsaved = {"save_strategy": "no", "load_best_model_at_end": False}
-    first = dataclasses.replace(args, output_dir=str(folder / GROUPS), **shorter, **unsaved)
+    first = dataclasses.replace(args, output_dir=str(folder), **shorter, **unsaved)
     config = AdaPruneConfig(granularity="neuron+head", final_sparsity=sparsity)
     trainer = Trainer(model, **options | {"args": first}, callbacks=[AdaPruneCallback(config)])
     trainer.train()
     trainer.save_model()
-    if args.should_save:
-        compact(trainer.model).save_pretrained(folder / SMALL)
-        trainer.processing_class.save_pretrained(folder / SMALL)
-    trainer.accelerator.wait_for_everyone()
-    return AutoModelForSequenceClassification.from_pretrained(folder / SMALL), sparsity_report(trainer.model)
+    return trainer.model
 
 
-def train(trainer: Trainer, callback: TrainerCallback | None, removed: SparsityReport | None = None) -> Any:
+def train(trainer: Trainer, callback: TrainerCallback | None, whole: Any = None) -> Any:
     """Train and save; return the model that holds the masks, a copy over pre-trained weights if these were trained.
 
-    What was removed before training counts as pruned, and the smaller base as a part of what is shared.
+    Of `whole`, which has masks of neurons and heads, the trainer has what these leave; what is saved is over all.
     """
     folder = Path(trainer.args.output_dir)
     trainable = trainer.get_num_trainable_parameters()
@@ -311,11 +309,15 @@ def train(trainer: Trainer, callback: TrainerCallback | None, removed: SparsityR
     metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
     for _ in range(1, getattr(callback, "num_rounds", 1)):
         metrics = trainer.train().metrics
+    if whole is not None:
+        trainer.model = expand(trainer.model, whole)
+        if trainer.args.should_save:
+            compact(trainer.model).save_pretrained(folder / SMALL)
+            trainer.processing_class.save_pretrained(folder / SMALL)
     trainer.save_model()
     is_adapter, masked = hasattr(trainer.model, "peft_config"), trainer.model
     metrics |= {"train_samples": len(trainer.train_dataset), "trainable_params": trainable}
     metrics["checkpoint_bytes"] = count_bytes(folder, "adapter_model" if is_adapter else "model")
-    metrics["checkpoint_bytes"] += count_bytes(folder / SMALL, "model") if is_adapter and removed else 0
     if isinstance(callback, TrainedWeightsCallback):
         masked = callback.rewound(trainer.model)
         if trainer.args.should_save:
@@ -323,8 +325,7 @@ def train(trainer: Trainer, callback: TrainerCallback | None, removed: SparsityR
             trainer.processing_class.save_pretrained(folder / "rewound")
     if isinstance(callback, AdaPruneCallback):
         report = sparsity_report(masked)
-        pruned, whole = report.num_pruned + (removed.num_pruned if removed else 0), removed or report
-        metrics |= {"sparsity": pruned / whole.num_weights, "sparsity_whole_model": pruned / whole.num_parameters}
+        metrics |= {"sparsity": report.sparsity, "sparsity_whole_model": report.sparsity_whole_model}
         metrics["adapter_bytes"] = count_bytes(folder if is_adapter else folder / "rewound", "adapter_model")
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
@@ -370,14 +371,20 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("There is nothing to do: give `--do_train`, `--do_eval` or `--do_predict`.")
     if model_args.compact_first and args.push_to_hub:
         raise InputError(
-            "`--push_to_hub` cannot go with `--compact_first`: the base would not be on the Hub. Run its two "
-            "parts apart: `--granularity neuron+head`; `hf-adaprune export`; push what that wrote; give its name as "
-            "`--model_name_or_path`."
+            "`--push_to_hub` cannot go with `--compact_first`: while it trains, the adapter is over a smaller base "
+            f"that is not on the Hub. Run `hf-adaprune push {args.output_dir} NAME` afterwards."
         )
     config = AdaPruneConfig.from_preset(
         model_args.preset, final_sparsity=model_args.final_sparsity, granularity=model_args.granularity
     )
     callback = make_callback(model_args.method, config) if args.do_train else None
+    is_frozen = isinstance(callback, AdaPruneCallback) and not isinstance(callback, TrainedWeightsCallback)
+    if model_args.compact_first and args.do_train and not is_frozen:
+        raise InputError(
+            f"`--compact_first` needs a method that trains masks over frozen weights, got {model_args.method!r}. "
+            "Train with `--granularity neuron+head`, run `hf-adaprune export` and name what that wrote as "
+            "`--model_name_or_path`."
+        )
     set_seed(args.seed)
     with args.main_process_first(desc="reading the data"):
         task = load_task(data_args, asked, model_args.cache_dir)
@@ -386,11 +393,12 @@ def main(argv: list[str] | None = None) -> None:
         data = {split: tokenize(task, split, tokenizer, data_args) for split in wanted}
     options = {"args": args, "processing_class": tokenizer, "compute_metrics": make_compute_metrics(task)}
     options |= {"train_dataset": data.get("train"), "eval_dataset": data.get("validation")}
-    removed = None
+    whole = None
     if args.do_train and model_args.compact_first:
-        model, removed = make_smaller(model, model_args.compact_first, options)
+        whole = prune_groups(model, model_args.compact_first, options)
+        model = compact(whole)
     trainer = Trainer(model, **options, callbacks=[callback] if callback else [])
-    masked = train(trainer, callback, removed) if args.do_train else model
+    masked = train(trainer, callback, whole) if args.do_train else model
     evaluated = evaluate(trainer, data) if args.do_eval else {}
     if args.do_eval and masked is not trainer.model:
         evaluate(Trainer(masked, **options), data, "eval_rewound")

@@ -33,10 +33,8 @@ def measure(keep: Path, path: Path, base: str | None, **options: Any) -> None:
     for folder in tqdm(sorted(keep.glob("*/*/*/*")), unit="run"):
         task, method, sparsity, seed = folder.relative_to(keep).parts
         run = (task, method, float(sparsity), int(seed))
-        # Where a run before has made the base smaller, its masks are those that make the model faster.
-        adapter = folder / "groups" if (folder / "groups").is_dir() else folder
-        if run not in done and (adapter / "adapter_config.json").is_file():
-            for report in measure_speed(read_adapter(adapter).open(base), **options):
+        if run not in done and (folder / "adapter_config.json").is_file():
+            for report in measure_speed(read_adapter(folder).open(base), **options):
                 for row in report.rows():
                     append_row(path, dict(zip(RUN, run, strict=True)) | row)
 
