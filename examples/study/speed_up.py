@@ -131,11 +131,14 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--onnx", action="store_true")
+    parser.add_argument("--threads", type=int, help="How many the CPU computes with; by default PyTorch's choice.")
+    parser.add_argument("--cpu_time", action="store_true", help="Count processor time: for a machine with other work.")
     args = parser.parse_args()
     logging.set_verbosity_error()
     if args.keep:
         options = {"batch_sizes": args.batch_sizes, "lengths": args.lengths, "repeats": args.repeats}
-        measure(args.keep, args.speeds, args.model, onnx=args.onnx, **options)
+        options |= {"onnx": args.onnx, "num_threads": args.threads, "cpu_time": args.cpu_time}
+        measure(args.keep, args.speeds, args.model, **options)
     figure = plot_speed_up(load(args.results), read_rows(args.speeds), NAMES | REWOUND)
     args.figure.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.figure, dpi=150)
