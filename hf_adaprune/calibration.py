@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.hooks import RemovableHandle
 
 from .layer import AdaPruneLayer
 
 
 class InputMoments:
-    """Watch the inputs of masked layers in training, from now until they are asked for.
+    """Watch the inputs of masked layers, where gradients are computed, until they are asked for or `close` is called.
 
     Args:
         layers (`Mapping[str, AdaPruneLayer]`): The layers by name; those that have no real inputs are left out.
@@ -22,16 +24,13 @@ class InputMoments:
     def __init__(self, layers: Mapping[str, AdaPruneLayer], adapter_name: str = "default") -> None:
         self._layers = {name: layer for name, layer in layers.items() if layer.input_dim is not None}
         self._totals: dict[str, torch.Tensor] = {}
-        self._hooks = []
+        hooks: list[RemovableHandle] = []
         for name, layer in self._layers.items():
             shape = [layer.in_features] * (1 if layer.groups(adapter_name) is None else 2)
             self._totals[name] = torch.zeros(shape, device=layer.weight.device)
-            self._hooks.append(layer.register_forward_pre_hook(self._watch(self._totals[name])))
-
-    def close(self) -> None:
-        """Watch no longer."""
-        for hook in self._hooks:
-            hook.remove()
+            hooks.append(layer.register_forward_pre_hook(self._watch(self._totals[name])))
+        # A run that is broken off in its first step leaves nothing behind either.
+        self.close = weakref.finalize(self, _remove, hooks)
 
     def pop(self) -> dict[str, torch.Tensor]:
         """Watch no longer; return the sums, over all inputs that all processes have seen, of their products.
@@ -52,7 +51,7 @@ class InputMoments:
     @staticmethod
     def _watch(total: torch.Tensor) -> Any:
         def hook(layer: AdaPruneLayer, args: tuple[Any, ...]) -> None:
-            if layer.training and args:
+            if torch.is_grad_enabled() and args:
                 inputs = args[0].detach().reshape(-1, len(total)).float()
                 # Autocast would multiply in half precision.
                 with torch.autocast(inputs.device.type, enabled=False):
@@ -60,3 +59,8 @@ class InputMoments:
                 total.add_(seen.to(total.device))
 
         return hook
+
+
+def _remove(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()

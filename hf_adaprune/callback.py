@@ -117,6 +117,8 @@ class AdaPruneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the next masks."""
+        # Before the evaluation of this step: what was found in the steps before it was of a model not yet pruned.
+        self._forget_best(state)
         self._running.step()
         if self._running.finished:
             control.should_training_stop = True

@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 _LAST_CHECKPOINT = "last-checkpoint"  # as the Trainer names it on the Hub
-_STATE_NAME = "training_state.safetensors"
+STATE_NAME = "training_state.safetensors"
 
 
 def save_state_with_checkpoints(model: Any, num_processes: int, resumable: bool) -> None:
@@ -67,7 +67,7 @@ def _save(
     for name in (TRAINER_STATE_NAME, SAFE_WEIGHTS_NAME):
         (checkpoint / name).unlink(missing_ok=True)
     save(folder, *args, **kwargs)
-    _save_state(model, checkpoint / _STATE_NAME, num_processes, resumable)
+    _save_state(model, checkpoint / STATE_NAME, num_processes, resumable)
 
 
 def _save_state(model: nn.Module, path: Path, num_processes: int, resumable: bool) -> None:
@@ -94,7 +94,7 @@ def put_state_in_place(checkpoint: Path) -> None:
     Args:
         checkpoint (`Path`): Its folder; one without scores stays as it is.
     """
-    state, path = checkpoint / _STATE_NAME, checkpoint / SAFE_WEIGHTS_NAME
+    state, path = checkpoint / STATE_NAME, checkpoint / SAFE_WEIGHTS_NAME
     if path.exists() or not state.exists():
         return
     try:
@@ -123,7 +123,8 @@ def set_torn_aside(folder: str | Path) -> None:
             put_state_in_place(path)
             continue
         torn = path.with_name(f"torn-{path.name}")
-        shutil.rmtree(torn, ignore_errors=True)
+        while torn.exists():
+            torn = torn.with_name(f"torn-{torn.name}")
         path.rename(torn)
         logger.warning(f"{path} was not saved to its end, and no run can go on from it: it is now called {torn.name}.")
 
@@ -133,7 +134,7 @@ def _is_whole(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         files = []
-        for path in (checkpoint / SAFE_WEIGHTS_NAME, checkpoint / _STATE_NAME):
+        for path in (checkpoint / SAFE_WEIGHTS_NAME, checkpoint / STATE_NAME):
             if not path.exists():
                 continue
             with safe_open(path, framework="pt") as state:

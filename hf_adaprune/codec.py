@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from .context import Context, fit_context
 from .errors import AdapterFileError
+from .magnitudes import Magnitudes
+from .mask_odds import Context, fit_context
 from .masks import PACKED_BITS, pack_mask
 from .rans import decode_bits, encode_bits
-from .rounding import Magnitudes
 
 
 # Version, from float16 or not, step, edges, Rice's parameter, lowest level, bits that decide, the packed mask's CRC.

@@ -79,9 +79,12 @@ def _auto_class(architecture: str) -> str:
     return max(fitting, key=len, default="AutoModel")
 
 
-def _save(card: CompactCard, model: Any, save_directory: str | Path, **kwargs: Any) -> None:
-    type(model).save_pretrained(model, save_directory, **kwargs)
-    put_card(Path(save_directory, CARD), card.render(kwargs.get("repo_id") or Path(save_directory).resolve().name))
+def _save(
+    card: CompactCard, model: Any, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
+) -> None:
+    type(model).save_pretrained(model, save_directory, is_main_process, **kwargs)
+    if is_main_process:
+        put_card(Path(save_directory, CARD), card.render(kwargs.get("repo_id") or Path(save_directory).resolve().name))
 
 
 def _push(card: CompactCard, model: Any, repo_id: str, **kwargs: Any) -> Any:

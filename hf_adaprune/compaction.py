@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .compact_card import CompactCard
 from .compact_model import config_class, model_class
 from .config import AdaPruneConfig
-from .errors import CompactionError, StructureError
+from .errors import CompactionError, NotPrunedError, StructureError
 from .groups import Groups
 from .layer import AdaPruneLayer, adaprune_layers
 from .layer_average import LayerAverageHead
@@ -91,8 +91,16 @@ def active_masks(layer: AdaPruneLayer) -> list[str]:
 
 
 def active_config(base: nn.Module) -> AdaPruneConfig:
-    """Return the configuration of the adapter by whose masks a model computes: the first of them."""
-    return next(layer.config(name) for _, layer in adaprune_layers(base) for name in active_masks(layer))
+    """Return the configuration of the adapter by whose masks a model computes: the first of them.
+
+    Raises:
+        NotPrunedError: If there is none.
+    """
+    configs = (layer.config(name) for _, layer in adaprune_layers(base) for name in active_masks(layer))
+    config = next(configs, None)
+    if config is None:
+        raise NotPrunedError("The model has no active AdaPrune adapter.")
+    return config
 
 
 def kept_groups(base: nn.Module) -> list[tuple[Unit, torch.Tensor]]:

@@ -15,10 +15,10 @@ import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
+from .adapter_files import check_weights_file, put_in_place
 from .errors import ConfigError
-from .labels import has_real_labels, labels_fingerprint
+from .labels import is_regression, labels_fingerprint
 from .masks import PACKED_BITS, SHORTEST, sparsity_of
-from .storage import check_weights_file, put_in_place
 from .validation import mistyped, problems_of_storage
 
 
@@ -27,6 +27,7 @@ FORMAT_VERSION = 1
 ESTIMATORS = ("straight_through", "sigmoid")
 SCORE_INITS = ("wanda", "magnitude", "normal", "constant")
 GRANULARITIES = ("weight", "neuron", "head", "neuron+head")
+MAX_PATTERN = 256  # the largest m of n:m: ranks inside a pattern are counted in bytes
 SCOPES = ("module", "kind", "global")
 SELECTIONS = ("topk", "threshold")
 AUTO = "auto"
@@ -215,12 +216,16 @@ class AdaPruneConfig(PeftConfig):
         return bool(self.group_kinds or self.whole_groups)
 
     @property
+    def architecture(self) -> str | None:
+        """The name of the class of the model that the adapter was made for, if it was one of transformers'."""
+        return ((self.model_config or {}).get("architectures") or [None])[0]
+
+    @property
     def training_dropout(self) -> float | None:
         """The dropout that the model has while its masks are trained; `None` for its own."""
         if not isinstance(self.dropout, str):
             return self.dropout
-        is_regression = self.model_config is not None and has_real_labels(self.model_config)
-        return 0.0 if is_regression else None
+        return 0.0 if self.model_config is not None and is_regression(self.model_config) else None
 
     @property
     def settles(self) -> bool:
@@ -383,10 +388,10 @@ class AdaPruneConfig(PeftConfig):
 
     def _problems_of_granularity(self) -> list[str]:
         problems, pattern = [], self.n_of_m
-        if self.granularity not in GRANULARITIES and not (pattern and 0 < pattern[0] < pattern[1]):
+        if self.granularity not in GRANULARITIES and not (pattern and 0 < pattern[0] < pattern[1] <= MAX_PATTERN):
             return [
-                f"`granularity` must be one of {list(GRANULARITIES)}, or 'n:m' with 0 < n < m, as in '2:4'; got "
-                f"{self.granularity!r}."
+                f"`granularity` must be one of {list(GRANULARITIES)}, or 'n:m' with 0 < n < m <= {MAX_PATTERN}, as in "
+                f"'2:4'; got {self.granularity!r}."
             ]
         if pattern and abs(self.final_sparsity - (1 - pattern[0] / pattern[1])) > 1e-9:
             problems.append(

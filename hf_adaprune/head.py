@@ -154,7 +154,7 @@ def check_architecture(model: nn.Module, config: AdaPruneConfig) -> None:
         )
     if config.model_config is None or not isinstance(model, PreTrainedModel):
         return
-    architecture = (config.model_config.get("architectures") or [type(model).__name__])[0]
+    architecture = config.architecture or type(model).__name__
     if architecture not in {cls.__name__ for cls in type(model).__mro__}:
         raise BaseMismatchError(
             f"The adapter was made for a {architecture}, the model is a {type(model).__name__}: heads and module "

@@ -31,7 +31,7 @@ def stored_labels(model_config: Mapping[str, Any]) -> dict[str, Any]:
     return labels
 
 
-def has_real_labels(model_config: Mapping[str, Any]) -> bool:
+def is_regression(model_config: Mapping[str, Any]) -> bool:
     """Return whether a stored configuration is of a regression: it says so, or says nothing and has one label."""
     labels = stored_labels(model_config)
     return labels["problem_type"] == "regression" or (labels["problem_type"] is None and len(labels["id2label"]) == 1)

@@ -18,6 +18,7 @@ from .config import AdaPruneConfig
 from .groups import Groups
 from .masks import SHORTEST, apply_mask, pack_mask, packed_ones, topk_mask, unpack_mask
 from .scores import elimination_ranks, initial_scores, scores_from_mask, wanda_ranks
+from .selection import protect_best, threshold_mask
 from .sharding import copy_whole, is_sharded, whole
 
 
@@ -216,7 +217,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         """
         mask, measure = self.entries(adapter_name), self.measure(adapter_name)
         scores, config = self.adaprune_scores[adapter_name], self._configs[adapter_name]
-        if not scores.is_meta and torch.equal(_mask_of(whole(scores.detach()), mask, measure, config), mask):
+        if not scores.is_meta and torch.equal(self._mask_of(whole(scores.detach()), mask, measure, config), mask):
             return False
         made = scores_from_mask(measure, mask, config)
         if scores.is_meta:
@@ -225,6 +226,16 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             copy_whole(scores.data, made)
         self._growth[adapter_name] = 1.0
         return True
+
+    def _mask_of(
+        self, scores: torch.Tensor, mask: torch.Tensor, measure: torch.Tensor, config: AdaPruneConfig
+    ) -> torch.Tensor:
+        """Return what the scores select, of as many entries as the mask keeps."""
+        if config.selection == "threshold":
+            return threshold_mask(scores, keeps_best=bool(config.group_kinds))
+        if config.n_of_m is not None and self.input_dim is not None:
+            scores = protect_best(scores, measure, *config.n_of_m, self.input_dim)
+        return topk_mask(scores, int(mask.count_nonzero()), measure)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Zero the pruned weights in the base layer; what was there is kept for `unmerge`."""
@@ -372,13 +383,6 @@ def decode_loaded(layer: Any, incompatible_keys: Any = None) -> None:
     for name, stored in layer.adaprune_mask.items():
         if not (stored.is_meta or layer.weight.is_meta):
             layer.packed(name)
-
-
-def _mask_of(scores: torch.Tensor, mask: torch.Tensor, measure: torch.Tensor, config: AdaPruneConfig) -> torch.Tensor:
-    """Return what the scores select, of as many entries as the mask keeps."""
-    if config.selection == "threshold":
-        return scores > 0
-    return topk_mask(scores, int(mask.count_nonzero()), measure)
 
 
 def module_counts(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ class LayerAverageHead(nn.Module):
         return self.out_proj(torch.relu(self.dense(average)))
 
 
-class _FirstVectors:
-    """Carry the first vector of every hidden state from the body's output to the head's input."""
+class _FirstVectors(threading.local):
+    """Carry the first vector of every hidden state from the body's output to the head's input, each thread its own."""
 
     def __init__(self) -> None:
         self.states: torch.Tensor | None = None
@@ -55,6 +56,9 @@ class _FirstVectors:
     def __deepcopy__(self, memo: Any) -> _FirstVectors:
         # PEFT copies the head for each adapter: the copies are fed by the same body.
         return self
+
+    def __reduce__(self) -> Any:
+        return _FirstVectors, ()
 
 
 def make_layer_average_head(model: Any, num_labels: int) -> LayerAverageHead:

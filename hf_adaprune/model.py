@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .active import ActiveHead, active_head, check_one_head, keep_in_step, unfollowed
+from .adapter_files import PREFIX, check_head, forget_check, load_checked, plain_name, save_weights_first
 from .checks import CheckOnce, check_base, head_keys, run_checks
 from .combine import combine_adapters
 from .config import AdaPruneConfig
@@ -33,7 +34,6 @@ from .masks import SHORTEST
 from .mixed_batch import mixed_batch
 from .publish import push_with_card
 from .selection import check_reachable
-from .storage import check_head, forget_check, load_checked, save_weights_first
 from .structure import check_patterns, plan_units
 from .targets import linear_endings, no_match, resolve_targets
 
@@ -245,7 +245,7 @@ class AdaPruneModel(BaseTuner):
             del state_dict[key]
         masks = {key: state_dict[key] for key in (f"{name}.adaprune_mask.{adapter_name}" for name in layers)}
         config.module_counts = {
-            _plain(name): list(count) for name, count in module_counts(model, adapter_name).items()
+            plain_name(name): list(count) for name, count in module_counts(model, adapter_name).items()
         }
         config.group_counts = _group_counts(layers, adapter_name)
         _report_unfinished(config, any(adapter_name in layer.adaprune_scores for layer in layers.values()))
@@ -288,7 +288,7 @@ class AdaPruneModel(BaseTuner):
             )
         if config.is_stored:
             shapes = {_stored_key(key, adapter_name): tuple(tensor.shape) for key, tensor in remapped.items()}
-            shapes = {f"base_model.model.{key}": shape for key, shape in shapes.items()}
+            shapes = {f"{PREFIX}{key}": shape for key, shape in shapes.items()}
             check_head("The adapter's file", shapes, _head_shapes(model, adapter_name))
         config.is_filled = True
         return remapped
@@ -307,7 +307,9 @@ def _count_parameters(model: nn.Module) -> int:
 
 
 def _group_counts(layers: dict[str, AdaPruneLayer], adapter_name: str) -> dict[str, list[int]] | None:
-    masks = {_plain(name): layer.entries(adapter_name) for name, layer in layers.items() if layer.groups(adapter_name)}
+    masks = {
+        plain_name(name): layer.entries(adapter_name) for name, layer in layers.items() if layer.groups(adapter_name)
+    }
     return {name: [int((~mask).sum()), mask.numel()] for name, mask in masks.items()} or None
 
 
@@ -322,7 +324,7 @@ def _shortest(
     for (key, mask), (name, layer) in zip(packed.items(), layers.items(), strict=True):
         stored[key] = layer.encode(adapter_name, mask)
         if stored[key].numel() < mask.numel():
-            config.mask_bytes = {**(config.mask_bytes or {}), _plain(name): stored[key].numel()}
+            config.mask_bytes = {**(config.mask_bytes or {}), plain_name(name): stored[key].numel()}
     return stored
 
 
@@ -345,8 +347,4 @@ def _head_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ..
 
 
 def _stored_key(key: str, adapter_name: str) -> str:
-    return _plain(key.replace(f".modules_to_save.{adapter_name}.", "."))
-
-
-def _plain(name: str) -> str:
-    return name.removeprefix("base_model.model.")
+    return plain_name(key.replace(f".modules_to_save.{adapter_name}.", "."))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers.utils import logging
 
 from .calibration import InputMoments
 from .config import AdaPruneConfig
@@ -17,10 +18,12 @@ from .layer import adaprune_layers
 from .masks import pack_mask, unpack_mask
 from .replicas import check_same_masks
 from .schedule import cubic_sparsity, settling
-from .selection import protect_best, prune_groups, share_threshold
+from .selection import protect_best, prune_groups, share_threshold, threshold_mask
 from .sharding import check_sharding, whole
 from .thresholds import topk_masks
 
+
+logger = logging.get_logger(__name__)
 
 # How often a run of several processes sees whether they all have the same masks, in steps.
 _CHECK_INTERVAL = 100
@@ -44,6 +47,7 @@ class Pruner:
 
     Example:
 
+        >>> model.train()
         >>> pruner = Pruner(model, total_steps=len(loader) * epochs)
         >>> for batch in loader:
         ...     model(**batch).loss.backward()
@@ -142,10 +146,8 @@ class Pruner:
                     "masks are as they were after the step before. Lower the learning rate."
                 )
         if self.config.selection == "threshold":
-            masks = {name: whole(score > 0) for name, score in scores.items()}
-            if self.config.group_kinds:
-                # A block keeps its best group.
-                masks = {name: mask | (scores[name] == scores[name].max()) for name, mask in masks.items()}
+            keeps_best = bool(self.config.group_kinds)
+            masks = {name: whole(threshold_mask(score, keeps_best)) for name, score in scores.items()}
         else:
             masks = self._topk_masks(self.target_sparsity)
         self._set(masks)
@@ -171,6 +173,7 @@ class Pruner:
         Raises:
             DivergenceError: If the processes have different masks.
         """
+        self._close_inputs()
         restore_dropout(self.model)
         for layer in self.layers.values():
             layer.grow_scores(self.adapter_name, 1.0)  # another run may follow
@@ -214,9 +217,8 @@ class Pruner:
         """Go on from a state; call it after the model's own state was loaded."""
         self.num_steps = state_dict["num_steps"]
         self._settle()
-        if self._inputs is not None and self.num_steps:
-            self._inputs.close()
-            self._inputs = None
+        if self.num_steps:
+            self._close_inputs()
         self._remember()
 
     def _masks(self) -> dict[str, torch.Tensor]:
@@ -240,9 +242,20 @@ class Pruner:
     def _calibrate(self) -> None:
         if self._inputs is None:
             return
-        for name, moments in self._inputs.pop().items():
+        seen = self._inputs.pop()
+        if not seen and any(layer.input_dim is not None for layer in self.layers.values()):
+            logger.warning_once(
+                "No masked layer had an input before the first step: scores start from the weights alone. Make the "
+                "`Pruner` before the forward pass of that step."
+            )
+        for name, moments in seen.items():
             self.layers[name].calibrate_scores(self.adapter_name, moments)
         self._inputs = None
+
+    def _close_inputs(self) -> None:
+        if self._inputs is not None:
+            self._inputs.close()
+            self._inputs = None
 
     def _settle(self) -> None:
         # Only the order of scores counts: to let them grow is to shorten the steps to come, whatever the optimizer.

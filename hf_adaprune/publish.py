@@ -12,15 +12,18 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download
 from peft.utils import CONFIG_NAME
-from transformers.utils import PushToHubMixin
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME, PushToHubMixin
 
+from .checkpoints import STATE_NAME
 from .errors import PushError
 from .model_card import CARD, write_model_card, written_by_hand
-from .stored import read_adapter
+from .stored_adapter import read_adapter
 
 
-# What a Trainer leaves beside an adapter, and pickles.
-_LEFT_OUT = ("*/*", ".*", "*.bin", "*.pt", "*.pth", "*.tmp", "*_results.json", "trainer_state.json")
+# What a Trainer leaves beside an adapter: pickles, results, and what it resumes from.
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+_LEFT_OUT = (*_PICKLES, "*/*", ".*", "*.tmp", "*_results.json", TRAINER_STATE_NAME, SAFE_WEIGHTS_NAME, STATE_NAME)
 
 
 def push_adapter(

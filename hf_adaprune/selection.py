@@ -60,6 +60,20 @@ def check_reachable(groups: Mapping[str, Groups], config: AdaPruneConfig) -> Non
             )
 
 
+def threshold_mask(scores: torch.Tensor, keeps_best: bool) -> torch.Tensor:
+    """Keep positive scores, as Algorithm 1 of arXiv 2105.03343 does.
+
+    Args:
+        scores (`torch.Tensor`): Finite scores, of any shape.
+        keeps_best (`bool`): Whether the highest is kept in any case: of groups, a block keeps one.
+
+    Returns:
+        `torch.Tensor`: A boolean mask of the same shape.
+    """
+    mask = scores > 0
+    return mask | (scores == scores.max()) if keeps_best else mask
+
+
 def protect_best(scores: torch.Tensor, weight: torch.Tensor, n: int, m: int, input_dim: int) -> torch.Tensor:
     """Put the `n` best of every `m` neighbouring weights of one output out of reach, at infinity.
 
@@ -70,7 +84,7 @@ def protect_best(scores: torch.Tensor, weight: torch.Tensor, n: int, m: int, inp
         scores (`torch.Tensor`): Finite scores, of two dimensions.
         weight (`torch.Tensor`): Of the same shape: of equal scores the larger magnitude is better, then the first.
         n (`int`): How many of `m` are kept.
-        m (`int`): How many weights, next to each other along the inputs, make a group.
+        m (`int`): How many weights, next to each other along the inputs, make a group: 256 at most.
         input_dim (`int`): Which dimension the inputs run along; a multiple of `m` long.
 
     Returns:

@@ -10,6 +10,7 @@ from torch.sparse import to_sparse_semi_structured
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .adapter_files import plain_name
 from .errors import HardwareError, NotPrunedError
 from .layer import adaprune_layers
 from .merging import merged
@@ -41,7 +42,7 @@ def to_semi_structured(model: Any) -> PreTrainedModel:
         NotPrunedError: If no linear layer has a 2:4 mask, or none has a shape that the kernels take.
     """
     check_hardware(next(model.parameters()))
-    names = [name.removeprefix("base_model.model.") for name, _ in adaprune_layers(model)]
+    names = [plain_name(name) for name, _ in adaprune_layers(model)]
     plain: Any = merged(model) if names else None
     converted, refused = [], {}
     for name in names:

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .compaction import compact
+from .compaction import active_config, compact
 from .errors import HardwareError, NotPrunedError, SizeError
 from .example_inputs import example_inputs
 from .export import OnnxModel, export_onnx
-from .layer import adaprune_layers
 from .merging import merged, unmasked
 from .semi_structured import to_semi_structured
 
@@ -163,15 +162,7 @@ def measure_speed(
 
 
 def _plain_forms(model: Any) -> dict[str, Any]:
-    configs = (
-        layer.config(name)
-        for _, layer in adaprune_layers(model)
-        for name in layer.active_adapters
-        if name in layer.adaprune_mask
-    )
-    config = next(configs, None)
-    if config is None:
-        raise NotPrunedError("There is nothing to compare: the model has no active AdaPrune adapter.")
+    config = active_config(model)
     forms: dict[str, Any] = {BASE: unmasked(model), "merged": merged(model)}
     if config.prunes_groups:
         forms["compacted"] = compact(model)

@@ -48,12 +48,10 @@ def resolve_targets(model: Any, config: AdaPruneConfig) -> None:
                 "Name the module in `target_modules` instead."
             )
         names = names | set(named) if isinstance(names, set) else f"(?:{names})|{re.escape(named[0])}"
-    endings = sorted({name.rpartition(".")[2] for name, _ in maskable(model)})
     if isinstance(names, set):
-        modules = [name for name, _ in model.named_modules()]
-        unmatched = sorted(name for name in names if not any(_ends_with(module, name) for module in modules))
+        unmatched = _unmatched(names, [name for name, _ in model.named_modules()])
         if unmatched or not names:
-            raise NoMatchingModuleError(no_match(unmatched, endings))
+            raise NoMatchingModuleError(no_match(unmatched, linear_endings(model)))
     config.target_modules = names
 
 
@@ -62,7 +60,7 @@ def _check_names(model: nn.Module, field: str, names: Collection[str] | str | No
     if isinstance(names, str):
         unmatched = [] if any(re.fullmatch(names, module) for module in modules) else [names]
     else:
-        unmatched = sorted(name for name in names or () if not any(_ends_with(module, name) for module in modules))
+        unmatched = _unmatched(names or (), modules)
     if unmatched:
         endings = {".".join(module.split(".")[-length:]) for module in modules for length in (1, 2, 3)}
         near = sorted({near for name in unmatched for near in get_close_matches(name, endings, n=2)})
@@ -70,6 +68,10 @@ def _check_names(model: nn.Module, field: str, names: Collection[str] | str | No
             f"No module matched `{field}={unmatched}`. "
             + (f"Near to that: {', '.join(map(repr, near))}." if near else "Name modules, or endings of their names.")
         )
+
+
+def _unmatched(names: Collection[str], modules: Collection[str]) -> list[str]:
+    return sorted(name for name in names if not any(_ends_with(module, name) for module in modules))
 
 
 def no_match(names: object, endings: list[str]) -> str:

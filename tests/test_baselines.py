@@ -470,6 +470,22 @@ def test_ablations_are_scored_with_the_head_as_it_was_and_trained_on_and_leave_n
         assert metrics[f"eval_{name}_retrained_loss"] < metrics[f"eval_{name}_loss"]
 
 
+def test_masks_of_groups_are_ablated_too_and_dropout_is_put_back(tmp_path: Path) -> None:
+    model = get_peft_model(make_model(), AdaPruneConfig(granularity="neuron+head", dropout=0.25))
+    trainer = make_trainer(model, tmp_path, AdaPruneCallback)
+    trainer.train()
+    trainer.eval_dataset = trainer.train_dataset
+    masks, rates = masks_of(model), dropout_of(model)
+    ablate(trainer)
+    assert not changed(masks, masks_of(model))
+    assert dropout_of(model) == rates
+    assert 0.25 not in rates.values()
+
+
+def dropout_of(model: nn.Module) -> dict[str, float]:
+    return {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
+
+
 def test_only_what_has_masks_is_ablated(tmp_path: Path) -> None:
     with pytest.raises(NotPrunedError, match="no masks under the adapter name 'default'"):
         ablate(make_trainer(make_model(), tmp_path))

@@ -6,7 +6,7 @@ import torch
 from peft import get_peft_model
 from tiny import make_model
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, sparsity_report
 from hf_adaprune.errors import ConfigError, NonFiniteError, NotPrunedError
@@ -81,14 +81,14 @@ def test_sparsity_and_flip_rate_are_logged_beside_the_loss(tmp_path: Path) -> No
     assert all(0 <= entry["flip_rate"] <= 1 for entry in logs)
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("options", [{}, {"granularity": "2:4"}, {"granularity": "neuron+head", "scope": "global"}])
 @pytest.mark.parametrize("killed_at", [7, 12])
-def test_resumed_run_equals_uninterrupted_run(wrapped: bool, killed_at: int, tmp_path: Path) -> None:
-    whole = fresh(wrapped)
+def test_resumed_run_equals_uninterrupted_run(options: dict[str, Any], killed_at: int, tmp_path: Path) -> None:
+    whole = fresh(True, **options)
     trainer(whole, tmp_path / "whole", AdaPruneCallback).train()
     with pytest.raises(KeyboardInterrupt):
-        trainer(fresh(wrapped), tmp_path / "cut", AdaPruneCallback, Kill(killed_at)).train()
-    resumed = fresh(wrapped)
+        trainer(fresh(True, **options), tmp_path / "cut", AdaPruneCallback, Kill(killed_at)).train()
+    resumed = fresh(True, **options)
     run = trainer(resumed, tmp_path / "cut", AdaPruneCallback)
     run.train(resume_from_checkpoint=True)
     assert run.state.global_step == STEPS
@@ -109,6 +109,18 @@ def test_the_best_model_is_looked_for_among_those_that_are_pruned_as_asked(wrapp
     assert run.state.best_global_step == best
     assert sparsity_report(model).sparsity == 0.5
     assert run.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
+
+
+def test_no_evaluation_of_the_ramp_is_the_best_or_ends_training_early(tmp_path: Path) -> None:
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 6, "load_best_model_at_end": True}
+    # The loss falls: were a high one better, the first would be the best.
+    options |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}
+    run = trainer(fresh(), tmp_path, AdaPruneCallback, EarlyStoppingCallback(4), learning_rate=5e-4, **options)
+    run.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
+    assert losses[2] == max(losses.values())
+    assert run.state.best_global_step == max((loss, step) for step, loss in losses.items() if step >= 0.6 * STEPS)[1]
+    assert run.state.global_step == STEPS
 
 
 def test_a_run_that_is_stopped_early_is_pruned_to_its_target_with_a_warning(tmp_path: Path) -> None:

@@ -58,6 +58,14 @@ def test_a_torn_checkpoint_is_never_picked_up(
         assert torch.equal(resumed.state_dict()[key], tensor), key
 
 
+def test_what_was_set_aside_before_stays(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / "checkpoint-5").mkdir()
+        (tmp_path / "checkpoint-5" / "notes.txt").write_text(str(number))
+        trainer(fresh(), tmp_path, AdaPruneCallback)
+    assert sorted(path.read_text() for path in tmp_path.glob("torn-*/notes.txt")) == ["0", "1", "2"]
+
+
 def test_what_is_whole_or_no_checkpoint_of_a_trainer_stays_where_it_is(tmp_path: Path) -> None:
     trainer(fresh(), tmp_path, AdaPruneCallback, max_steps=10).train()
     trainer(fresh(), tmp_path / "fine-tuned", max_steps=5).train()

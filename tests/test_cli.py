@@ -20,7 +20,7 @@ from tiny import make_model
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from hf_adaprune import Pruner, checkpoint, sparsity_report
+from hf_adaprune import Pruner, plain_models, sparsity_report
 from hf_adaprune.advice import speed_advice
 from hf_adaprune.analysis import load_masks
 from hf_adaprune.cli import app
@@ -102,6 +102,20 @@ def test_inspect_reads_headers_only(adapter: Path, online: HubServer) -> None:
     online.requests.clear()
     assert answer("inspect", "me/sst2") == told
     assert not [line for line in online.requests if line[1].endswith(WEIGHTS)]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("num_parameters", None, "lacks the `num_parameters`"),
+        ("labels_fingerprint", "0", "labels in `model_config` are not those that were saved"),
+        ("scope", "layer", "`scope` must be one of"),
+    ],
+)
+def test_a_damaged_configuration_is_a_damaged_adapter(field: str, value: Any, said: str, adapter: Path) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    assert said in refusal(4, "AdapterFileError", "inspect", adapter)
 
 
 def test_verify_says_yes_to_a_copy_of_the_base_and_no_to_another(
@@ -194,7 +208,7 @@ def test_export_as_onnx_merges_masks_of_weights_and_takes_groups_out(
         folder.mkdir(parents=True)
         (folder / "model.onnx").write_bytes(b"onnx")
 
-    monkeypatch.setattr(checkpoint, "export_onnx", export)
+    monkeypatch.setattr(plain_models, "export_onnx", export)
     whole = answer("export", adapter, tmp_path / "merged", "--onnx")
     small = answer("export", group_adapter, tmp_path / "small", "--onnx")
     assert whole["parameters"] == make_model().num_parameters() > small["parameters"]
@@ -258,7 +272,8 @@ def test_compare_refuses_what_cannot_be_compared(adapter: Path, base_path: Path,
 
 
 def test_push_is_one_commit_of_the_adapter_and_its_card(adapter: Path, online: HubServer) -> None:
-    for left in ("training_args.bin", "README.tmp", "checkpoint-1/optimizer.pt"):
+    scores = ("training_state.safetensors", "model.safetensors")
+    for left in ("training_args.bin", "README.tmp", "checkpoint-1/optimizer.pt", *scores):
         (adapter / left).parent.mkdir(exist_ok=True)
         (adapter / left).write_bytes(b"left")
     told = answer("push", adapter, "me/sst2", "--private", "--message", "Masks")

@@ -244,7 +244,7 @@ def test_the_demo_compares_saves_and_opens_again(
     from hf_adaprune.demo import run as demo
 
     base = save_base(tmp_path / "base")
-    monkeypatch.setattr(demo, "_base", lambda: str(base))
+    monkeypatch.setattr(demo, "packaged_base", lambda: str(base))
     monkeypatch.setattr(demo, "make_reviews", lambda seed: make_reviews(48, 48, seed))
     rows = demo.run_demo(tmp_path / "out", seed=1)
     assert list(rows) == ["fine-tuning", "frozen encoder", "pruned, 50 %"]

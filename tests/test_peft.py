@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -822,6 +823,21 @@ def test_the_papers_head_keeps_hidden_states_to_itself() -> None:
     model = get_peft_model(make_model(), AdaPruneConfig(head="layer_average"))
     assert set(model(**make_batch())) == {"loss", "logits"}
     assert len(model(**make_batch(), output_hidden_states=True).hidden_states) == 3
+
+
+def test_the_papers_head_keeps_threads_apart() -> None:
+    model = get_peft_model(make_model(), AdaPruneConfig(head="layer_average")).eval()
+    batches = [make_batch(seed=seed, size=1 + seed) for seed in range(4)]
+    with torch.no_grad():
+        expected = [model(**batch).logits for batch in batches]
+
+    def compute(number: int) -> bool:
+        with torch.no_grad():
+            found = [model(**batches[number % 4]).logits for _ in range(20)]
+        return all(torch.equal(logits, expected[number % 4]) for logits in found)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(compute, range(8)))
 
 
 def test_a_step_under_autocast_trains_every_mask() -> None:

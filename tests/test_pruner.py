@@ -147,9 +147,8 @@ def test_scores_start_from_the_inputs_of_all_batches_of_the_first_step() -> None
     model = make(score_lr_ratio=10.0)
     pruner = Pruner(model, total_steps=10)
     batches = [torch.randn(8, 7, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-    model.eval()
-    model(100 * torch.rand(8, 7))
-    model.train()
+    with torch.no_grad():
+        model(100 * torch.rand(8, 7))
     for batch in batches[:2]:
         model(batch)
     pruner.step()
@@ -168,6 +167,28 @@ def test_a_model_that_is_not_called_keeps_the_scores_of_its_magnitudes() -> None
     before = scores_of(model).clone()
     Pruner(model, total_steps=10).step()
     assert torch.equal(scores_of(model), before)
+
+
+def test_inputs_are_seen_in_evaluation_mode_too() -> None:
+    model = make().eval()
+    pruner = Pruner(model, total_steps=10)
+    seen = torch.randn(8, 7)
+    model(seen)
+    pruner.step()
+    layer = model.get_submodule("base_model.model.first")
+    torch.testing.assert_close(scores_of(model) * 100, wanda_ranks(layer.weight, seen.norm(dim=0), input_dim=1))
+
+
+def test_a_run_that_is_broken_off_before_its_first_step_leaves_no_hook() -> None:
+    model = make()
+    layer = model.get_submodule("base_model.model.first")
+    pruner = Pruner(model, total_steps=10)
+    assert len(layer._forward_pre_hooks) == 1
+    del pruner
+    assert not layer._forward_pre_hooks
+    with pytest.warns(UserWarning, match="Training ended at a sparsity of 0.0000"):
+        Pruner(model, total_steps=10).finalize()
+    assert not layer._forward_pre_hooks
 
 
 def test_a_run_that_goes_on_does_not_start_its_scores_anew() -> None:

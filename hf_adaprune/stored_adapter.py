@@ -17,11 +17,11 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from .adapter_files import check_shapes, read_shapes
 from .checks import run_checks
 from .config import AdaPruneConfig
 from .errors import AdapterFileError, AdapterNotFoundError, BaseMismatchError, ConfigError
 from .fingerprint import same_origin
-from .storage import check_shapes, read_shapes
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class StoredAdapter:
             AdapterFileError: If the adapter's files are not what was saved.
             BaseMismatchError: If the base is another one.
         """
-        architecture = ((self.config.model_config or {}).get("architectures") or ["AutoModel"])[0]
+        architecture = self.config.architecture or "AutoModel"
         name, revision = base or self.config.base_model_name_or_path, None if base else self.config.revision
         cls = _model_class(architecture)
         if cls is None:
@@ -165,8 +165,8 @@ def _model_class(name: str) -> Any:
 def _read_config(name: str, hub: dict[str, Any]) -> AdaPruneConfig:
     try:
         config = PeftConfig.from_pretrained(name, **hub)
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        raise AdapterFileError(f"{CONFIG_NAME} of {name!r}: {error}") from None
     except Exception as error:
         # Whatever PEFT stumbles over in a file that may hold anything, one that is nested too deeply, say.
         if isinstance(error, ValueError) and error.__cause__ is not None:
@@ -178,6 +178,8 @@ def _read_config(name: str, hub: dict[str, Any]) -> AdaPruneConfig:
         raise AdapterFileError(f"{name!r} is an adapter of another method, {method}: open it with peft alone.")
     if not config.is_stored:
         raise AdapterFileError(f"{name!r} holds the configuration of an adapter that was never trained: no masks.")
+    if not config.num_parameters:
+        raise AdapterFileError(f"{CONFIG_NAME} of {name!r} lacks the `num_parameters` of its model: fetch it again.")
     return config
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
@@ -16,7 +16,7 @@ from .errors import AdapterNotFoundError, MergeError
 from .export import export_onnx
 from .merging import merged
 from .model_card import CARD
-from .stored import StoredAdapter
+from .stored_adapter import StoredAdapter
 
 
 def save_merged(adapter: StoredAdapter, folder: str | Path, base: str | None = None) -> PreTrainedModel:
@@ -88,13 +88,10 @@ def _whole(adapter: StoredAdapter, folder: str | Path, base: str | None) -> Iter
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"'{folder}' must be a new or an empty folder: name another.")
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run has left
-    aside = temporary / folder.name
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{folder.name}.tmp-", dir=folder.parent) as temporary:
+        aside = Path(temporary, folder.name)
         yield aside
         with suppress(AdapterNotFoundError):  # A checkpoint is whole without a tokenizer.
             adapter.tokenizer(base).save_pretrained(aside)
         os.replace(aside, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

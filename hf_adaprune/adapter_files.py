@@ -20,9 +20,17 @@ from .errors import AdapterFileError
 if TYPE_CHECKING:
     from .config import AdaPruneConfig
 
+# What PEFT writes before the names of a model's modules, in files and in a `PeftModel`.
+PREFIX = "base_model.model."
+
 _PUSH_OPTIONS = ("commit_message", "create_pr", "private", "repo_id", "revision")
 
 _put_off: ContextVar[list[tuple[Path, Callable[[], None]]] | None] = ContextVar("hf_adaprune_put_off", default=None)
+
+
+def plain_name(name: str) -> str:
+    """Return a module's or a tensor's name as it is in the model itself."""
+    return name.removeprefix(PREFIX)
 
 
 def put_in_place(aside: Path, finish: Callable[[], None]) -> None:
@@ -145,7 +153,7 @@ def read_masks(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: 
     path = _find_weights(name, subfolder, **hub) or Path(name, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
     check_shapes(path, read_shapes(path), config)
     with safe_open(path, framework="pt") as file:
-        masks = {module: file.get_tensor(f"base_model.model.{module}.adaprune_mask") for module in config.mask_lengths}
+        masks = {module: file.get_tensor(f"{PREFIX}{module}.adaprune_mask") for module in config.mask_lengths}
     strange = [module for module, mask in masks.items() if mask.dtype is not torch.uint8]
     if strange:
         raise AdapterFileError(f"{path} has masks for {strange} that are not torch.uint8. Fetch the adapter again.")
@@ -210,10 +218,10 @@ def check_shapes(path: str | Path, shapes: dict[str, tuple[int, ...]], config: A
         AdapterFileError: If it does.
     """
     masks = {f"{module}.adaprune_mask": (size,) for module, size in config.mask_sizes.items()}
-    wanted = [f"base_model.model.{key}" for key in (*masks, *(config.head_tensors or ()))]
-    missing = [key.removeprefix("base_model.model.") for key in wanted if key not in shapes]
+    wanted = [f"{PREFIX}{key}" for key in (*masks, *(config.head_tensors or ()))]
+    missing = [plain_name(key) for key in wanted if key not in shapes]
     surplus = sorted(shapes.keys() - set(wanted))
-    resized = [key for key, shape in masks.items() if shapes.get(f"base_model.model.{key}", shape) != shape]
+    resized = [key for key, shape in masks.items() if shapes.get(f"{PREFIX}{key}", shape) != shape]
     problems = {"has no": missing, "has masks of the wrong size:": resized, "has, and should not have,": surplus}
     if any(problems.values()):
         raise AdapterFileError(
@@ -233,7 +241,7 @@ def check_head(path: str | Path, shapes: dict[str, tuple[int, ...]], head_shapes
     Raises:
         AdapterFileError: If it is not.
     """
-    found = {key: shapes.get(f"base_model.model.{key}") for key in head_shapes}
+    found = {key: shapes.get(f"{PREFIX}{key}") for key in head_shapes}
     problems = [
         f"{key!r} is {found[key] or 'not there'}, not {shape}"
         for key, shape in head_shapes.items()
