@@ -13,6 +13,7 @@ from .config import AdaPruneConfig  # noqa: E402
 from .expansion import expand  # noqa: E402
 from .export import export_onnx  # noqa: E402
 from .fingerprint import skip_fingerprint_check  # noqa: E402
+from .merging import merged  # noqa: E402
 from .mixed_batch import mixed_batch  # noqa: E402
 from .model import AdaPruneModel  # noqa: E402
 from .pruner import Pruner  # noqa: E402
@@ -30,6 +31,7 @@ __all__ = [
     "compact",
     "expand",
     "export_onnx",
+    "merged",
     "mixed_batch",
     "skip_fingerprint_check",
     "sparsity_report",

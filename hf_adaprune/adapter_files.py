@@ -14,7 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from .errors import AdapterFileError
+from .errors import AdapterFileError, ConfigError
 
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ _put_off: ContextVar[list[tuple[Path, Callable[[], None]]] | None] = ContextVar(
 
 
 def plain_name(name: str) -> str:
-    """Return a module's or a tensor's name as it is in the model itself."""
-    return name.removeprefix(PREFIX)
+    """Return a module's or a tensor's name as it is in the model itself, whatever adapters have put around it."""
+    return name.removeprefix(PREFIX).replace(".base_layer", "")
 
 
 def put_in_place(aside: Path, finish: Callable[[], None]) -> None:
@@ -187,6 +187,25 @@ def _refusal(path: str | Path) -> str:
     )
 
 
+def check_not_pickled(folder: str | Path, aside: Path) -> None:
+    """Raise if an adapter's weights have just been saved as a pickle, before a configuration is put beside them.
+
+    Args:
+        folder (`str` or `Path`): Where the adapter is saved.
+        aside (`Path`): The configuration, not yet in place; deleted if it is not to be.
+
+    Raises:
+        ConfigError: If they have.
+    """
+    pickle, weights = Path(folder, WEIGHTS_NAME), Path(folder, SAFETENSORS_WEIGHTS_NAME)
+    if pickle.exists() and not (weights.exists() and weights.stat().st_mtime_ns >= pickle.stat().st_mtime_ns):
+        aside.unlink()
+        raise ConfigError(
+            f"{pickle} is a pickle, which no one could open: save with `safe_serialization=True`. What was in the "
+            "folder before is as it was."
+        )
+
+
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors in a file of weights, from its header.
 
@@ -197,6 +216,9 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
+        pickle = path.with_name(WEIGHTS_NAME)
+        if pickle.exists():
+            raise AdapterFileError(_refusal(pickle)) from None
         raise AdapterFileError(f"There is no {path}: the adapter has no masks. Fetch it again.") from None
     except (OSError, SafetensorError) as error:
         raise AdapterFileError(

@@ -90,6 +90,7 @@ class AdaPruneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Start, or go on, at the point of the schedule where training is."""
+        _check_optimizer(model, kwargs.get("optimizer"))
         checkpoint = _folder_of_step(args, state)
         if state.global_step and hasattr(model, "transformers_model") and (checkpoint / SAFE_WEIGHTS_NAME).is_file():
             # sentence-transformers resumes from the adapter alone.
@@ -181,6 +182,18 @@ class AdaPruneCallback(TrainerCallback):
         # A model that is not pruned as asked is no candidate for `load_best_model_at_end`.
         if self._running.num_steps < self._running.config.pruning_end * self._running.total_steps:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+
+def _check_optimizer(model: nn.Module, optimizer: Any) -> None:
+    """Raise if an optimizer has none of what is to be trained: it was made before there were masks."""
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    groups = getattr(optimizer, "param_groups", [])
+    if groups and not trained & {id(parameter) for group in groups for parameter in group["params"]}:
+        raise ConfigError(
+            "The Trainer's optimizer was made before the masks, and would train nothing. Let the Trainer make it "
+            "(`optim=`, or `optimizer_cls_and_kwargs=`), or put the masks on the model first, with "
+            "`model.add_adapter(AdaPruneConfig())`, and then make the optimizer."
+        )
 
 
 def _folder_of_step(args: TrainingArguments, state: TrainerState) -> Path:

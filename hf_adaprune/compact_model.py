@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from .shrink import shrink
@@ -60,6 +61,25 @@ def model_class(base: Any, config: Any) -> Any:
 
     # Of the same name: it is what pipelines and saved configurations go by.
     return type(base.__name__, (base,), {"__init__": build, "config_class": config, "__module__": __name__})
+
+
+def plain_class(cls: Any) -> Any:
+    """Return the class of transformers' own behind a model's class, which may be one of `model_class`."""
+    return cls.__base__ if cls.__module__ == __name__ else cls
+
+
+def _is_subclass(found: Any, cls: type) -> bool:
+    return isinstance(found, type) and issubclass(found, cls)
+
+
+def __getattr__(name: str) -> Any:
+    """Make a class that a pickle names and that no model has needed yet."""
+    stock: Any = getattr(transformers, name.removeprefix("Compact"), None)
+    if name.startswith("Compact") and _is_subclass(stock, PreTrainedConfig):
+        return config_class(stock.model_type)
+    if _is_subclass(stock, PreTrainedModel):
+        return model_class(stock, config_class(stock.config_class.model_type))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 AutoConfig.register(MODEL_TYPE, CompactConfig)

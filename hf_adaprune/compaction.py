@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from .compact_card import CompactCard
-from .compact_model import config_class, model_class
+from .compact_model import config_class, model_class, plain_class
 from .config import AdaPruneConfig
 from .errors import CompactionError, NotPrunedError, StructureError
 from .groups import Groups
 from .layer import AdaPruneLayer, adaprune_layers
 from .layer_average import LayerAverageHead
 from .merging import merged
-from .shrink import keep_heads, keep_inputs, keep_outputs
+from .shrink import compose_heads, keep_heads, keep_inputs, keep_outputs
 from .structure import Unit, features, find_units
 from .targets import maskable
 
@@ -51,6 +52,11 @@ def compact(model: Any) -> PreTrainedModel:
         >>> compact(model).save_pretrained("bert-sst2-small")
     """
     base = base_of(model)
+    if any(isinstance(module, LayerAverageHead) for module in base.modules()):
+        raise CompactionError(
+            '`head="layer_average"` is no part of the model that transformers would build again: leave the adapter on '
+            "its base."
+        )
     kept, dense = kept_groups(base), merged(model)
     expected, before = hidden_states(dense), dense.num_parameters()
     shapes = {name: features(module) for name, module in maskable(dense)}
@@ -71,16 +77,13 @@ def base_of(model: Any) -> PreTrainedModel:
     """Return the transformers model that an adapter is on.
 
     Raises:
-        CompactionError: If it is no transformers model, or not one that transformers could build.
+        CompactionError: If it is no transformers model, or has an adapter of another method too.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base, PreTrainedModel):
-        raise CompactionError(f"`compact` takes a transformers model with an adapter, got a {type(model).__name__}.")
-    if any(isinstance(module, LayerAverageHead) for module in base.modules()):
-        raise CompactionError(
-            '`head="layer_average"` is no part of the model that transformers would build again: leave the adapter on '
-            "its base."
-        )
+        raise CompactionError(f"A transformers model with an adapter is needed, got a {type(model).__name__}.")
+    if any(isinstance(module, BaseTunerLayer) and not isinstance(module, AdaPruneLayer) for module in base.modules()):
+        raise CompactionError("The model has an adapter of another method too: give one that has masks alone.")
     return base
 
 
@@ -177,21 +180,21 @@ def _is_stock(dense: Any, shapes: dict[str, tuple[int, int]], widths: dict[str, 
 def _make_special(dense: Any, widths: dict[str, tuple[int, int]], heads: dict[str, Any]) -> None:
     """Make the model one of a class that has its shapes in its configuration."""
     body = "" if dense.base_model is dense else f"{dense.base_model_prefix}."
-    old, special = dense.config, config_class(dense.config.model_type)
-    config = special.from_dict(
-        old.to_dict()
-        | {
-            "base_model_type": old.model_type,
-            "compact_widths": {name.removeprefix(body): list(width) for name, width in widths.items()},
-            "compact_heads": {name.removeprefix(body): head for name, head in heads.items()},
-        }
-    )
+    old, cls = dense.config, plain_class(type(dense))
+    base_model_type = getattr(old, "base_model_type", old.model_type)
+    special = config_class(base_model_type)
+    # It may have been made smaller before.
+    widths_before, heads_before = getattr(old, "compact_widths", {}), getattr(old, "compact_heads", {})
+    wide = widths_before | {name.removeprefix(body): list(width) for name, width in widths.items()}
+    left = {name.removeprefix(body): head for name, head in heads.items()}
+    left |= {name: compose_heads(heads_before[name], head) for name, head in left.items() if name in heads_before}
+    shapes = {"compact_widths": wide, "compact_heads": heads_before | left}
+    config = special.from_dict(old.to_dict() | {"base_model_type": base_model_type} | shapes)
     config._attn_implementation = old._attn_implementation
     config._name_or_path = old._name_or_path
     for module in dense.modules():
         if vars(module).get("config") is old:
             vars(module)["config"] = config
-    cls: Any = type(dense)
     dense.__class__ = model_class(cls, special)
 
 

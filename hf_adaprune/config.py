@@ -15,7 +15,7 @@ import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
-from .adapter_files import check_weights_file, put_in_place
+from .adapter_files import check_not_pickled, check_weights_file, put_in_place
 from .errors import ConfigError
 from .labels import is_regression, labels_fingerprint
 from .masks import PACKED_BITS, SHORTEST, sparsity_of
@@ -315,6 +315,8 @@ class AdaPruneConfig(PeftConfig):
         aside.write_text(json.dumps(output, indent=2, sort_keys=True), encoding="utf-8")
 
         def finish() -> None:
+            if self.module_counts is not None:
+                check_not_pickled(save_directory, aside)
             aside.replace(path)
             if self.module_counts is not None:
                 # Imported here: a card is made from a configuration.

@@ -62,11 +62,12 @@ def expand(small: Any, whole: Any) -> PreTrainedModel:
     base.add_adapter(config)
     for module, layer in adaprune_layers(base):
         layer.adaprune_mask["default"].copy_(pack_mask(masks[module]))
-    for module, wrapper in small.named_modules():
-        if isinstance(wrapper, ModulesToSaveWrapper):
-            head: Any = base.get_submodule(module)
-            head.modules_to_save["default"].load_state_dict(wrapper.modules_to_save[name].state_dict())
-    problem = differ(hidden_states(merged(base)), hidden_states(merged(small)), base.dtype)
+    for module, state in (_trained_whole(whole) | _trained_whole(small)).items():
+        trained: Any = base.get_submodule(module)
+        trained.modules_to_save["default"].load_state_dict(state)
+    # In half precision wherever one of the two is.
+    dtype = base.dtype if base.dtype == small.dtype else torch.bfloat16
+    problem = differ(hidden_states(merged(base)), hidden_states(merged(small)), dtype)
     if problem:
         raise _mismatch(problem)
     return base
@@ -77,6 +78,16 @@ def _active_adapter(small: PreTrainedModel) -> str:
     if len(names) != 1:
         raise NotPrunedError(f"The smaller model must have one active AdaPrune adapter, it has {sorted(names)}.")
     return names.pop()
+
+
+def _trained_whole(model: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the state of each module that the active adapter holds a copy of: the head, and what else was named."""
+    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    return {
+        name: wrapper.modules_to_save[wrapper.active_adapter].state_dict()
+        for name, wrapper in wrappers.items()
+        if wrapper.active_adapters
+    }
 
 
 def _widened(layer: AdaPruneLayer, name: str, left: torch.Tensor | None) -> torch.Tensor:
@@ -95,6 +106,7 @@ def _config_over(first: AdaPruneConfig, config: AdaPruneConfig) -> AdaPruneConfi
     """Let a configuration be of an adapter over the base of the first one, with the labels that it tells itself."""
     for field in ("base_model_name_or_path", "revision", "num_parameters"):
         setattr(config, field, getattr(first, field))
+    config.modules_to_save = sorted({*(first.modules_to_save or ()), *(config.modules_to_save or ())}) or None
     labels = {field: value for field, value in (config.model_config or {}).items() if field in LABEL_FIELDS}
     whole_config = {field: value for field, value in (first.model_config or {}).items() if field not in LABEL_FIELDS}
     config.model_config = whole_config | labels

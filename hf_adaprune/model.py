@@ -125,6 +125,16 @@ class AdaPruneModel(BaseTuner):
         check_patterns(model, config, self._check_target_module_exists)
 
     def _check_targets(self, model: nn.Module, config: AdaPruneConfig) -> None:
+        targets = config.target_modules if isinstance(config.target_modules, set) else set()
+        for name, module in model.named_modules():
+            is_other = isinstance(module, BaseTunerLayer) and not isinstance(module, AdaPruneLayer)
+            inside = any(target.startswith(f"{name}.") for target in targets)
+            if is_other and (inside or self._check_target_module_exists(config, name)):
+                raise ConfigError(
+                    f"{name!r} has an adapter of another method around it, a {type(module).__module__} layer: put "
+                    "masks on the model first, and the other adapter on afterwards; or name in `target_modules` "
+                    "layers that it leaves alone."
+                )
         for name, module in model.named_modules():
             maskable = isinstance(module, (BaseTunerLayer, *MASKABLE))
             if not maskable and self._check_target_module_exists(config, name):
@@ -257,7 +267,8 @@ class AdaPruneModel(BaseTuner):
             for (key, mask), layer in zip(masks.items(), layers.values(), strict=True)
         }
         config.adapter_fingerprint = fingerprint([*masks.values(), *head])
-        return _shortest(masks, layers, adapter_name, config)
+        stored = _shortest(masks, layers, adapter_name, config)
+        return {_unwrapped(key): mask for key, mask in stored.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -271,6 +282,9 @@ class AdaPruneModel(BaseTuner):
                 f"call `delete_adapter({adapter_name!r})` first."
             )
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        keys = [f"{name}.adaprune_mask.{adapter_name}" for name, _ in adaprune_layers(model, adapter_name)]
+        names = {_unwrapped(key): key for key in keys}
+        remapped = {names.get(key, key): tensor for key, tensor in remapped.items()}
         problems = []
         for name, layer in adaprune_layers(model, adapter_name):
             key, size = f"{name}.adaprune_mask.{adapter_name}", layer.adaprune_mask[adapter_name].numel()
@@ -336,7 +350,8 @@ def _report_unfinished(config: AdaPruneConfig, is_trained: bool) -> None:
     if is_trained and pruned + missing < round(config.final_sparsity * total):
         logger.warning_once(
             f"The adapter is saved at a sparsity of {pruned / total:.4f}, below its `final_sparsity` of "
-            f"{config.final_sparsity}: training has not ended. In your own loop, call `Pruner.finalize()` at its end."
+            f"{config.final_sparsity}: training has not ended, or nothing pruned. A Trainer prunes with "
+            "`callbacks=[AdaPruneCallback]`, your own loop with `Pruner.step()` and, at its end, `Pruner.finalize()`."
         )
 
 
@@ -344,6 +359,11 @@ def _head_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ..
     """Return the shapes of the tensors of an adapter's head, by their names in its file."""
     state = model.state_dict()
     return {_stored_key(key, adapter_name): tuple(state[key].shape) for key in head_keys(model, adapter_name)}
+
+
+def _unwrapped(key: str) -> str:
+    """Return a name as it is where no adapter of another method has put a layer of its own around ours."""
+    return key.replace(".base_layer", "")
 
 
 def _stored_key(key: str, adapter_name: str) -> str:

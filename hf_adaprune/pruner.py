@@ -19,7 +19,7 @@ from .masks import pack_mask, unpack_mask
 from .replicas import check_same_masks
 from .schedule import cubic_sparsity, settling
 from .selection import protect_best, prune_groups, share_threshold, threshold_mask
-from .sharding import check_sharding, whole
+from .sharding import check_sharding, is_sharded, whole
 from .thresholds import topk_masks
 
 
@@ -70,6 +70,10 @@ class Pruner:
         self.adapter_name, self.total_steps, self.num_steps = adapter_name, total_steps, 0
         self.config: AdaPruneConfig = next(iter(self.layers.values())).config(adapter_name)
         check_sharding(self._scores(), self.config.granularity)
+        for scores in self._scores().values():
+            # Whoever casts the model casts them too, and in half precision they would stand still under small steps.
+            if scores.dtype != torch.float32 and not is_sharded([scores]):
+                scores.data = scores.data.float()
         if sum(layer.match_scores_to_mask(adapter_name) for layer in self.layers.values()):
             warnings.warn(
                 "The scores behind the loaded masks are not stored: training goes on from the masks.", stacklevel=2

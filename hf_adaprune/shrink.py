@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,15 +55,28 @@ def keep_heads(attention: nn.Module, num_heads: int, kept: Sequence[int]) -> Non
         if isinstance(values.get(name), int):
             values[name] = values[name] // num_heads * len(kept)
 
-    def cut(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[1] == num_heads:
-            return value[:, list(kept)]
+    attention.register_forward_pre_hook(_HeadsOfInputs(num_heads, list(kept)), with_kwargs=True)
+
+
+@dataclass(frozen=True)
+class _HeadsOfInputs:
+    """A hook that cuts inputs with one part a head; a class, because a model with a local function has no pickle."""
+
+    num_heads: int
+    kept: list[int]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return tuple(map(self._cut, args)), {name: self._cut(value) for name, value in kwargs.items()}
+
+    def _cut(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[1] == self.num_heads:
+            return value[:, self.kept]
         return value
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return tuple(cut(value) for value in args), {name: cut(value) for name, value in kwargs.items()}
 
-    attention.register_forward_pre_hook(hook, with_kwargs=True)
+def compose_heads(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which heads are left of the first many, where some of those that were left have gone since."""
+    return {"of": before["of"], "kept": [before["kept"][head] for head in after["kept"]]}
 
 
 def shrink(body: nn.Module, widths: Mapping[str, Sequence[int]], heads: Mapping[str, Mapping[str, Any]]) -> None:

@@ -14,11 +14,12 @@ from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from .adapter_files import check_shapes, read_shapes
 from .checks import run_checks
+from .compact_model import MODEL_TYPE, config_class, model_class
 from .config import AdaPruneConfig
 from .errors import AdapterFileError, AdapterNotFoundError, BaseMismatchError, ConfigError
 from .fingerprint import same_origin
@@ -74,9 +75,15 @@ class StoredAdapter:
                 f"The configuration of {self.name!r} names no base: give its name, or a folder."
             )
         try:
-            model = cls.from_pretrained(name, revision=revision, token=self.hub.get("token"))
+            kwargs = {"revision": revision, "token": self.hub.get("token")}
+            config = AutoConfig.from_pretrained(name, **kwargs)
+            if config.model_type == MODEL_TYPE:
+                cls = model_class(cls, config_class(config.base_model_type))
+            model = cls.from_pretrained(name, config=config, **kwargs)
         except OSError as error:
             raise AdapterNotFoundError(f"The adapter's base {name!r} cannot be opened: {error}") from None
+        except (RuntimeError, ValueError) as error:
+            raise BaseMismatchError(f"The base {name!r} is no {architecture}, as the adapter's is: {error}") from None
         tuned = PeftModel.from_pretrained(model, self.name, **self.hub)
         run_checks(tuned.get_base_model())
         return tuned.eval()

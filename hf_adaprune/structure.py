@@ -145,14 +145,15 @@ def find_units(model: Any, kinds: Collection[str]) -> dict[str, list[Unit]]:
             f"{' and '.join(f'{kind}s' for kind in kinds).capitalize()} are looked for in a transformer; "
             f"{type(model).__name__} has no numbered layers."
         )
-    num_heads = _num_heads(model) if "head" in kinds else None
+    num_heads = _heads_by_name(model) if "head" in kinds else lambda attention: 1
     return {
         layer: [unit for unit in _blocks(linears, num_heads) if unit.kind in kinds]
         for layer, linears in layers.items()
     }
 
 
-def _num_heads(model: Any) -> int:
+def _heads_by_name(model: Any) -> Callable[[str], int]:
+    """Return what tells how many heads an attention module has: all as many, but where `compact` has taken some."""
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     num_heads = getattr(text_config, "num_attention_heads", None)
@@ -161,10 +162,13 @@ def _num_heads(model: Any) -> int:
             f"The configuration of {type(model).__name__} has no `num_attention_heads`: its heads cannot be told "
             'apart. Use `granularity="neuron"`.'
         )
-    return num_heads
+    left = {
+        f"{body_name(model)}{name}": len(head["kept"]) for name, head in getattr(config, "compact_heads", {}).items()
+    }
+    return lambda attention: left.get(attention, num_heads)
 
 
-def _blocks(linears: list[tuple[str, tuple[int, int]]], num_heads: int | None) -> Iterator[Unit]:
+def _blocks(linears: list[tuple[str, tuple[int, int]]], num_heads: Callable[[str], int]) -> Iterator[Unit]:
     """Take the linear layers of one transformer layer, in order, apart into blocks."""
     position = 0
     while position < len(linears):
@@ -177,7 +181,9 @@ def _blocks(linears: list[tuple[str, tuple[int, int]]], num_heads: int | None) -
         position += 1
 
 
-def _block(linears: list[tuple[str, tuple[int, int]]], num_producers: int, num_heads: int | None) -> Unit | None:
+def _block(
+    linears: list[tuple[str, tuple[int, int]]], num_producers: int, num_heads: Callable[[str], int]
+) -> Unit | None:
     if len(linears) != num_producers + 1:
         return None
     *producers, (consumer, (hidden, outputs)) = linears
@@ -186,7 +192,7 @@ def _block(linears: list[tuple[str, tuple[int, int]]], num_producers: int, num_h
     kind = _PATTERNS.get((num_producers, num_producers * produced // hidden))
     if len(shapes) != 1 or inputs != outputs or num_producers * produced % hidden or kind is None:
         return None
-    num_groups = hidden if kind == "neuron" else num_heads or 1
+    num_groups = hidden if kind == "neuron" else num_heads(producers[0][0].rpartition(".")[0])
     if hidden % num_groups:
         return None
     return Unit(kind, consumer, tuple(name for name, _ in producers), num_groups, hidden // num_groups)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from doors import DOORS, TEXTS, logits_of, save_base, train
 from huggingface_hub import HfApi
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, pipeline
 
 
@@ -35,7 +35,10 @@ def push(folder: Path) -> None:
             trainer.model.push_to_hub(name, private=True)
     save_file(logits, folder / RESULTS)
     # The same masks again, in a file that is not to be read.
-    trainer.model.save_pretrained(folder / "pickled", safe_serialization=False)
+    trainer.model.save_pretrained(folder / "pickled")
+    weights = folder / "pickled" / "adapter_model.safetensors"
+    torch.save(load_file(weights), weights.with_name("adapter_model.bin"))
+    weights.unlink()
     HfApi().create_repo(PICKLED)
     HfApi().upload_folder(repo_id=PICKLED, folder_path=folder / "pickled")
 

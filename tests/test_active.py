@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +15,11 @@ from doors import label_names, load_base, logits_of, rows, save_base, train
 from peft import LoraConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
 from tiny import make_batch, make_model, train_masks
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from hf_adaprune import AdaPruneConfig
 from hf_adaprune.active import active_head
+from hf_adaprune.errors import ConfigError
 from hf_adaprune.layer import adaprune_layers
 
 
@@ -333,6 +336,24 @@ def test_an_adapter_of_another_method_has_its_own_head(
         assert torch.equal(logits_of(model), tasks["two"].logits)
         model.set_adapter("lora")
         torch.testing.assert_close(logits_of(model), before + 1)
+
+
+def test_masks_that_another_method_is_put_around_are_saved_and_compute_as_before(tmp_path: Path) -> None:
+    model = load_base(save_base(tmp_path / "base"))
+    model.add_adapter(AdaPruneConfig())
+    train_masks(model)
+    logits = logits_of(model)
+    lora = LoraConfig(target_modules=["query"], modules_to_save=["pooler", "classifier"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of several adapters
+        model.add_adapter(lora, "lora")
+    model.set_adapter("default")
+    assert torch.equal(logits_of(model), logits)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits_of(AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")), logits)
+    with pytest.raises(ConfigError, match=r"query' has an adapter of another method around it, a peft.tuners.lora"):
+        model.add_adapter(AdaPruneConfig(), "second")
+    assert torch.equal(logits_of(model), logits)
 
 
 def test_a_model_without_labels_takes_many_adapters_too() -> None:

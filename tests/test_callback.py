@@ -168,6 +168,19 @@ def test_a_learning_rate_that_makes_noise_of_the_masks_is_warned_of(
     assert "`learning_rate=0.01` moves a score by 1 a step, of a range of 2" in said[0]
 
 
+def test_an_optimizer_that_was_made_before_the_masks_is_refused(tmp_path: Path) -> None:
+    def run(model: Any) -> Trainer:
+        optimizers = (torch.optim.AdamW(model.parameters(), lr=5e-5), None)
+        args = TrainingArguments(str(tmp_path), report_to=[], disable_tqdm=True, use_cpu=True, max_steps=2)
+        return Trainer(model, args, train_dataset=DATA, optimizers=optimizers, callbacks=[AdaPruneCallback])
+
+    with pytest.raises(ConfigError, match="optimizer was made before the masks"):
+        run(fresh()).train()
+    model = fresh(wrapped=True)
+    run(model).train()
+    assert sparsity_report(model).sparsity == 0.5
+
+
 def test_a_configuration_for_a_model_that_has_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="already has an adapter"):
         trainer(fresh(wrapped=True), tmp_path, AdaPruneCallback(AdaPruneConfig()))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from doors import save_base
 from hub_server import HubServer
 from huggingface_hub import ModelCard
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import HEADS, logits_of, make_batch, make_model, save_model, train_masks
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -30,6 +31,7 @@ ARCHITECTURES = ("bert", "roberta", "distilbert", "electra", "mpnet", "modernber
 # What runs where this package is not: it fails to import.
 STOCK_USER = """
 import sys
+import warnings
 sys.modules["hf_adaprune"] = None
 import torch
 from safetensors.torch import load_file, save_file
@@ -273,6 +275,7 @@ def test_the_card_tells_what_is_left_and_how_to_open_it(tmp_path: Path) -> None:
 def test_a_push_takes_the_card_along(tmp_path: Path) -> None:
     script = f"""
 import sys
+import warnings
 sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]!r}
 from test_compaction import compact, trained
 compact(trained()).push_to_hub("me/small")
@@ -294,3 +297,43 @@ def test_where_this_package_is_not_imported_a_special_model_says_what_it_is(tmp_
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.hidden_size == 32
     assert config.base_model_type == "bert"
+
+
+def test_a_smaller_model_is_made_smaller_again(tmp_path: Path) -> None:
+    model = trained("mpnet", scope="global")
+    again = get_peft_model(compact(model), AdaPruneConfig(granularity="neuron+head", scope="global"))
+    train_masks(again, steps=2)
+    small = compact(again)
+    assert small.num_parameters() < compact(model).num_parameters()
+    assert difference(small, again) < 1e-6
+    small.save_pretrained(tmp_path)
+    opened = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits_of(opened), logits_of(small))
+
+
+def test_a_smaller_model_has_a_pickle_that_another_process_opens(tmp_path: Path) -> None:
+    small = compact(trained("mpnet"))
+    torch.save(small, tmp_path / "small.pt")
+    script = f"""
+import sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from tiny import logits_of
+model = torch.load({str(tmp_path / "small.pt")!r}, weights_only=False)
+torch.save(logits_of(model), {str(tmp_path / "logits.pt")!r})
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=environment, check=True)
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits_of(small))
+
+
+def test_a_model_with_an_adapter_of_another_method_is_not_made_smaller(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", head="none")
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    model.add_adapter(AdaPruneConfig(granularity="neuron"))
+    Pruner(model, 1).step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of several adapters
+        model.add_adapter(LoraConfig(target_modules=["query"], modules_to_save=["pooler", "classifier"]), "lora")
+    model.set_adapter("default")
+    with pytest.raises(CompactionError, match="adapter of another method too"):
+        compact(model)

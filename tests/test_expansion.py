@@ -108,6 +108,37 @@ def test_a_run_of_two_trainers_needs_no_folder_between_them(tmp_path: Path) -> N
     assert sparsity_report(model).sparsity == pytest.approx(1 - left / 2, abs=1e-3)
 
 
+@pytest.mark.parametrize("half", ["first", "second"])
+def test_one_of_the_runs_may_be_in_half_precision(half: str) -> None:
+    whole = trained("bert", "neuron+head").to(torch.bfloat16 if half == "first" else torch.float32)
+    plain = compact(whole).to(torch.bfloat16 if half == "second" else torch.float32)
+    small = get_peft_model(plain, AdaPruneConfig(score_init="normal"))
+    train_masks(small, steps=2)
+    model = expand(small, whole)
+    assert model.dtype == whole.dtype
+    assert difference(model.float(), small.float()) < 5e-2
+
+
+def test_what_the_first_run_has_trained_besides_comes_along() -> None:
+    whole = trained("bert", "neuron", modules_to_save=["LayerNorm"])
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            if "LayerNorm.modules_to_save.default" in name:
+                parameter.add_(0.5)
+    small = over_smaller(whole)
+    model = expand(small, whole)
+    assert difference(model, small) < 1e-6
+
+
+def test_the_second_run_may_have_the_papers_recipe_and_head() -> None:
+    whole = trained("bert", "neuron+head")
+    small = get_peft_model(compact(whole), AdaPruneConfig.from_preset("paper", final_sparsity=0.2, drift=0.03))
+    train_masks(small, steps=4, learning_rate=1e-4)
+    model = expand(small, whole)
+    assert difference(model, small) < 1e-6
+    assert "bert.embeddings.word_embeddings" in dict(adaprune_layers(model))
+
+
 def test_models_that_do_not_belong_together_are_refused() -> None:
     whole, other = trained("bert", "neuron"), trained("bert", "neuron", final_sparsity=0.2)
     small = over_smaller(whole)

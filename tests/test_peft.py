@@ -28,7 +28,7 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from hf_adaprune import AdaPruneConfig, Pruner, sparsity_report
-from hf_adaprune.errors import AdapterFileError, MergeError, NoMatchingModuleError
+from hf_adaprune.errors import AdapterFileError, ConfigError, MergeError, NoMatchingModuleError
 from hf_adaprune.layer import AdaPruneLayer, adaprune_layers
 from hf_adaprune.maskable import Conv1DLinear, Embedding, Linear
 
@@ -876,3 +876,17 @@ def test_masked_tied_embeddings_refuse_to_merge_and_name_what_shares_them() -> N
     model = get_peft_model(make_model(head="masked_lm"), AdaPruneConfig(mask_embeddings=True))
     with pytest.raises(MergeError, match=r"word_embeddings.*shares its weight with .*decoder\.weight"):
         model.merge_and_unload()
+
+
+def test_no_adapter_is_saved_as_a_pickle_and_the_former_one_is_not_lost(saved: Saved, tmp_path: Path) -> None:
+    model = PeftModel.from_pretrained(saved.load_base(), saved.path)
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("adapter_*")}
+    prune_at_random(model, seed=1)
+    with pytest.raises(ConfigError, match=r"adapter_model.bin is a pickle.*`safe_serialization=True`"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    after = {path.name: path.read_bytes() for path in tmp_path.glob("adapter_*")}
+    assert {name: after[name] for name in before} == before
+    assert torch.equal(logits_of(PeftModel.from_pretrained(saved.load_base(), tmp_path)), saved.logits)
+    model.save_pretrained(tmp_path)
+    assert not torch.equal(logits_of(PeftModel.from_pretrained(saved.load_base(), tmp_path)), saved.logits)

@@ -202,6 +202,14 @@ def test_a_run_that_goes_on_does_not_start_its_scores_anew() -> None:
     assert torch.equal(scores_of(model), before)
 
 
+def test_scores_that_were_cast_with_their_model_are_trained_in_float32() -> None:
+    model = make().to(torch.bfloat16)
+    assert scores_of(model).dtype == torch.bfloat16
+    Pruner(model, total_steps=10)
+    assert scores_of(model).dtype == torch.float32
+    assert model.get_submodule("base_model.model.first").weight.dtype == torch.bfloat16
+
+
 def test_flip_rate_counts_what_changed_since_it_was_last_asked() -> None:
     model = make(final_sparsity=0.5, pruning_end=0.1)
     pruner = Pruner(model, total_steps=10)
