@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from .errors import TaskError
+from .example_inputs import longest_input
 from .metrics import glue_metric
 
 
@@ -71,7 +73,10 @@ def _read(path: Path, task: str, split: str) -> Dataset:
         path = found[0]
     if path.suffix not in _KINDS or not path.is_file():
         raise TaskError(f"A data file must exist and end in one of {sorted(_KINDS)}, got '{path}'.")
-    return load_dataset(_KINDS[path.suffix], data_files=str(path), split="train")
+    try:
+        return load_dataset(_KINDS[path.suffix], data_files=str(path), split="train")
+    except (ValueError, DatasetGenerationError) as error:
+        raise TaskError(f"There are no examples to be read in '{path}': {error}") from None
 
 
 def score_on_glue(
@@ -85,7 +90,7 @@ def score_on_glue(
         task (`str`): One of `GLUE_COLUMNS`.
         dataset (`datasets.Dataset`): The split, with the task's columns and `label`.
         batch_size (`int`): How many examples are computed at once, >= 1.
-        max_length (`int`): Texts are cut to so many tokens, >= 1.
+        max_length (`int`): Texts are cut to so many tokens, >= 1, or to what the model has positions for.
 
     Returns:
         `dict[str, float]`: The task's scores, those of `glue_metric`.
@@ -98,11 +103,12 @@ def score_on_glue(
     length = [sum(len(text) for text in texts) for texts in zip(*columns, strict=True)]
     order = np.argsort(length, kind="stable")
     logits = np.empty((len(order), model.config.num_labels), dtype=np.float32)
+    longest = min(max_length, longest_input(model))
     model.eval()
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         texts = [[column[int(row)] for row in rows] for column in columns]
-        tokens = tokenizer(*texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+        tokens = tokenizer(*texts, truncation=True, max_length=longest, padding=True, return_tensors="pt")
         with torch.inference_mode():
             logits[rows] = model(**tokens.to(model.device)).logits.float().cpu().numpy()
     predictions = logits[:, 0] if task == "stsb" else logits.argmax(1)

@@ -79,7 +79,7 @@ class StoredAdapter:
             config = AutoConfig.from_pretrained(name, **kwargs)
             if config.model_type == MODEL_TYPE:
                 cls = model_class(cls, config_class(config.base_model_type))
-            model = cls.from_pretrained(name, config=config, **kwargs)
+            model = cls.from_pretrained(name, **kwargs)
         except OSError as error:
             raise AdapterNotFoundError(f"The adapter's base {name!r} cannot be opened: {error}") from None
         except (RuntimeError, ValueError) as error:

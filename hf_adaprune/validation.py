@@ -50,6 +50,11 @@ def problems_of_storage(config: AdaPruneConfig) -> list[str]:
         for name, size in (config.mask_bytes or {}).items()
         if not 0 < size < packed.get(name, 0)
     ]
+    if config.is_stored and bool(config.group_kinds) != bool(config.group_counts):
+        problems.append(
+            f"`granularity={config.granularity!r}` does not fit `group_counts`, which masks of neurons or heads have "
+            "and no others. Fetch the adapter again."
+        )
     if config.is_stored and config.has_patterns:
         problems.append(
             "A stored adapter names its `target_modules`: regular expressions are not read. Save it again."

@@ -16,11 +16,11 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import make_model
+from tiny import make_model, save_model, train_masks
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from hf_adaprune import Pruner, plain_models, sparsity_report
+from hf_adaprune import Pruner, compact, plain_models, sparsity_report
 from hf_adaprune.advice import speed_advice
 from hf_adaprune.analysis import load_masks
 from hf_adaprune.cli import app
@@ -110,6 +110,7 @@ def test_inspect_reads_headers_only(adapter: Path, online: HubServer) -> None:
         ("num_parameters", None, "lacks the `num_parameters`"),
         ("labels_fingerprint", "0", "labels in `model_config` are not those that were saved"),
         ("scope", "layer", "`scope` must be one of"),
+        ("granularity", "neuron", "does not fit `group_counts`"),
     ],
 )
 def test_a_damaged_configuration_is_a_damaged_adapter(field: str, value: Any, said: str, adapter: Path) -> None:
@@ -364,6 +365,33 @@ def test_eval_refuses_what_it_cannot_score(
     path.write_text(json.dumps(row) + "\n")
     message = refusal(3, "TaskError", "eval", adapter, "--task", task, "--data", path)
     assert re.search(said, message), message
+
+
+def test_eval_refuses_a_file_without_examples(adapter: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("sentence,label\n")
+    assert "no examples" in refusal(3, "TaskError", "eval", adapter, "--task", "sst2", "--data", path)
+
+
+def test_eval_cuts_texts_to_what_the_model_has_positions_for(adapter: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"sentence": "w7 " * 100, "label": 1}) + "\n")
+    told = answer("eval", adapter, "--task", "sst2", "--data", path, "--max-length", 200)
+    assert told["examples"] == 1
+
+
+def test_a_base_of_another_kind_is_another_base(adapter: Path, tmp_path: Path) -> None:
+    other = save_model(tmp_path / "other", "distilbert", "none")
+    assert "is no BertForSequenceClassification" in refusal(5, "BaseMismatchError", "verify", adapter, "--base", other)
+
+
+def test_an_adapter_over_a_smaller_model_is_opened_like_any_other(group_adapter: Path, tmp_path: Path) -> None:
+    compact(AutoModelForSequenceClassification.from_pretrained(group_adapter)).save_pretrained(tmp_path / "small")
+    small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")
+    small.add_adapter(AdaPruneConfig())
+    train_masks(small)
+    small.save_pretrained(tmp_path / "second")
+    assert answer("verify", tmp_path / "second")["fits"] is True
 
 
 def test_what_is_no_adapter_of_ours_is_told_apart(adapter: Path, tmp_path: Path, online: HubServer) -> None:

@@ -189,6 +189,7 @@ def compare(
     check_same_base([read_adapter(name) for name in names])
     pairs = pairwise_overlap({name: load_masks(name) for name in names})
     if figure is not None:
+        figure.parent.mkdir(parents=True, exist_ok=True)
         plot_overlap(pairs).savefig(figure, dpi=150)
     found = [
         {"names": list(pair), **_overlap(report.whole)}
