@@ -24,7 +24,7 @@ NAMES = {
     "adaprune": "masks",
     "longer": "masks, twice the epochs",
     "neurons_heads": "masks of neurons and heads",
-    "smaller": "neurons and heads taken out, then masks, twice the epochs",
+    "smaller": "neurons and heads taken out, then masks, three times the epochs",
     "two_of_four": "masks, 2:4",
     "no_recovery": "masks, no recovery",
     "ablations": "masks, then ablated",
