@@ -90,12 +90,12 @@ class AdaPruneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Start, or go on, at the point of the schedule where training is."""
-        _check_optimizer(model, kwargs.get("optimizer"))
         checkpoint = _folder_of_step(args, state)
         if state.global_step and hasattr(model, "transformers_model") and (checkpoint / SAFE_WEIGHTS_NAME).is_file():
             # sentence-transformers resumes from the adapter alone.
             model.load_state_dict(load_file(checkpoint / SAFE_WEIGHTS_NAME), strict=False)
         self.pruner = self.pruner_cls(model, state.max_steps, self.adapter_name)
+        _check_optimizer(model, kwargs.get("optimizer"))
         self.pruner.load_state_dict({"num_steps": state.global_step})
         score_step = self.pruner.config.score_lr_ratio * args.learning_rate
         if score_step > _MAX_SCORE_STEP:
