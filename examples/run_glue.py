@@ -51,14 +51,13 @@ from transformers import (
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, compact, expand, sparsity_report
 from hf_adaprune.baselines import METHODS, TrainedWeightsCallback, ablate, make_callback
 from hf_adaprune.errors import AdaPruneError
-from hf_adaprune.glue import GLUE_COLUMNS
+from hf_adaprune.glue import FILE_KINDS, GLUE_COLUMNS
 from hf_adaprune.metrics import glue_metric
 from hf_adaprune.model_card import write_model_card
 
 
 logger = logging.getLogger("run_glue")
 
-FILE_KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SPLIT_OF_FLAG = {"do_train": "train", "do_eval": "validation", "do_predict": "test"}
 GROUPS, SMALL = "groups", "small"  # folders in the output folder: masks of neurons and heads, the model without these
 SPLITS = ("train", "validation", "validation_mismatched", "test", "test_mismatched")

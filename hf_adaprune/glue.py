@@ -28,7 +28,8 @@ GLUE_COLUMNS: dict[str, tuple[str, ...]] = {
 }
 """The columns of each task that hold its texts."""
 
-_KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+FILE_KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+"""What files of data may end in, and what `datasets` calls their kinds."""
 
 
 def load_glue_split(task: str, split: str = "validation", data: str | Path | None = None) -> Dataset:
@@ -71,10 +72,10 @@ def _read(path: Path, task: str, split: str) -> Dataset:
         if not found:
             raise TaskError(f"There is neither {split}.parquet nor {task}/{split}.parquet in '{path}'.")
         path = found[0]
-    if path.suffix not in _KINDS or not path.is_file():
-        raise TaskError(f"A data file must exist and end in one of {sorted(_KINDS)}, got '{path}'.")
+    if path.suffix not in FILE_KINDS or not path.is_file():
+        raise TaskError(f"A data file must exist and end in one of {sorted(FILE_KINDS)}, got '{path}'.")
     try:
-        return load_dataset(_KINDS[path.suffix], data_files=str(path), split="train")
+        return load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train")
     except (ValueError, DatasetGenerationError) as error:
         raise TaskError(f"There are no examples to be read in '{path}': {error}") from None
 
