@@ -145,10 +145,11 @@ def test_the_curves_are_the_means_of_the_seeds_and_the_bands_their_deviation(stu
     assert "magnitude pruning, pre-trained weights" in shown
 
 
-def test_a_task_is_drawn_once_fine_tuning_is_there_to_compare_with(
-    study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("missing", ["finetune", "adaprune"])
+def test_a_task_is_drawn_once_there_are_two_sparsities_and_fine_tuning_to_compare_with(
+    missing: str, study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [row for row in make_rows() if (row["task"], row["method"]) != ("stsb", "finetune")]
+    rows = [row for row in make_rows() if (row["task"], row["method"]) != ("stsb", missing)]
     figures, drawn = study("figures"), Mock(wraps=study("figures").plot_scores)
     monkeypatch.setattr(figures, "plot_scores", drawn)
     study("report").main(write(tmp_path / "results.jsonl", rows), tmp_path / "figures")

@@ -191,12 +191,19 @@ def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def _has_curve(cells: Cells, task: str) -> bool:
+    """Return whether there is a curve to draw, masks at two sparsities, and fine-tuning to hold it against."""
+    sparsities = [
+        sparsity for (method, sparsity), by_task in cells.items() if method == "adaprune" and task in by_task
+    ]
+    return len(sparsities) > 1 and bool(_scores(cells, "finetune", 0.0, task))
+
+
 def draw_all(cells: Cells, names: Mapping[str, str], tasks: Sequence[str], folder: Path) -> list[Path]:
     """Draw every figure that the rows suffice for; return where they are."""
     folder.mkdir(parents=True, exist_ok=True)
-    # A score alone says nothing: a task is drawn once fine-tuning is there to hold the others against.
-    tuned = [task for task in tasks if cells.get(("finetune", 0.0), {}).get(task)]
-    figures = {"scores": plot_scores(cells, names, tuned or tasks)}
+    drawn = [task for task in tasks if _has_curve(cells, task)]
+    figures = {"scores": plot_scores(cells, names, drawn or tasks)}
     for task in tasks:
         told = {
             sparsity
