@@ -255,7 +255,7 @@ def test_scores_stand_over_the_speed_up_of_the_smallest_form(study: Any, cells: 
     speeds.append(speed_row("imp", 0, "merged", 1.0, 8))  # its score is not there
     figure = study("speed_up").plot_speed_up(cells, speeds, study("report").NAMES)
     (axes,) = figure.axes
-    assert axes.get_title() == "batch 1, length 32, a machine"
+    assert axes.get_title() == "batch 1, length 32\na machine"
     star, *points = [line for line in axes.lines if line.get_marker() in ("*", "o")]
     assert (list(star.get_xdata()), list(star.get_ydata())) == ([1], [1])
     # Scores .83 and .75 of .9; medians 1, 1.1, 1.2 and one more.

@@ -78,7 +78,7 @@ def plot_speed_up(cells: Cells, speeds: Sequence[Mapping[str, Any]], names: Mapp
                 label = names.get(method, method).replace("`", "")
                 handles[label] = axes.errorbar(x, y, **spreads, color=f"C{number}", marker="o", markersize=4)
         axes.axvline(1, color="black", linewidth=0.7, linestyle=":")
-        axes.set_title("batch {}, length {}, {}".format(*size), fontsize=10)
+        axes.set_title("batch {}, length {}\n{}".format(*size), fontsize=10)
         axes.set_xlabel("times as fast as the base")
         axes.spines[["right", "top"]].set_visible(False)
     figure.axes[0].set_ylabel("score, share of fine-tuning's")
