@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 # What PEFT writes before the names of a model's modules, in files and in a `PeftModel`.
 PREFIX = "base_model.model."
 
+# Bytes: what PyTorch allocates for the CPU begins at a multiple.
+_ALIGNMENT = 64
+
 _PUSH_OPTIONS = ("commit_message", "create_pr", "private", "repo_id", "revision")
 
 _put_off: ContextVar[list[tuple[Path, Callable[[], None]]] | None] = ContextVar("hf_adaprune_put_off", default=None)
@@ -30,7 +33,12 @@ _put_off: ContextVar[list[tuple[Path, Callable[[], None]]] | None] = ContextVar(
 
 def plain_name(name: str) -> str:
     """Return a module's or a tensor's name as it is in the model itself, whatever adapters have put around it."""
-    return name.removeprefix(PREFIX).replace(".base_layer", "")
+    return unwrapped_name(name).removeprefix(PREFIX)
+
+
+def unwrapped_name(name: str) -> str:
+    """Return a name as it is where no adapter has put a layer of its own around the one that is meant."""
+    return name.replace(".base_layer", "")
 
 
 def put_in_place(aside: Path, finish: Callable[[], None]) -> None:
@@ -103,6 +111,7 @@ def load_checked(
         check_shapes(path, shapes, config)
         check_head(path, shapes, head_shapes)
     loaded = model._load_pretrained_model(model=model, checkpoint_files=checkpoint_files, **kwargs)
+    _align_head(model)
     if config.mask_bytes:
         # Imported here: a layer has a configuration.
         from .layer import adaprune_layers, decode_loaded
@@ -110,6 +119,16 @@ def load_checked(
         for _, layer in adaprune_layers(model):
             decode_loaded(layer)
     return loaded
+
+
+def _align_head(model: Any) -> None:
+    """Move what is mapped from a file to memory of its own, aligned as that of a head in training is.
+
+    A file's tensors begin anywhere, and some kernels sum in another order there: logits would differ in the last bit.
+    """
+    for name, parameter in model.named_parameters():
+        if ".modules_to_save." in name and parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def forget_check(model: Any) -> None:

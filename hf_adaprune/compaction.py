@@ -102,7 +102,7 @@ def active_config(base: nn.Module) -> AdaPruneConfig:
     configs = (layer.config(name) for _, layer in adaprune_layers(base) for name in active_masks(layer))
     config = next(configs, None)
     if config is None:
-        raise NotPrunedError("The model has no active AdaPrune adapter.")
+        raise NotPrunedError("The model has no active AdaPrune adapter: add one, or choose one with `set_adapter`.")
     return config
 
 

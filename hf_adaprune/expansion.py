@@ -76,7 +76,10 @@ def expand(small: Any, whole: Any) -> PreTrainedModel:
 def _active_adapter(small: PreTrainedModel) -> str:
     names = {name for _, layer in adaprune_layers(small) for name in active_masks(layer)}
     if len(names) != 1:
-        raise NotPrunedError(f"The smaller model must have one active AdaPrune adapter, it has {sorted(names)}.")
+        raise NotPrunedError(
+            f"The smaller model must have one active AdaPrune adapter, it has {sorted(names)}: train one, or choose "
+            "one with `set_adapter`."
+        )
     return names.pop()
 
 

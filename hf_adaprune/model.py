@@ -19,7 +19,15 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .active import ActiveHead, active_head, check_one_head, keep_in_step, unfollowed
-from .adapter_files import PREFIX, check_head, forget_check, load_checked, plain_name, save_weights_first
+from .adapter_files import (
+    PREFIX,
+    check_head,
+    forget_check,
+    load_checked,
+    plain_name,
+    save_weights_first,
+    unwrapped_name,
+)
 from .checks import CheckOnce, check_base, head_keys, run_checks
 from .combine import combine_adapters
 from .config import AdaPruneConfig
@@ -268,7 +276,7 @@ class AdaPruneModel(BaseTuner):
         }
         config.adapter_fingerprint = fingerprint([*masks.values(), *head])
         stored = _shortest(masks, layers, adapter_name, config)
-        return {_unwrapped(key): mask for key, mask in stored.items()}
+        return {unwrapped_name(key): mask for key, mask in stored.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -283,7 +291,7 @@ class AdaPruneModel(BaseTuner):
             )
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         keys = [f"{name}.adaprune_mask.{adapter_name}" for name, _ in adaprune_layers(model, adapter_name)]
-        names = {_unwrapped(key): key for key in keys}
+        names = {unwrapped_name(key): key for key in keys}
         remapped = {names.get(key, key): tensor for key, tensor in remapped.items()}
         problems = []
         for name, layer in adaprune_layers(model, adapter_name):
@@ -359,11 +367,6 @@ def _head_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ..
     """Return the shapes of the tensors of an adapter's head, by their names in its file."""
     state = model.state_dict()
     return {_stored_key(key, adapter_name): tuple(state[key].shape) for key in head_keys(model, adapter_name)}
-
-
-def _unwrapped(key: str) -> str:
-    """Return a name as it is where no adapter of another method has put a layer of its own around ours."""
-    return key.replace(".base_layer", "")
 
 
 def _stored_key(key: str, adapter_name: str) -> str:
