@@ -27,7 +27,7 @@ class InputMoments:
         hooks: list[RemovableHandle] = []
         for name, layer in self._layers.items():
             shape = [layer.in_features] * (1 if layer.groups(adapter_name) is None else 2)
-            self._totals[name] = torch.zeros(shape, device=layer.weight.device)
+            self._totals[name] = torch.zeros(shape, device=layer.base_weight.device)
             hooks.append(layer.register_forward_pre_hook(self._watch(self._totals[name])))
         # A run that is broken off in its first step leaves nothing behind either.
         self.close = weakref.finalize(self, _remove, hooks)
@@ -42,7 +42,7 @@ class InputMoments:
         """
         self.close()
         # The model may have been moved since.
-        totals = {name: total.to(self._layers[name].weight.device) for name, total in self._totals.items()}
+        totals = {name: total.to(self._layers[name].base_weight.device) for name, total in self._totals.items()}
         if dist.is_available() and dist.is_initialized():
             for total in totals.values():
                 dist.all_reduce(total)

@@ -72,7 +72,8 @@ class CheckOnce:
         self.handle: Any = None
 
     def __call__(self, model: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
+        # A replica of `DataParallel` has no parameters to look at.
+        if torch.compiler.is_compiling() or getattr(model, "_is_replica", False):
             return
         expected = self.config.adapter_fingerprint
         # The adapter may be gone, another may have its name, and a state of training may have been loaded into it.

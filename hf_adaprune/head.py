@@ -163,18 +163,25 @@ def check_architecture(model: nn.Module, config: AdaPruneConfig) -> None:
 
 
 def check_modules_to_save(model: nn.Module, config: AdaPruneConfig) -> None:
-    """Raise if PEFT would make copies of modules of which a stored adapter holds none.
+    """Raise if PEFT would make copies of modules inside of others, or of which a stored adapter holds none.
 
     Raises:
-        AdapterFileError: If it would.
+        ConfigError: If one is inside another: what is saved of it could not be opened.
+        AdapterFileError: If an adapter does not hold all that it must.
     """
-    if not config.is_stored:
-        return
     added = {"modules_to_save", "original_module"}
     modules = {name: module for name, module in model.named_modules() if name and not added & set(name.split("."))}
     # As PEFT finds them.
     endings = tuple(config.modules_to_save or ())
     copied = {name: module for name, module in modules.items() if name.endswith(endings)}
+    if not config.is_stored:
+        inside = [f"{name!r} in {outer!r}" for name in copied for outer in copied if name.startswith(f"{outer}.")]
+        if inside:
+            raise ConfigError(
+                f"`modules_to_save={config.modules_to_save}` (the head is always among them) names modules inside of "
+                f"each other: {', '.join(inside)}. Name the outer ones alone, in as many words as it takes."
+            )
+        return
     copied = {name: getattr(module, "original_module", module) for name, module in copied.items()}
     if config.head == "layer_average":
         copied["classifier"] = LayerAverageHead(1, 1, 1)

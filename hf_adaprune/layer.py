@@ -38,7 +38,6 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
     input_dim: int | None = None
 
     if TYPE_CHECKING:
-        weight: torch.Tensor
         bias: torch.Tensor | None
 
         def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None: ...
@@ -93,8 +92,11 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
 
         One whose mask is to be loaded, and takes `mask_bytes`, less than a bit a weight, has no mask until then.
         """
-        weight = self.get_base_layer().weight
+        weight = self.base_weight
         self._configs[adapter_name] = config
+        # There may have been one of this name, in a model that has been wrapped before.
+        for former in (self._unpacked, self._growth, self._groups):
+            former.pop(adapter_name, None)
         self._built = None
         if groups is not None:
             self._groups[adapter_name] = groups
@@ -110,6 +112,20 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         base: Any = self._modules["base_layer"]
         return super().get_base_layer() if "base_layer" in base._modules else base
 
+    @property
+    def base_weight(self) -> torch.Tensor:
+        """The base layer's own weight."""
+        weight: torch.Tensor = self.get_base_layer().weight
+        return weight
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The masked weight, for a model that multiplies by it without a call of the layer.
+
+        Of an embedding it is the base's own, which other layers may share.
+        """
+        return self.base_weight if self.input_dim is None else self.effective_weight()
+
     def mask(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's mask: boolean, of the weight's shape, True = kept."""
         return self._spread(adapter_name, self.entries(adapter_name))
@@ -117,7 +133,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
     def entries(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's mask as it is scored: one entry a group where groups are masked, else one a weight."""
         if adapter_name in self._unpacked:
-            return self._unpacked[adapter_name].to(self.weight.device)
+            return self._unpacked[adapter_name].to(self.base_weight.device)
         return unpack_mask(self.packed(adapter_name), self._entries(adapter_name))
 
     def packed(self, adapter_name: str) -> torch.Tensor:
@@ -152,7 +168,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         return stored.dtype == torch.uint8 and stored.dim() == 1 and (stored.numel() == size or shorter)
 
     def _unmerged_weight(self) -> torch.Tensor:
-        weight = self.get_base_layer().weight.detach()
+        weight = self.base_weight.detach()
         if self._removed:
             weight = weight.clone()
             for pruned, values in reversed(self._removed.values()):
@@ -166,11 +182,11 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
     def measure(self, adapter_name: str) -> torch.Tensor:
         """Return what is known of each entry of the mask beforehand: the weight, or the sum of |w| over the group."""
         groups = self.groups(adapter_name)
-        return whole(self.weight.detach()) if groups is None else groups.magnitudes()
+        return whole(self.base_weight.detach()) if groups is None else groups.magnitudes()
 
     def _entries(self, adapter_name: str) -> torch.Size:
         groups = self.groups(adapter_name)
-        return self.weight.shape if groups is None else groups.shape
+        return self.base_weight.shape if groups is None else groups.shape
 
     def _spread(self, adapter_name: str, values: torch.Tensor) -> torch.Tensor:
         groups = self.groups(adapter_name)
@@ -190,7 +206,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         assert self.input_dim is not None
         groups = self.groups(adapter_name)
         if groups is None:
-            ranks = wanda_ranks(whole(self.weight), moments.sqrt(), self.input_dim)
+            ranks = wanda_ranks(whole(self.base_weight), moments.sqrt(), self.input_dim)
         else:
             ranks = elimination_ranks(groups.interactions(moments))
         copy_whole(self.adaprune_scores[adapter_name], ranks / self._configs[adapter_name].score_lr_ratio)
@@ -242,7 +258,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.adaprune_mask:
                 continue
-            weight, pruned = self.get_base_layer().weight.data, ~self.mask(name)
+            weight, pruned = self.base_weight.data, ~self.mask(name)
             if safe_merge and not torch.isfinite(weight).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self._removed[name] = pruned, weight[pruned]
@@ -257,7 +273,8 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             return
         while self.merged_adapters:
             pruned, values = self._removed.pop(self.merged_adapters.pop())
-            self.get_base_layer().weight.data[pruned] = values
+            weight = self.base_weight.data
+            weight[pruned.to(weight.device)] = values.to(weight)  # the model may have been moved or cast since
 
     def effective_weight(self) -> torch.Tensor:
         """Return the weight times the product of the active masks.
@@ -267,7 +284,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         """
         if self.merged and self.disable_adapters:
             self.unmerge()
-        weight = self.get_base_layer().weight
+        weight = self.base_weight
         if self.merged or self.disable_adapters:
             return weight
         names = self._active_masks()
@@ -288,7 +305,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         if not torch.is_grad_enabled() or self.merged_adapters or self._disable_adapters:
             return None
         names = self._active_masks()
-        if len(names) != 1 or not self._is_trained(names[0]) or self.get_base_layer().weight.requires_grad:
+        if len(names) != 1 or not self._is_trained(names[0]) or self.base_weight.requires_grad:
             return None
         if self._configs[names[0]].estimator != "straight_through":
             return None
@@ -342,7 +359,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Only moved, never cast: scores in half precision would stand still under small steps.
-        device = device or self.weight.device
+        device = device or self.base_weight.device
         if adapter_name in self.adaprune_mask and device.type != "meta":
             self.adaprune_mask[adapter_name] = self.adaprune_mask[adapter_name].to(device)
         if adapter_name not in self.adaprune_scores or device.type == "meta":
@@ -381,7 +398,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
 def decode_loaded(layer: Any, incompatible_keys: Any = None) -> None:
     """Decode the masks of a layer that have been loaded in less than packed bits, if there are weights to do it by."""
     for name, stored in layer.adaprune_mask.items():
-        if not (stored.is_meta or layer.weight.is_meta):
+        if not (stored.is_meta or layer.base_weight.is_meta):
             layer.packed(name)
 
 

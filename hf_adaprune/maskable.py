@@ -31,7 +31,8 @@ class Linear(AdaPruneLayer):
                 return F.linear(x, weight, base._parameters["bias"])  # type: ignore[union-attr]
         trained = self.trained_mask()
         if trained is not None:
-            return masked_linear(self._cast_input_dtype(x, self.weight.dtype), self.weight, *trained, self.bias)
+            weight = self.base_weight
+            return masked_linear(self._cast_input_dtype(x, weight.dtype), weight, *trained, self.bias)
         weight = self.effective_weight()
         return F.linear(self._cast_input_dtype(x, weight.dtype), weight, self.bias)
 
@@ -49,8 +50,8 @@ class Conv1DLinear(AdaPruneLayer):
         trained = self.trained_mask()
         if trained is not None:
             scores, mask = trained
-            x, bias = self._cast_input_dtype(x, self.weight.dtype), self.get_base_layer().bias
-            return masked_linear(x, self.weight.t(), scores.t(), mask.t(), bias)
+            x, bias = self._cast_input_dtype(x, self.base_weight.dtype), self.get_base_layer().bias
+            return masked_linear(x, self.base_weight.t(), scores.t(), mask.t(), bias)
         weight = self.effective_weight()
         x = self._cast_input_dtype(x, weight.dtype)
         output = torch.addmm(self.get_base_layer().bias, x.reshape(-1, self.in_features), weight)
@@ -70,11 +71,13 @@ class Embedding(AdaPruneLayer):
         return embedded if scale is None else embedded * scale.to(embedded.dtype)
 
 
-MASKABLE: dict[type[nn.Module], type[AdaPruneLayer]] = {
-    nn.Linear: Linear,
-    Conv1D: Conv1DLinear,
-    nn.Embedding: Embedding,
-}
+def masked_class(module: nn.Module) -> type[AdaPruneLayer] | None:
+    """Return the class of masked layer that computes what a module does, or `None` if there is none."""
+    for base_cls, layer_cls in ((nn.Linear, Linear), (Conv1D, Conv1DLinear)):
+        # A linear layer with a forward pass of its own may compute anything.
+        if isinstance(module, base_cls) and type(module).forward is base_cls.forward:
+            return layer_cls
+    return Embedding if isinstance(module, nn.Embedding) else None
 
 
 def wrap(
@@ -85,7 +88,5 @@ def wrap(
     mask_bytes: int | None = None,
 ) -> AdaPruneLayer | None:
     """Return the masked layer for a module, or `None` if there is none for its type."""
-    for base_cls, layer_cls in MASKABLE.items():
-        if isinstance(module, base_cls):
-            return layer_cls(module, adapter_name, config, groups, mask_bytes)
-    return None
+    layer_cls = masked_class(module)
+    return None if layer_cls is None else layer_cls(module, adapter_name, config, groups, mask_bytes)

@@ -37,7 +37,7 @@ from .fingerprint import fingerprint, fingerprints_are_checked
 from .groups import Groups
 from .head import check_architecture, check_modules_to_save, fitting_head, plan_head
 from .layer import AdaPruneLayer, adaprune_layers, module_counts
-from .maskable import MASKABLE, Embedding, wrap
+from .maskable import Embedding, masked_class, wrap
 from .masks import SHORTEST
 from .mixed_batch import mixed_batch
 from .publish import push_with_card
@@ -92,6 +92,11 @@ class AdaPruneModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None,
     ) -> None:
         # All checks come before the first change to the model.
+        if any(layer.merged for _, layer in adaprune_layers(model)):
+            raise MergeError(
+                f"The masks of an adapter are merged into the base, which {adapter_name!r} must be put on as it is: "
+                "call `unmerge_adapter()` first."
+            )
         check_architecture(model, config)
         check_base(model, adapter_name, config)
         if config.num_parameters is None:
@@ -144,7 +149,7 @@ class AdaPruneModel(BaseTuner):
                     "layers that it leaves alone."
                 )
         for name, module in model.named_modules():
-            maskable = isinstance(module, (BaseTunerLayer, *MASKABLE))
+            maskable = isinstance(module, BaseTunerLayer) or masked_class(module)
             if not maskable and self._check_target_module_exists(config, name):
                 raise _unmaskable(name, module)
 
@@ -213,6 +218,9 @@ class AdaPruneModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             run_checks(self.model)
+            if kwargs.get("adapter_names"):
+                # With the masks go their head and labels.
+                self.set_adapter(kwargs["adapter_names"])
             self._zero_producers(kwargs.get("adapter_names"))
         for hook in list(self.model._forward_pre_hooks.values()):
             if isinstance(hook, (ActiveHead, CheckOnce)):
@@ -235,7 +243,7 @@ class AdaPruneModel(BaseTuner):
             shared = [
                 key
                 for key, parameter in self.model.named_parameters(remove_duplicate=False)
-                if parameter is layer.weight and not key.startswith(f"{name}.")
+                if parameter is layer.base_weight and not key.startswith(f"{name}.")
             ]
             if isinstance(layer, Embedding) and shared:
                 raise MergeError(
@@ -318,8 +326,9 @@ class AdaPruneModel(BaseTuner):
 
 def _unmaskable(name: str, module: nn.Module) -> NoMatchingModuleError:
     return NoMatchingModuleError(
-        f"`target_modules` matched {name!r}, a {type(module).__name__}. Only `torch.nn.Linear`, `torch.nn.Embedding` "
-        "and transformers' `Conv1D` can be masked: list it in `exclude_modules`."
+        f"`target_modules` matched {name!r}, a {type(module).__name__}. Only `torch.nn.Embedding`, and "
+        "`torch.nn.Linear` and transformers' `Conv1D` without a forward pass of their own can be masked: list it in "
+        "`exclude_modules`."
     )
 
 

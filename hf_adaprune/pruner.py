@@ -68,6 +68,11 @@ class Pruner:
                 "`peft.get_peft_model(model, AdaPruneConfig())`, or load an adapter with `is_trainable=True`."
             )
         self.adapter_name, self.total_steps, self.num_steps = adapter_name, total_steps, 0
+        if not all(adapter_name in layer.active_adapters for layer in self.layers.values()):
+            raise NotPrunedError(
+                f"Adapter {adapter_name!r} is not active, so what is trained would be another one: call "
+                f"`model.set_adapter({adapter_name!r})` first."
+            )
         self.config: AdaPruneConfig = next(iter(self.layers.values())).config(adapter_name)
         check_sharding(self._scores(), self.config.granularity)
         for scores in self._scores().values():
@@ -292,7 +297,7 @@ class Pruner:
     def _topk_masks(self, sparsity: float) -> dict[str, torch.Tensor]:
         if self.config.group_kinds:
             return self._group_masks(sparsity)
-        scores, weights = self._scores(), {name: layer.weight for name, layer in self.layers.items()}
+        scores, weights = self._scores(), {name: layer.base_weight for name, layer in self.layers.items()}
         if self.config.n_of_m is not None:
             scores = {name: self._protected(name, score) for name, score in scores.items()}
         groups = share_threshold(self.layers, self.config.scope)
@@ -309,4 +314,4 @@ class Pruner:
         layer, pattern = self.layers[name], self.config.n_of_m
         assert pattern is not None
         assert layer.input_dim is not None
-        return protect_best(scores, layer.weight, *pattern, layer.input_dim)
+        return protect_best(scores, layer.base_weight, *pattern, layer.input_dim)

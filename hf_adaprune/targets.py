@@ -9,12 +9,12 @@ from typing import Any
 
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .config import AdaPruneConfig
 from .errors import NoMatchingModuleError
 from .head import body_name, head_modules, output_embeddings
 from .layer import AdaPruneLayer
+from .maskable import Conv1DLinear, Linear, masked_class
 
 
 # What PEFT itself adds to `modules_to_save`, whether it is there or not.
@@ -96,7 +96,7 @@ def maskable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if isinstance(module, AdaPruneLayer):
             wrapped += (f"{name}.",)
-        elif not isinstance(module, (nn.Linear, Conv1D)):
+        elif masked_class(module) not in (Linear, Conv1DLinear):
             continue
         if module is not head and name:
             yield name, module

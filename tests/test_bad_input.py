@@ -232,6 +232,11 @@ def test_a_base_that_has_changed_since_is_refused_by_every_door_but_one(door: st
     assert not torch.equal(logits_of(opened), logits_of(trained))
 
 
+def test_modules_to_save_inside_of_each_other_are_refused_before_anything_is_trained() -> None:
+    with pytest.raises(ConfigError, match=r"'bert.pooler.dense' in 'bert.pooler'"):
+        get_peft_model(make_model(), AdaPruneConfig(modules_to_save=["pooler.dense"]))
+
+
 @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForTokenClassification])
 def test_an_adapter_for_another_head_is_refused(auto_class: Any, base_path: Path, adapter_path: Path) -> None:
     for put in (

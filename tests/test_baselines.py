@@ -11,7 +11,13 @@ from doors import load_base, logits_of, make_trainer
 from peft import get_peft_model
 from tiny import make_batch, make_model
 from torch import nn
-from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner, sparsity_report
 from hf_adaprune.baselines import (
@@ -225,13 +231,13 @@ def test_magnitude_pruning_keeps_the_largest_of_all_and_stops_with_its_ramp(tmp_
     for _ in range(200):
         with torch.no_grad():
             for layer in layers.values():
-                layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator))
+                layer.base_weight.copy_(torch.randn(layer.base_weight.shape, generator=generator))
         pruner.step()
         sparsities.append(pruner.sparsity)
         masks.append(masks_of(model))
         if len(masks) == 100:
             kept, pruned = (
-                torch.cat([layer.weight.abs()[layer.mask("default") ^ flip] for layer in layers.values()])
+                torch.cat([layer.base_weight.abs()[layer.mask("default") ^ flip] for layer in layers.values()])
                 for flip in (False, True)
             )
             assert pruned.max() < kept.min()
@@ -313,7 +319,7 @@ def test_the_gradient_of_a_movement_score_is_the_weight_times_that_of_the_masked
     reference = make_model()
     generator = torch.Generator().manual_seed(0)
     for name, layer in adaprune_layers(model):
-        mask = torch.rand(layer.weight.shape, generator=generator) < 0.5
+        mask = torch.rand(layer.base_weight.shape, generator=generator) < 0.5
         layer.set_mask("default", mask)
         reference.get_submodule(name).weight.data.mul_(mask)
     reference(**make_batch()).loss.backward()
@@ -321,8 +327,8 @@ def test_the_gradient_of_a_movement_score_is_the_weight_times_that_of_the_masked
     for name, layer in adaprune_layers(model):
         dense = reference.get_submodule(name).weight.grad
         close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-9)
-        close(layer.adaprune_scores["default"].grad, layer.weight * dense)
-        close(layer.weight.grad, layer.mask("default") * dense)
+        close(layer.adaprune_scores["default"].grad, layer.base_weight * dense)
+        close(layer.base_weight.grad, layer.mask("default") * dense)
 
 
 @pytest.mark.parametrize(("callback", "step"), [(MovementCallback(), 1e-2), (SMPCallback(), 2e-2)])
@@ -343,7 +349,7 @@ def test_the_penalty_of_smp_has_its_closed_form_and_grows_cubically(tmp_path: Pa
     generator = torch.Generator().manual_seed(0)
     means, slopes = [], {}
     for name, layer in layers.items():
-        theta = torch.randn(layer.weight.shape, generator=generator)
+        theta = torch.randn(layer.base_weight.shape, generator=generator)
         layer.adaprune_scores["default"].data.copy_(theta / callback.config.score_lr_ratio)
         sigmoid = theta.sigmoid()
         means.append(float(sigmoid.mean()))
@@ -371,7 +377,7 @@ def test_the_penalty_is_in_the_loss_of_training_alone(tmp_path: Path) -> None:
     evaluated = model(**make_batch()).loss.item()
     assert trained - evaluated == pytest.approx(callback.penalty().item(), rel=1e-4)
     pruner.prune_to(0.5)
-    callback.on_train_end(None, None, None)
+    callback.on_train_end(TrainingArguments(report_to=[]), TrainerState(), None)
     ended = [model.train(training)(**make_batch()).loss.item() for training in (False, True)]
     assert ended[0] == pytest.approx(ended[1])
 
@@ -447,13 +453,13 @@ def test_shuffling_keeps_the_sparsity_of_each_matrix_and_nothing_else(layers: di
 def test_weights_are_scaled_and_redrawn_as_their_names_say(layers: dict[str, AdaPruneLayer]) -> None:
     generator = torch.Generator().manual_seed(0)
     for layer in layers.values():
-        before = layer.weight.clone()
+        before = layer.base_weight.clone()
         scale_weight(0.1)(layer, "default", generator)
-        ratio = layer.weight / before
+        ratio = layer.base_weight / before
         assert (float(ratio.mean()), float(ratio.std())) == pytest.approx((1.0, 0.1), abs=0.02)
         redraw_weight(layer, "default", generator)
-        assert float(layer.weight.std()) == pytest.approx(float(before.std()), rel=0.1)
-        assert abs(torch.corrcoef(torch.stack([layer.weight.view(-1), before.view(-1)]))[0, 1]) < 0.15
+        assert float(layer.base_weight.std()) == pytest.approx(float(before.std()), rel=0.1)
+        assert abs(torch.corrcoef(torch.stack([layer.base_weight.view(-1), before.view(-1)]))[0, 1]) < 0.15
 
 
 def test_ablations_are_scored_with_the_head_as_it_was_and_trained_on_and_leave_no_trace(tmp_path: Path) -> None:

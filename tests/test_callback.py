@@ -111,6 +111,22 @@ def test_the_best_model_is_looked_for_among_those_that_are_pruned_as_asked(wrapp
     assert run.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
 
 
+def test_after_the_best_model_is_loaded_scores_have_their_unit_again(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    runs = {
+        best: trainer(fresh(), tmp_path / str(best), AdaPruneCallback, load_best_model_at_end=best, **options)
+        for best in (False, True)
+    }
+    for run in runs.values():
+        run.train()
+    largest = {
+        best: max(layer.adaprune_scores["default"].max().item() for _, layer in adaprune_layers(run.model))
+        for best, run in runs.items()
+    }
+    assert runs[True].state.best_global_step > 0.6 * STEPS
+    assert largest[True] == pytest.approx(largest[False], rel=0.1)
+
+
 def test_no_evaluation_of_the_ramp_is_the_best_or_ends_training_early(tmp_path: Path) -> None:
     options = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 6, "load_best_model_at_end": True}
     # The loss falls: were a high one better, the first would be the best.

@@ -94,7 +94,7 @@ def test_neurons_and_heads_are_combined(first: str, second: str, how: str, tmp_p
     for _, layer in adaprune_layers(model, "new"):
         masks = [layer.mask(name) if name in layer.adaprune_mask else torch.tensor(True) for name in "xy"]
         wanted = masks[0] & masks[1] if how == "intersection" else masks[0] | masks[1]
-        assert torch.equal(layer.mask("new"), wanted.expand(layer.weight.shape))
+        assert torch.equal(layer.mask("new"), wanted.expand(layer.base_weight.shape))
     model.set_adapter("new")
     model.save_pretrained(tmp_path / "saved")
     opened = PeftModel.from_pretrained(HEADS["none"].from_pretrained(base), tmp_path / "saved" / "new")

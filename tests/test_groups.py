@@ -126,7 +126,7 @@ def test_gradients_of_groups_are_those_of_finite_differences(
     batch = make_batch()
     loss_of(model(**batch)).backward()
     for name, layer in adaprune_layers(model):
-        groups, mask, weight = layer.groups("default"), layer.entries("default"), layer.weight.data
+        groups, mask, weight = layer.groups("default"), layer.entries("default"), layer.base_weight.data
         scores = layer.adaprune_scores["default"]
         assert groups is not None
         sigmoid = (0.5 * scores.detach() * config.score_lr_ratio).sigmoid()

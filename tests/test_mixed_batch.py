@@ -25,7 +25,7 @@ NAMES = ["y", "x", "__base__", "y", "z", "x", "__base__", "y"]
 def prune_at_random(model: nn.Module, adapter_name: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _, layer in adaprune_layers(model, adapter_name):
-        layer.set_mask(adapter_name, torch.rand(layer.weight.shape, generator=generator) < 0.5)
+        layer.set_mask(adapter_name, torch.rand(layer.base_weight.shape, generator=generator) < 0.5)
 
 
 def randomize_heads(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -85,7 +86,7 @@ def equal(left: Any, right: Any) -> bool:
 def prune_at_random(model: nn.Module, adapter_name: str = "default", seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for layer in layers_of(model, adapter_name):
-        layer.set_mask(adapter_name, torch.rand(layer.weight.shape, generator=generator) < 0.7)
+        layer.set_mask(adapter_name, torch.rand(layer.base_weight.shape, generator=generator) < 0.7)
 
 
 def two_adapters(**second: Any) -> Any:
@@ -98,6 +99,49 @@ def two_adapters(**second: Any) -> Any:
 
 
 # Layers
+
+
+def test_a_model_that_reads_a_layers_weight_computes_with_the_masked_one() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(7, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.linear.weight, self.linear.bias)
+
+    torch.manual_seed(0)
+    model, x = get_peft_model(Reads(), AdaPruneConfig(target_modules=["linear"])), torch.randn(3, 7)
+    prune_at_random(model)
+    model(x).square().sum().backward()
+    (layer,) = layers_of(model)
+    assert layer.adaprune_scores["default"].grad.any()
+    with torch.no_grad():
+        output = model.eval()(x)
+        assert torch.equal(output, model.merge_and_unload()(x))
+
+
+def test_pytorchs_own_encoder_computes_with_the_masks_in_its_fast_path_too() -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    model = get_peft_model(encoder, AdaPruneConfig(target_modules=["linear1", "linear2", "out_proj"]))
+    prune_at_random(model)
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        slow = model.eval()(x, mask=torch.zeros(3, 3))
+        torch.testing.assert_close(model(x), slow)
+        torch.testing.assert_close(model.merge_and_unload()(x), slow)
+
+
+def test_a_linear_layer_that_computes_something_else_is_not_masked() -> None:
+    class Tripled(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 3 * super().forward(input)
+
+    model = nn.Sequential(nn.Linear(7, 5), Tripled(5, 3))
+    assert names_of(get_peft_model(copy.deepcopy(model), AdaPruneConfig())) == {"0"}
+    with pytest.raises(NoMatchingModuleError, match=r"matched '1', a Tripled.* without a forward pass of their own"):
+        get_peft_model(model, AdaPruneConfig(target_modules=["1"]))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +286,7 @@ def test_each_of_several_active_masks_is_trained() -> None:
     model = two_adapters().train()
     model.base_model.set_adapter(["default", "second"])
     layer = layers_of(model)[0]
-    weight, grad = layer.weight, torch.randn(layer.weight.shape)
+    weight, grad = layer.base_weight, torch.randn(layer.base_weight.shape)
     layer.effective_weight().backward(grad)
     first, second = (layer.adaprune_scores[name].grad for name in ("default", "second"))
     assert torch.equal(first, grad * layer.mask("second") * weight)
@@ -310,6 +354,62 @@ def test_merging_and_unmerging_change_no_bit(saved: Saved) -> None:
     assert torch.equal(logits_of(model), saved.logits)
 
 
+def test_replicas_of_data_parallel_compute_what_the_model_does(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Copies in the place of those on other GPUs; all else is as `DataParallel` does it.
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(replicate, "_get_device_index", lambda device, *_: device)
+    monkeypatch.setattr(
+        replicate,
+        "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach=False: [[tensor.clone() for tensor in tensors] for _ in devices],
+    )
+    with torch.no_grad():
+        for replica in replicate.replicate(saved.open().eval(), [0, 1]):
+            assert torch.equal(logits_of(replica), saved.logits)
+
+
+def test_unmerging_gives_the_weights_back_after_a_cast(saved: Saved) -> None:
+    model = saved.open()
+    before = [weight.bfloat16() for weight in weights_of(model)]
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    assert equal(weights_of(model), before)
+
+
+def test_no_adapter_is_put_on_a_base_that_another_is_merged_into(saved: Saved) -> None:
+    model = saved.open()
+    model.merge_adapter()
+    with pytest.raises(MergeError, match="call `unmerge_adapter\\(\\)` first"):
+        model.add_adapter("second", AdaPruneConfig())
+    assert set(model.peft_config) == {"default"}
+    model.unmerge_adapter()
+    model.add_adapter("second", AdaPruneConfig())
+
+
+def test_merging_an_adapter_by_name_takes_its_head_along(saved: Saved) -> None:
+    model = saved.open()
+    model.add_adapter("second", AdaPruneConfig(final_sparsity=0.8))
+    model.set_adapter("second")
+    train_masks(model, adapter_name="second", learning_rate=1e-2)
+    logits = logits_of(model)
+    model.set_adapter("default")
+    assert torch.equal(logits_of(model.merge_and_unload(adapter_names=["second"])), logits)
+
+
+@pytest.mark.filterwarnings("ignore:(You are trying to modify|Already found)")
+def test_a_model_that_is_wrapped_again_starts_with_all_weights() -> None:
+    base = make_model()
+    train_masks(get_peft_model(base, AdaPruneConfig()))
+    model = get_peft_model(base, AdaPruneConfig())
+    assert all(mask.all() for mask in masks_of(model).values())
+    train_masks(model)
+    fresh = get_peft_model(make_model(), AdaPruneConfig())
+    train_masks(fresh)
+    # But for the head, which goes on from where it was.
+    assert sum(int((mask ^ masks_of(fresh)[name]).sum()) for name, mask in masks_of(model).items()) < 50
+
+
 def test_merging_twice_and_unmerging_twice_warn_as_in_peft(saved: Saved) -> None:
     layer = layers_of(saved.open())[0]
     layer.merge()
@@ -323,7 +423,7 @@ def test_merging_twice_and_unmerging_twice_warn_as_in_peft(saved: Saved) -> None
 def test_a_safe_merge_refuses_nan(saved: Saved) -> None:
     model = saved.open()
     with torch.no_grad():
-        layers_of(model)[0].weight[0, 0] = torch.nan
+        layers_of(model)[0].base_weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
         model.merge_and_unload(safe_merge=True)
 
@@ -643,7 +743,7 @@ def test_the_status_of_an_adapter_in_training_is_true() -> None:
     assert status.requires_grad == {"default": True, "second": False}
     assert status.devices == {"default": ["cpu"], "second": ["cpu"]}
     assert status.num_adapter_layers == 12
-    assert status.trainable_params == sum(layer.weight.numel() for layer in layers_of(model))
+    assert status.trainable_params == sum(layer.base_weight.numel() for layer in layers_of(model))
     for layer in model.get_layer_status():
         assert layer.available_adapters == (["default", "second"] if "query" in layer.name else ["default"])
         assert layer.module_type == "Linear"
@@ -721,12 +821,12 @@ def load_weights(model: Any) -> None:
 def change_in_place(model: Any) -> None:
     with torch.no_grad():
         for layer in layers_of(model):
-            layer.weight.mul_(3)
+            layer.base_weight.mul_(3)
 
 
 def replace_data(model: Any) -> None:
     for layer in layers_of(model):
-        layer.get_base_layer().weight.data = layer.weight.data * 3
+        layer.get_base_layer().weight.data = layer.base_weight.data * 3
 
 
 def load_masks(model: Any) -> None:
@@ -754,8 +854,10 @@ def test_a_built_weight_is_built_again_after_a_change(saved: Saved, change: Call
     for layer in layers_of(model):
         with torch.no_grad():
             masks = [layer.mask(name) for name in layer.active_adapters if not layer.merged]
-            assert torch.equal(layer.effective_weight(), torch.stack([layer.weight, *masks]).prod(0).to(layer.weight))
-            assert layer.effective_weight().dtype == layer.weight.dtype
+            assert torch.equal(
+                layer.effective_weight(), torch.stack([layer.base_weight, *masks]).prod(0).to(layer.base_weight)
+            )
+            assert layer.effective_weight().dtype == layer.base_weight.dtype
 
 
 @torch.no_grad()
@@ -789,9 +891,9 @@ def test_a_base_weight_that_is_trained_gets_its_gradient_through_a_loaded_mask(s
     model.requires_grad_(True)
     model(**make_batch()).loss.backward()
     for layer in layers_of(model):
-        assert layer.weight.grad is not None
-        assert layer.weight.grad.any()
-        assert not layer.weight.grad[~layer.mask("default")].any()
+        assert layer.base_weight.grad is not None
+        assert layer.base_weight.grad.any()
+        assert not layer.base_weight.grad[~layer.mask("default")].any()
 
 
 @pytest.mark.parametrize("trainable", [False, True])

@@ -54,6 +54,15 @@ def pruned_count(model: nn.Module) -> int:
     return sum(layer.count("default")[0] for _, layer in adaprune_layers(model))
 
 
+def test_an_adapter_that_is_not_active_is_not_pruned() -> None:
+    model = make()
+    model.add_adapter("second", AdaPruneConfig(modules_to_save=["head"], target_modules=["first"]))
+    with pytest.raises(NotPrunedError, match=r"'second' is not active.* call `model.set_adapter\('second'\)`"):
+        Pruner(model, 4, "second")
+    model.set_adapter("second")
+    Pruner(model, 4, "second")
+
+
 @pytest.mark.parametrize("scope", ["module", "kind", "global"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.37, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("score_init", ["wanda", "magnitude", "constant"])
@@ -154,7 +163,7 @@ def test_scores_start_from_the_inputs_of_all_batches_of_the_first_step() -> None
     pruner.step()
     layer = model.get_submodule("base_model.model.first")
     norm = torch.cat(batches[:2]).norm(dim=0)
-    torch.testing.assert_close(scores_of(model) * 10, wanda_ranks(layer.weight, norm, input_dim=1))
+    torch.testing.assert_close(scores_of(model) * 10, wanda_ranks(layer.base_weight, norm, input_dim=1))
     before = scores_of(model).clone()
     model(batches[2])
     pruner.step()
@@ -176,7 +185,7 @@ def test_inputs_are_seen_in_evaluation_mode_too() -> None:
     model(seen)
     pruner.step()
     layer = model.get_submodule("base_model.model.first")
-    torch.testing.assert_close(scores_of(model) * 100, wanda_ranks(layer.weight, seen.norm(dim=0), input_dim=1))
+    torch.testing.assert_close(scores_of(model) * 100, wanda_ranks(layer.base_weight, seen.norm(dim=0), input_dim=1))
 
 
 def test_a_run_that_is_broken_off_before_its_first_step_leaves_no_hook() -> None:
@@ -254,7 +263,7 @@ def test_a_score_ends_at_the_mean_of_its_path_since_the_ramp(settle: bool) -> No
     pruner.finalize()
     torch.testing.assert_close(scores.detach(), expected)
     num_kept = scores.numel() - round(scores.numel() / 2)
-    assert torch.equal(layer.mask("default"), topk_mask(expected, num_kept, layer.weight))
+    assert torch.equal(layer.mask("default"), topk_mask(expected, num_kept, layer.base_weight))
 
 
 @pytest.mark.parametrize(

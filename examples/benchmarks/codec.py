@@ -114,12 +114,12 @@ def of_adapter(name: str, repeats: int) -> dict[str, Any]:
     layers = [layer for _, layer in adaprune_layers(tuned)]
     plain = tuned.unload()
     result = measure(
-        (Masked(layer.mask("default").contiguous(), layer.weight.detach(), layer.input_dim) for layer in layers),
+        (Masked(layer.mask("default").contiguous(), layer.base_weight.detach(), layer.input_dim) for layer in layers),
         repeats,
     )
     result["read"] = read_time(plain, result["weights"], repeats)
     head = adapter.num_bytes - adapter.mask_bytes
-    sides = sum(sum(layer.weight.shape) for layer in layers)
+    sides = sum(sum(layer.base_weight.shape) for layer in layers)
     bytes_of = {
         "packed": result["weights"] / 8 + head,
         "coded": result["coded"] * result["weights"] / 8 + head,

@@ -120,11 +120,11 @@ def measure(base: str, folder: Path, length: int, pairs: int) -> dict[str, Any]:
         for layer in layers:
             layer.effective_weight()
 
-    copies = [layer.weight.clone() for layer in layers]
+    copies = [layer.base_weight.clone() for layer in layers]
 
     def copy() -> None:
         for layer, target in zip(layers, copies, strict=True):
-            target.copy_(layer.weight)
+            target.copy_(layer.base_weight)
 
     results["switching"] = ratios(3 * pairs, switch, copy)
 
@@ -144,7 +144,7 @@ def measure(base: str, folder: Path, length: int, pairs: int) -> dict[str, Any]:
         ours, lora = (functools.partial(open_adapter, base, paths[other], small) for other in (name, "lora"))
         results[key] = ratios(pairs, ours, lora)
 
-    weights = sum(layer.weight.numel() for layer in layers)
+    weights = sum(layer.base_weight.numel() for layer in layers)
     head = sum(p.numel() for n, p in model.named_parameters() if f".modules_to_save.{names[0]}." in n)
     size = Path(paths["masks"], "adapter_model.safetensors").stat().st_size
     results["bytes"] = round(size / (weights / 8 + 4 * head), 4)

@@ -31,8 +31,8 @@ def scale_weight(deviation: float) -> Change:
 
     @torch.no_grad()
     def change(layer: AdaPruneLayer, adapter_name: str, generator: torch.Generator) -> None:
-        noise = torch.normal(1.0, deviation, layer.weight.shape, generator=generator)
-        layer.weight.mul_(noise.to(layer.weight))
+        noise = torch.normal(1.0, deviation, layer.base_weight.shape, generator=generator)
+        layer.base_weight.mul_(noise.to(layer.base_weight))
 
     return change
 
@@ -40,8 +40,8 @@ def scale_weight(deviation: float) -> Change:
 @torch.no_grad()
 def redraw_weight(layer: AdaPruneLayer, adapter_name: str, generator: torch.Generator) -> None:
     """Draw the weights of a layer anew, from a normal distribution with their mean and deviation."""
-    noise = torch.randn(layer.weight.shape, generator=generator).to(layer.weight)
-    layer.weight.copy_(layer.weight.mean() + layer.weight.std() * noise)
+    noise = torch.randn(layer.base_weight.shape, generator=generator).to(layer.base_weight)
+    layer.base_weight.copy_(layer.base_weight.mean() + layer.base_weight.std() * noise)
 
 
 ABLATIONS: dict[str, Change] = {

@@ -28,7 +28,7 @@ class MagnitudePruner(Pruner):
         step = self.num_steps + 1
         if step % self._interval == 0 and step - self._interval < self.config.pruning_end * self.total_steps:
             for layer in self.layers.values():
-                layer.adaprune_scores[self.adapter_name].copy_(layer.weight.abs())
+                layer.adaprune_scores[self.adapter_name].copy_(layer.base_weight.abs())
             super().step()
         else:
             self.num_steps = step
@@ -122,7 +122,7 @@ class IterativeMagnitudeCallback(TrainedWeightsCallback):
         self._round += 1
         if self.pruner is not None and self._round < self.num_rounds:
             for layer in self.pruner.layers.values():
-                remaining = layer.weight.detach() * layer.mask(self.adapter_name)
+                remaining = layer.base_weight.detach() * layer.mask(self.adapter_name)
                 layer.adaprune_scores[self.adapter_name].data.copy_(remaining.abs())
             self.pruner.prune_to(self._sparsities[self._round])
             self._rewind()

@@ -23,7 +23,7 @@ class NoRecoveryPruner(Pruner):
         target, final = super().target_sparsity, self.config.final_sparsity
         if target == final:
             return target
-        one_weight = 1 / min(layer.weight.numel() for layer in self.layers.values())
+        one_weight = 1 / min(layer.base_weight.numel() for layer in self.layers.values())
         return max(0.0, min(target, final - one_weight))
 
     @torch.no_grad()
