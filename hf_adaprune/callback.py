@@ -163,9 +163,6 @@ class AdaPruneCallback(TrainerCallback):
     ) -> None:
         """End at exactly the sparsity that was asked for."""
         save_state_no_more(self._running.model)
-        if args.load_best_model_at_end and state.best_global_step:
-            # The Trainer has gone back there: in that step's unit the scores are.
-            self._running.load_state_dict({"num_steps": state.best_global_step})
         self._running.finalize()
 
     @property

@@ -76,7 +76,9 @@ def _save_state(model: nn.Module, path: Path, num_processes: int, resumable: boo
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, layer in adaprune_layers(model):
         names |= {f"{name}.adaprune_mask.{adapter}" for adapter in layer.adaprune_mask}
-        if not resumable:
+        if resumable:
+            names |= {f"{name}.adaprune_growth.{adapter}" for adapter in layer.adaprune_growth}
+        else:
             names -= {f"{name}.adaprune_scores.{adapter}" for adapter in layer.adaprune_scores}
     files = [OPTIMIZER_NAME, SCHEDULER_NAME] if resumable else []
     if resumable:

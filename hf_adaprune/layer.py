@@ -33,7 +33,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("adaprune_scores",)
-    other_param_names: tuple[str, ...] = ("adaprune_mask", "_unpacked", "_configs", "_groups", "_growth")
+    other_param_names: tuple[str, ...] = ("adaprune_mask", "adaprune_growth", "_unpacked", "_configs", "_groups")
     # Which dimension of the weight the inputs run along, if the inputs are real.
     input_dim: int | None = None
 
@@ -64,8 +64,8 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         self._unpacked: dict[str, torch.Tensor] = {}
         self._configs: dict[str, AdaPruneConfig] = {}
         self._groups: dict[str, Groups] = {}
-        # By how much scores have grown; `None` for scores of a checkpoint: by as much as its step says.
-        self._growth: dict[str, float | None] = {}
+        # By how much scores have grown (`grow_scores`): a number, saved with them.
+        self.adaprune_growth = BufferDict(persistent=True)
         self._built: BuiltWeight | None = None
         self._removed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._disable_adapters = False
@@ -95,7 +95,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         weight = self.base_weight
         self._configs[adapter_name] = config
         # There may have been one of this name, in a model that has been wrapped before.
-        for former in (self._unpacked, self._growth, self._groups):
+        for former in (self._unpacked, self._groups):
             former.pop(adapter_name, None)
         self._built = None
         if groups is not None:
@@ -105,6 +105,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         self.adaprune_mask[adapter_name] = packed.to(weight.device)
         if not config.inference_mode:
             self.adaprune_scores[adapter_name] = nn.Parameter(initial_scores(self.measure(adapter_name), config))
+            self.adaprune_growth[adapter_name] = torch.ones((), device=weight.device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def get_base_layer(self) -> Any:
@@ -214,10 +215,10 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def grow_scores(self, adapter_name: str, growth: float) -> None:
         """Let the scores be so many times as large as they were made: in the same order, and less moved by a step."""
-        before = self._growth.get(adapter_name, 1.0)
-        if before is not None and before != growth:
-            self.adaprune_scores[adapter_name] *= growth / before
-        self._growth[adapter_name] = growth
+        stored = self.adaprune_growth[adapter_name]
+        before, after = float(stored), float(stored.fill_(growth))
+        if before != after:
+            self.adaprune_scores[adapter_name] *= after / before
 
     def count(self, adapter_name: str) -> tuple[int, int]:
         """Return how many weights the adapter's mask prunes, and how many it decides on, in other layers too."""
@@ -240,7 +241,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             self.adaprune_scores[adapter_name] = nn.Parameter(made, requires_grad=scores.requires_grad)
         else:
             copy_whole(scores.data, made)
-        self._growth[adapter_name] = 1.0
+        self.adaprune_growth[adapter_name] = torch.ones((), device=made.device)
         return True
 
     def _mask_of(
@@ -369,6 +370,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             self.match_scores_to_mask(adapter_name)
         else:
             self.adaprune_scores[adapter_name].data = self.adaprune_scores[adapter_name].data.to(device)
+            self.adaprune_growth[adapter_name] = self.adaprune_growth[adapter_name].to(device)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, mask in self._unpacked.items():
@@ -388,10 +390,11 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             scores_key = f"{prefix}adaprune_scores.{name}"
             if scores_key in state_dict:
                 # A state of training: no longer what was saved.
-                self._configs[name].adapter_fingerprint, self._growth[name] = None, None
+                self._configs[name].adapter_fingerprint = None
             elif name in self.adaprune_scores:
                 # An adapter's file has no scores; those at hand stay until `match_scores_to_mask` is called.
                 state_dict[scores_key] = self.adaprune_scores[name]
+                state_dict[f"{prefix}adaprune_growth.{name}"] = self.adaprune_growth[name]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -111,6 +111,10 @@ def test_the_best_model_is_looked_for_among_those_that_are_pruned_as_asked(wrapp
     assert run.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
 
 
+def largest_score(model: nn.Module) -> float:
+    return max(layer.adaprune_scores["default"].max().item() for _, layer in adaprune_layers(model))
+
+
 def test_after_the_best_model_is_loaded_scores_have_their_unit_again(tmp_path: Path) -> None:
     options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
     runs = {
@@ -119,12 +123,16 @@ def test_after_the_best_model_is_loaded_scores_have_their_unit_again(tmp_path: P
     }
     for run in runs.values():
         run.train()
-    largest = {
-        best: max(layer.adaprune_scores["default"].max().item() for _, layer in adaprune_layers(run.model))
-        for best, run in runs.items()
-    }
     assert runs[True].state.best_global_step > 0.6 * STEPS
-    assert largest[True] == pytest.approx(largest[False], rel=0.1)
+    assert largest_score(runs[True].model) == pytest.approx(largest_score(runs[False].model), rel=0.1)
+
+
+def test_scores_that_have_settled_have_their_unit_again_when_a_run_is_resumed_to_be_longer(tmp_path: Path) -> None:
+    trainer(fresh(), tmp_path, AdaPruneCallback, save_steps=STEPS).train()
+    longer = trainer(fresh(), tmp_path, AdaPruneCallback, num_train_epochs=4)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 2 * STEPS
+    assert largest_score(longer.model) == pytest.approx(0.02, rel=0.1)
 
 
 def test_no_evaluation_of_the_ramp_is_the_best_or_ends_training_early(tmp_path: Path) -> None:
