@@ -104,7 +104,7 @@ def main() -> None:
         for batch in tqdm(train, desc=f"epoch {epoch + 1}", disable=not accelerator.is_local_main_process):
             with accelerator.accumulate(model):
                 accelerator.backward(model(**batch).loss)
-                if accelerator.sync_gradients:
+                if accelerator.sync_gradients and accelerator.scaler is None:
                     pruner.check_gradients()
                 optimizer.step()
                 if accelerator.sync_gradients:

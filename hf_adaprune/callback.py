@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .checkpoints import put_state_in_place, save_state_no_more, save_state_with_checkpoints, set_torn_aside
+from .checks import run_checks
 from .config import AdaPruneConfig
 from .errors import ConfigError, NotPrunedError
 from .layer import adaprune_layers
@@ -64,6 +65,7 @@ class AdaPruneCallback(TrainerCallback):
                 set_torn_aside(args.output_dir)
         # `Trainer.push_to_hub` writes a card of its own over the adapter's, and then has the model complete it.
         model.create_or_update_model_card = self._complete_card  # type: ignore[assignment]
+        run_checks(model)  # now: FSDP is about to shard it
         wrapped = isinstance(model, PeftModel) or any(True for _ in adaprune_layers(model))
         if wrapped:
             if self.config is not None:

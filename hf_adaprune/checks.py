@@ -16,6 +16,7 @@ from .errors import AdapterFileError, BaseMismatchError
 from .fingerprint import fingerprint, fingerprints_are_checked, matches
 from .head import body_name, head_modules
 from .layer import adaprune_layers
+from .sharding import is_sharded
 
 
 def check_base(model: nn.Module, adapter_name: str, config: AdaPruneConfig) -> None:
@@ -72,8 +73,8 @@ class CheckOnce:
         self.handle: Any = None
 
     def __call__(self, model: nn.Module, args: Any) -> None:
-        # A replica of `DataParallel` has no parameters to look at.
-        if torch.compiler.is_compiling() or getattr(model, "_is_replica", False):
+        # A replica of `DataParallel` has no parameters to look at, and a model that is sharded has none whole.
+        if torch.compiler.is_compiling() or getattr(model, "_is_replica", False) or is_sharded(model.parameters()):
             return
         expected = self.config.adapter_fingerprint
         # The adapter may be gone, another may have its name, and a state of training may have been loaded into it.
@@ -98,14 +99,15 @@ def base_fits(model: nn.Module, config: AdaPruneConfig) -> bool | None:
 
 
 def run_checks(model: nn.Module) -> None:
-    """Check now the adapters of a model that have not been checked yet.
+    """Check now the adapters of a model, or of one inside of it, that have not been checked yet.
 
     Raises:
         AdapterFileError: If what was loaded is not what was saved.
     """
-    for hook in list(model._forward_pre_hooks.values()):
-        if isinstance(hook, CheckOnce):
-            hook(model, ())
+    for module in model.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, CheckOnce):
+                hook(module, ())
 
 
 def head_keys(model: nn.Module, adapter_name: str) -> list[str]:

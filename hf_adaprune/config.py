@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,46 +16,11 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
 from .adapter_files import check_not_pickled, check_weights_file, put_in_place
+from .choices import AUTO, FORMAT_VERSION, PRESETS
 from .errors import ConfigError
 from .labels import is_regression, labels_fingerprint
-from .masks import PACKED_BITS, SHORTEST, sparsity_of
-from .validation import mistyped, problems_of_storage
-
-
-FORMAT_VERSION = 1
-
-ESTIMATORS = ("straight_through", "sigmoid")
-SCORE_INITS = ("wanda", "magnitude", "normal", "constant")
-GRANULARITIES = ("weight", "neuron", "head", "neuron+head")
-MAX_PATTERN = 256  # the largest m of n:m: ranks inside a pattern are counted in bytes
-SCOPES = ("module", "kind", "global")
-SELECTIONS = ("topk", "threshold")
-AUTO = "auto"
-HEADS = ("model", "layer_average")
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "paper": {
-        "selection": "threshold",
-        "scope": "global",
-        "estimator": "sigmoid",
-        "forward_temperature": 1e5,
-        "backward_temperature": 1.0,
-        "score_init": "normal",
-        "score_lr_ratio": 1.0,
-        "head_lr_ratio": 1.0,
-        # The paper's own gammas add up to 0.0008 over a run, which no score of 0.01 can fall to zero by.
-        "drift": 0.012,
-        "settle": False,
-        "dropout": None,
-        "mask_embeddings": True,
-        "head": "layer_average",
-    },
-}
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+from .masks import PACKED_BITS, sparsity_of
+from .validation import mistyped, problems_of_storage, problems_of_values
 
 
 @dataclass
@@ -108,7 +73,8 @@ class AdaPruneConfig(PeftConfig):
         estimator (`str`):
             How gradients reach the scores: `"straight_through"`, or `"sigmoid"` with the two temperatures (Eq. 4).
         forward_temperature (`float`, *optional*):
-            `t_l` > 0 of Eq. 4, in training only. `None` is its limit, a step; evaluation always uses the step.
+            `t_l` > 0 of Eq. 4, in training only, under `"sigmoid"` and `"threshold"`. `None` is its limit, a step;
+            evaluation always uses the step.
         backward_temperature (`float`): `t_s` > 0 of Eq. 4.
         score_lr_ratio (`float`):
             The learning rate of the scores over the optimizer's, > 0. Under Adam a score moves by about
@@ -121,7 +87,8 @@ class AdaPruneConfig(PeftConfig):
             Whether the steps of the scores shrink linearly to nothing from `pruning_end` on, beyond what the schedule
             of the learning rate does; under `"topk"` and `"straight_through"`, where only the scores' order counts.
         drift (`float`):
-            Subtracted from every score over the whole run, in equal steps, >= 0 (the sum of the gammas of Eq. 5).
+            Subtracted from every score over the whole run, in equal steps, >= 0 (the sum of the gammas of Eq. 5);
+            under `"threshold"`.
 
         base_fingerprint (`str`, *optional*): Written when an adapter is made; which weights the masks belong to.
         adapter_fingerprint (`str`, *optional*): Written when an adapter is saved; what its masks and head are.
@@ -151,44 +118,42 @@ class AdaPruneConfig(PeftConfig):
         ConfigError: If a field has a value that it cannot have; the message lists every such field.
     """
 
-    final_sparsity: float = _option(0.5, "Fraction of the masked weights to remove, in [0, 1).")
-    target_modules: set[str] | list[str] | str | None = _option(
-        None, "Modules to mask; None is every linear layer of the body."
-    )
-    exclude_modules: set[str] | list[str] | str | None = _option(None, "Modules to spare.")
-    layers_to_transform: list[int] | int | None = _option(None, "Layers to mask; needs target_modules as a list.")
-    layers_pattern: list[str] | str | None = _option(None, "Name of the module that numbers the layers.")
-    granularity: str = _option("weight", f"One of {GRANULARITIES}, or n:m, as in 2:4.")
-    mask_embeddings: bool = _option(False, "Whether to mask the input embeddings too.")
-    modules_to_save: list[str] | None = _option(None, "Modules to train and save whole, besides the task head.")
-    head: str = _option("model", f"One of {HEADS}.")
-    selection: str = _option("topk", f"One of {SELECTIONS}.")
-    scope: str = _option("module", f"What shares one threshold; one of {SCOPES}.")
-    pruning_start: float = _option(0.0, "Fraction of training after which the ramp begins.")
-    pruning_end: float = _option(0.6, "Fraction of training after which the target is reached.")
-    score_init: str = _option("wanda", f"One of {SCORE_INITS}.")
-    estimator: str = _option("straight_through", f"One of {ESTIMATORS}.")
-    forward_temperature: float | None = _option(None, "t_l of Eq. 4; None is a step.")
-    backward_temperature: float = _option(1.0, "t_s of Eq. 4.")
-    score_lr_ratio: float = _option(100.0, "Learning rate of the scores over the optimizer's.")
-    head_lr_ratio: float = _option(4.0, "Learning rate of the head over the optimizer's.")
-    dropout: float | str | None = _option(AUTO, "Dropout while masks are trained; None is the model's own.")
-    settle: bool = _option(True, "Whether scores settle after the ramp, by ever smaller steps.")
-    drift: float = _option(0.0, "Subtracted from every score over the run (sum of the gammas of Eq. 5).")
+    final_sparsity: float = 0.5
+    target_modules: set[str] | list[str] | str | None = None
+    exclude_modules: set[str] | list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    granularity: str = "weight"
+    mask_embeddings: bool = False
+    modules_to_save: list[str] | None = None
+    head: str = "model"
+    selection: str = "topk"
+    scope: str = "module"
+    pruning_start: float = 0.0
+    pruning_end: float = 0.6
+    score_init: str = "wanda"
+    estimator: str = "straight_through"
+    forward_temperature: float | None = None
+    backward_temperature: float = 1.0
+    score_lr_ratio: float = 100.0
+    head_lr_ratio: float = 4.0
+    dropout: float | str | None = AUTO
+    settle: bool = True
+    drift: float = 0.0
 
-    base_fingerprint: str | None = _option(None, "Which weights the masks belong to.")
-    adapter_fingerprint: str | None = _option(None, "What the saved masks and head are.")
-    labels_fingerprint: str | None = _option(None, "What the labels in `model_config` are.")
-    model_config: dict[str, Any] | None = _option(None, "The model's own configuration.")
-    num_parameters: int | None = _option(None, "How many parameters the whole model has.")
-    module_counts: dict[str, list[int]] | None = _option(None, "Pruned and all weights of each masked module.")
-    group_counts: dict[str, list[int]] | None = _option(None, "Pruned and all groups of each mask of groups.")
-    head_tensors: list[str] | None = _option(None, "Names of the tensors of the saved head.")
-    combination: str | None = _option(None, "How the masks were made of those of other adapters.")
-    whole_groups: str | None = _option(None, "What groups some are pruned of as a whole, besides single weights.")
-    mask_bytes: dict[str, int] | None = _option(None, "How many bytes each mask takes that is coded.")
-    mask_codec: str = _option(PACKED_BITS, f"How masks are stored: {PACKED_BITS}, or {SHORTEST} for less.")
-    format_version: int = _option(FORMAT_VERSION, "Version of the stored format.")
+    base_fingerprint: str | None = None
+    adapter_fingerprint: str | None = None
+    labels_fingerprint: str | None = None
+    model_config: dict[str, Any] | None = None
+    num_parameters: int | None = None
+    module_counts: dict[str, list[int]] | None = None
+    group_counts: dict[str, list[int]] | None = None
+    head_tensors: list[str] | None = None
+    combination: str | None = None
+    whole_groups: str | None = None
+    mask_bytes: dict[str, int] | None = None
+    mask_codec: str = PACKED_BITS
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -196,7 +161,7 @@ class AdaPruneConfig(PeftConfig):
         # Whether this comes with a stored adapter: asked now, since what is written into it later is of one in memory.
         self.is_stored = self.module_counts is not None
         self.is_filled = False  # whether the stored masks are in place
-        problems = self._problems()
+        problems = mistyped(self) or problems_of_storage(self) or problems_of_values(self)
         if problems:
             raise ConfigError("\n".join(problems))
         for name in ("target_modules", "exclude_modules"):
@@ -290,9 +255,9 @@ class AdaPruneConfig(PeftConfig):
 
             >>> AdaPruneConfig.from_preset("paper", final_sparsity=0.7)
         """
-        if name not in _PRESETS:
-            raise ConfigError(f"The preset must be one of {sorted(_PRESETS)}, got {name!r}.")
-        return cls(**{**_PRESETS[name], **overrides})
+        if name not in PRESETS:
+            raise ConfigError(f"The preset must be one of {sorted(PRESETS)}, got {name!r}.")
+        return cls(**{**PRESETS[name], **overrides})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, whole or not at all and in a stable order, and the adapter's card.
@@ -341,67 +306,3 @@ class AdaPruneConfig(PeftConfig):
         hub, _, _ = cls._split_kwargs(kwargs)
         check_weights_file(str(pretrained_model_name_or_path), config, subfolder, **hub)
         return config
-
-    def _problems(self) -> list[str]:
-        problems = mistyped(self) or problems_of_storage(self)
-        if problems:
-            return problems
-        if not 0 <= self.final_sparsity < 1:
-            problems.append(f"`final_sparsity` must be in [0, 1), got {self.final_sparsity}.")
-        if not 0 <= self.pruning_start < self.pruning_end <= 1:
-            problems.append(
-                "`pruning_start` and `pruning_end` are fractions of training and must satisfy "
-                f"0 <= pruning_start < pruning_end <= 1, got {self.pruning_start} and {self.pruning_end}."
-            )
-        for name in ("score_lr_ratio", "head_lr_ratio", "backward_temperature", "forward_temperature"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                problems.append(f"`{name}` must be positive and finite, got {value}.")
-        is_rate = isinstance(self.dropout, (float, int)) and 0 <= self.dropout < 1
-        if not (is_rate or self.dropout in (None, AUTO)):
-            problems.append(
-                f"`dropout` must be in [0, 1), {AUTO!r}, or None for the model's own; got {self.dropout!r}."
-            )
-        if not 0 <= self.drift < float("inf"):
-            problems.append(f"`drift` must be finite and >= 0, got {self.drift}.")
-        choices: dict[str, tuple[str | None, ...]] = {
-            "estimator": ESTIMATORS,
-            "score_init": SCORE_INITS,
-            "scope": SCOPES,
-            "selection": SELECTIONS,
-            "head": HEADS,
-            "mask_codec": (PACKED_BITS, SHORTEST),
-            "whole_groups": (None, *GRANULARITIES[1:]),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                problems.append(f"`{name}` must be one of {list(allowed)}, got {getattr(self, name)!r}.")
-        problems += self._problems_of_granularity()
-        if self.format_version > FORMAT_VERSION:
-            problems.append(
-                f"The adapter has format version {self.format_version}, this hf_adaprune reads up to "
-                f"{FORMAT_VERSION}: upgrade hf_adaprune to open it."
-            )
-        if self.layers_to_transform is not None and not isinstance(self.target_modules, (set, list, tuple)):
-            problems.append("`layers_to_transform` needs `target_modules` as a list of names.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            problems.append("`layers_pattern` needs `layers_to_transform`.")
-        return problems
-
-    def _problems_of_granularity(self) -> list[str]:
-        problems, pattern = [], self.n_of_m
-        if self.granularity not in GRANULARITIES and not (pattern and 0 < pattern[0] < pattern[1] <= MAX_PATTERN):
-            return [
-                f"`granularity` must be one of {list(GRANULARITIES)}, or 'n:m' with 0 < n < m <= {MAX_PATTERN}, as in "
-                f"'2:4'; got {self.granularity!r}."
-            ]
-        if pattern and abs(self.final_sparsity - (1 - pattern[0] / pattern[1])) > 1e-9:
-            problems.append(
-                f"`granularity={self.granularity!r}` prunes {1 - pattern[0] / pattern[1]:g} of the weights: "
-                f"`final_sparsity` must be that, got {self.final_sparsity}."
-            )
-        if pattern and self.selection != "topk":
-            problems.append(f"`granularity={self.granularity!r}` needs `selection='topk'`, got {self.selection!r}.")
-        if self.granularity != "weight" and self.mask_embeddings:
-            problems.append(f"`granularity={self.granularity!r}` masks no embeddings: leave `mask_embeddings` False.")
-        return problems

@@ -118,7 +118,7 @@ def _kth_largest(flat: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
         values = flat.numpy()
         threshold = np.partition(values, len(values) - k)[len(values) - k]
         return torch.as_tensor(threshold), torch.from_numpy(values >= threshold)
-    threshold = flat.kthvalue(flat.numel() - k + 1).values
+    threshold = flat.topk(k, sorted=False).values.min()  # `kthvalue` is refused under deterministic CUDA
     return threshold, flat >= threshold
 
 

@@ -360,7 +360,7 @@ def _shortest(
 
 
 def _report_unfinished(config: AdaPruneConfig, is_trained: bool) -> None:
-    """Log, once, that an adapter in training is saved before it is as sparse as it was asked to be."""
+    """Log, once, that an adapter in training is saved before anything is pruned: perhaps nothing ever will be."""
     pruned, total = (sum(counts) for counts in zip(*(config.module_counts or {}).values(), strict=True))
     # Whole groups are pruned to the nearest one: of each block half a group may be missing.
     missing = sum(total // count[1] // 2 + 1 for count in (config.group_counts or {}).values())

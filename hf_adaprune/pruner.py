@@ -83,6 +83,7 @@ class Pruner:
             warnings.warn(
                 "The scores behind the loaded masks are not stored: training goes on from the masks.", stacklevel=2
             )
+        restore_dropout(model)  # a run may have been broken off
         if self.config.training_dropout is not None:
             set_dropout(model, self.config.training_dropout)
         self._head = [
@@ -91,6 +92,13 @@ class Pruner:
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
             for parameter in module.modules_to_save[adapter_name].parameters()
         ]
+        if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self._head):
+            warnings.warn(
+                f"The head is in {self._head[0].dtype}, where many of its weights are too coarse for the steps of "
+                "training and stand still. Load the model with `dtype=torch.float32`; `TrainingArguments(bf16=True)` "
+                "computes in half precision all the same.",
+                stacklevel=2,
+            )
         self._measures: dict[str, torch.Tensor] = {}
         self._reference: dict[str, torch.Tensor] = {}
         self._remember()
@@ -121,6 +129,8 @@ class Pruner:
 
     def check_gradients(self) -> None:
         """Raise before a step that would ruin the model.
+
+        Under a gradient scaler (float16) leave it out: an overflow is ordinary there, and skips the step by itself.
 
         Raises:
             NonFiniteError: If a gradient of the scores or of the head is NaN or infinite.

@@ -7,8 +7,20 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from .choices import (
+    AUTO,
+    ESTIMATORS,
+    FORMAT_VERSION,
+    GRANULARITIES,
+    HEADS,
+    MAX_PATTERN,
+    SCOPES,
+    SCORE_INITS,
+    SELECTIONS,
+)
 from .fingerprint import fingerprints_are_checked
 from .labels import labels_fingerprint, problems_of_labels
+from .masks import PACKED_BITS, SHORTEST
 
 
 if TYPE_CHECKING:
@@ -69,6 +81,78 @@ def problems_of_storage(config: AdaPruneConfig) -> list[str]:
     if config.model_config is None or config.labels_fingerprint != labels_fingerprint(config.model_config):
         return ["The labels in `model_config` are not those that were saved: fetch the adapter again."]
     return []
+
+
+def problems_of_values(config: AdaPruneConfig) -> list[str]:
+    """Return, in sentences, which fields have a value that they cannot have; see `mistyped` for their types."""
+    problems: list[str] = []
+    if not 0 <= config.final_sparsity < 1:
+        problems.append(f"`final_sparsity` must be in [0, 1), got {config.final_sparsity}.")
+    if not 0 <= config.pruning_start < config.pruning_end <= 1:
+        problems.append(
+            "`pruning_start` and `pruning_end` are fractions of training and must satisfy "
+            f"0 <= pruning_start < pruning_end <= 1, got {config.pruning_start} and {config.pruning_end}."
+        )
+    for name in ("score_lr_ratio", "head_lr_ratio", "backward_temperature", "forward_temperature"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < float("inf"):
+            problems.append(f"`{name}` must be positive and finite, got {value}.")
+    is_rate = isinstance(config.dropout, (float, int)) and 0 <= config.dropout < 1
+    if not (is_rate or config.dropout in (None, AUTO)):
+        problems.append(f"`dropout` must be in [0, 1), {AUTO!r}, or None for the model's own; got {config.dropout!r}.")
+    if not 0 <= config.drift < float("inf"):
+        problems.append(f"`drift` must be finite and >= 0, got {config.drift}.")
+    if config.forward_temperature is not None and (config.estimator, config.selection) != ("sigmoid", "threshold"):
+        problems.append(
+            "`forward_temperature` needs `estimator='sigmoid'` and `selection='threshold'`, where a mask begins at a "
+            f"score of 0; got {config.estimator!r} and {config.selection!r}."
+        )
+    if config.drift and config.selection != "threshold":
+        problems.append(
+            f"`drift` needs `selection='threshold'`, got {config.selection!r}: it would change no score's rank."
+        )
+    choices: dict[str, tuple[str | None, ...]] = {
+        "estimator": ESTIMATORS,
+        "score_init": SCORE_INITS,
+        "scope": SCOPES,
+        "selection": SELECTIONS,
+        "head": HEADS,
+        "mask_codec": (PACKED_BITS, SHORTEST),
+        "whole_groups": (None, *GRANULARITIES[1:]),
+    }
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            problems.append(f"`{name}` must be one of {list(allowed)}, got {getattr(config, name)!r}.")
+    problems += _problems_of_granularity(config)
+    if config.format_version > FORMAT_VERSION:
+        problems.append(
+            f"The adapter has format version {config.format_version}, this hf_adaprune reads up to "
+            f"{FORMAT_VERSION}: upgrade hf_adaprune to open it."
+        )
+    if config.layers_to_transform is not None and not isinstance(config.target_modules, (set, list, tuple)):
+        problems.append("`layers_to_transform` needs `target_modules` as a list of names.")
+    if config.layers_pattern and config.layers_to_transform is None:
+        problems.append("`layers_pattern` needs `layers_to_transform`.")
+    return problems
+
+
+def _problems_of_granularity(config: AdaPruneConfig) -> list[str]:
+    problems, pattern = [], config.n_of_m
+    if config.granularity not in GRANULARITIES and not (pattern and 0 < pattern[0] < pattern[1] <= MAX_PATTERN):
+        return [
+            f"`granularity` must be one of {list(GRANULARITIES)}, or 'n:m' with 0 < n < m <= {MAX_PATTERN}, as in "
+            f"'2:4'; got {config.granularity!r}."
+        ]
+    if pattern and abs(config.final_sparsity - (1 - pattern[0] / pattern[1])) > 1e-9:
+        problems.append(
+            f"`granularity={config.granularity!r}` prunes {1 - pattern[0] / pattern[1]:g} of the weights: "
+            f"`final_sparsity` must be that, got {config.final_sparsity}."
+        )
+    if pattern and config.selection != "topk":
+        problems.append(f"`granularity={config.granularity!r}` needs `selection='topk'`, got {config.selection!r}.")
+    if config.granularity != "weight" and config.mask_embeddings:
+        problems.append(f"`granularity={config.granularity!r}` masks no embeddings: leave `mask_embeddings` False.")
+    return problems
 
 
 def _is_deep(value: Any) -> bool:

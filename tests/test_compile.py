@@ -57,7 +57,14 @@ def train(model: Any, called: Any, counter: Any) -> list[int]:
         # The first step watches the inputs, for scores to start from.
         ({}, "aot_eager", [1, *[2] * (STEPS - 1)]),
         ({"score_init": "magnitude", "mask_embeddings": True, "scope": "global"}, "eager", [1] * STEPS),
-        ({"score_init": "magnitude", "estimator": "sigmoid", "forward_temperature": 10.0}, "eager", [1] * STEPS),
+        (
+            {
+                **{"score_init": "normal", "estimator": "sigmoid", "forward_temperature": 10.0},
+                **{"selection": "threshold", "drift": 2.0},
+            },
+            "eager",
+            [1] * STEPS,
+        ),
     ],
     ids=str,
 )

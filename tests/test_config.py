@@ -29,6 +29,8 @@ from hf_adaprune.errors import AdaPruneError, ConfigError
         ("head_lr_ratio", float("inf"), "`head_lr_ratio` must be positive and finite, got inf"),
         ("forward_temperature", -1.0, "`forward_temperature` must be positive and finite, got -1.0"),
         ("drift", -1e-7, "`drift` must be finite and >= 0"),
+        ("drift", 0.01, "`drift` needs `selection='threshold'`, got 'topk'"),
+        ("forward_temperature", 10.0, "`forward_temperature` needs `estimator='sigmoid'` and `selection='threshold'`"),
         ("format_version", 2, "upgrade hf_adaprune"),
         ("layers_to_transform", 0, "`layers_to_transform` needs `target_modules` as a list"),
         ("layers_pattern", "layer", "`layers_pattern` needs `layers_to_transform`"),

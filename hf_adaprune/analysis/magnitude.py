@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..config import SCOPES
+from ..choices import SCOPES
 from ..selection import share_threshold
 from ..thresholds import topk_masks
 from .sources import Masks
