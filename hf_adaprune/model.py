@@ -274,7 +274,7 @@ class AdaPruneModel(BaseTuner):
             plain_name(name): list(count) for name, count in module_counts(model, adapter_name).items()
         }
         config.group_counts = _group_counts(layers, adapter_name)
-        _report_unfinished(config, any(adapter_name in layer.adaprune_scores for layer in layers.values()))
+        _report_unpruned(config, any(adapter_name in layer.adaprune_scores for layer in layers.values()))
         keys = head_keys(model, adapter_name)
         head = [state_dict[key] for key in keys]
         config.head_tensors = [_stored_key(key, adapter_name) for key in keys]
@@ -359,16 +359,14 @@ def _shortest(
     return stored
 
 
-def _report_unfinished(config: AdaPruneConfig, is_trained: bool) -> None:
+def _report_unpruned(config: AdaPruneConfig, is_trained: bool) -> None:
     """Log, once, that an adapter in training is saved before anything is pruned: perhaps nothing ever will be."""
-    pruned, total = (sum(counts) for counts in zip(*(config.module_counts or {}).values(), strict=True))
-    # Whole groups are pruned to the nearest one: of each block half a group may be missing.
-    missing = sum(total // count[1] // 2 + 1 for count in (config.group_counts or {}).values())
-    if is_trained and pruned + missing < round(config.final_sparsity * total):
+    pruned = sum(count for count, _ in (config.module_counts or {}).values())
+    if is_trained and config.final_sparsity and not pruned:
         logger.warning_once(
-            f"The adapter is saved at a sparsity of {pruned / total:.4f}, below its `final_sparsity` of "
-            f"{config.final_sparsity}: training has not ended, or nothing pruned. A Trainer prunes with "
-            "`callbacks=[AdaPruneCallback]`, your own loop with `Pruner.step()` and, at its end, `Pruner.finalize()`."
+            "The adapter is saved with nothing pruned: training has not begun, or nothing prunes. A Trainer prunes "
+            "with `callbacks=[AdaPruneCallback]`, your own loop with `Pruner.step()` and, at its end, "
+            "`Pruner.finalize()`."
         )
 
 

@@ -101,6 +101,19 @@ def test_masks_are_compared_with_every_other_method_at_their_own_sparsity(study:
     assert len(table.splitlines()) == 2 + 3 * 6
 
 
+def test_what_has_pruned_more_than_it_was_asked_to_is_not_compared(study: Any, cells: Any) -> None:
+    rows = [row | {"sparsity": 0.75} for row in cells["magnitude", 0.5]["stsb"]]
+    cells["smaller", 0.5] = {"stsb": rows}
+    assert "smaller" not in {one.other for one in study("significance").compare(cells)}
+
+
+def test_the_table_leaves_shares_of_fine_tuning_out_where_that_has_not_run(study: Any, tmp_path: Path) -> None:
+    rows = [row for row in make_rows() if row["method"] != "finetune"]
+    table = study("report").table(write(tmp_path / "results.jsonl", rows))
+    assert "| fine-tuning |" not in table
+    assert "| masks | 0.500 |" in table
+
+
 def test_a_repetition_of_the_masks_own_runs_is_not_compared_with_them(study: Any, cells: Any) -> None:
     cells["ablations", 0.5] = cells["adaprune", 0.5]
     assert "ablations" not in {one.other for one in study("significance").compare(cells)}

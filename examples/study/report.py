@@ -65,7 +65,8 @@ def table(results: Path) -> str:
     lines = ["| method | pruned, of the masked weights | of the model | bytes |", "| --- | --- | --- | --- |"]
     lines[0] += "".join(f" {task} | of fine-tuning |" for task in tasks)
     lines[1] += " --- | --- |" * len(tasks)
-    reference = {task: [row["score"] for row in cells["finetune", 0.0][task]] for task in tasks}
+    tuned = cells.get(("finetune", 0.0), {})
+    reference = {task: [row["score"] for row in tuned.get(task, [])] for task in tasks}
     told = [cell for cell in cells if cell[0] != SAME]
     for method, sparsity in sorted(told, key=lambda cell: (ORDER.index(cell[0]), cell[1])):
         by_task = cells[method, sparsity]

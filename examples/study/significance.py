@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from results import Cells
 from scipy import stats
@@ -59,7 +60,7 @@ def compare(cells: Cells, method: str = "adaprune") -> list[Comparison]:
         if name != method:
             continue
         for (other, level), theirs in cells.items():
-            if other in (method, SAME) or level not in (0.0, sparsity):
+            if other in (method, SAME) or (level and _pruned(theirs) != _pruned(by_task)):
                 continue
             for task in by_task:
                 if by_task[task] and theirs.get(task):
@@ -67,6 +68,11 @@ def compare(cells: Cells, method: str = "adaprune") -> list[Comparison]:
                     difference = statistics.fmean(ours) - statistics.fmean(others)
                     found.append(Comparison(task, sparsity, other, difference, p_value(ours, others)))
     return found
+
+
+def _pruned(by_task: Mapping[str, list[dict[str, Any]]]) -> float:
+    """Return which share of the masked weights a cell's runs have pruned, whatever they were asked for."""
+    return round(next(iter(by_task.values()))[0]["sparsity"], 2)
 
 
 def significance_table(comparisons: list[Comparison], names: Mapping[str, str], tasks: list[str]) -> str:

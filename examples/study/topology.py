@@ -1,10 +1,13 @@
-"""Look at the masks of adapters: what they share, how far they are just magnitude, and what they leave of a network.
+"""Look at the masks of adapters: what they share, how far they are just their start, and what they leave of a network.
 
     python examples/study/run.py --data_dir glue --keep kept --only '*/adaprune/0.5/*'
-    python examples/study/topology.py kept/stsb/adaprune/0.5/0 kept/mrpc/adaprune/0.5/0 --base BASE
+    python examples/study/topology.py kept/stsb/adaprune/0.5/0 kept/mrpc/adaprune/0.5/0 --starts START START
 
-Adapters are folders or names on the Hub, of one base; what is compared is what all of them mask. Prints tables, and
-draws `topology_{overlap,departures,degrees,heads,spectrum}.png`; the last three of the adapter that comes first.
+Adapters are folders or names on the Hub, of one base; what is compared is what all of them mask. The starts are the
+masks that these runs began with: what the same commands of `run_glue.py` leave with `--max_steps 1 --learning_rate 0`.
+What is alike in two masks tells nothing of training if it was alike in their starts. Without them, masks are held
+against those of the largest weights. Prints tables, and draws
+`topology_{overlap,departures,degrees,heads,spectrum}.png`; the last three of the adapter that comes first.
 """
 
 from argparse import ArgumentParser
@@ -46,9 +49,13 @@ def short_names(names: list[str]) -> list[str]:
     return short if len(set(short)) == len(short) and all(short) else names
 
 
-def departures(masks: Masks, magnitude: Masks) -> dict[str, torch.Tensor]:
-    """Return which weights a mask treats otherwise than magnitude would: kept though small, or pruned though large."""
-    return {name: mask ^ magnitude[name] for name, mask in masks.items()}
+def departures(masks: Masks, start: Masks) -> dict[str, torch.Tensor]:
+    """Return which weights a mask treats otherwise than another: kept though pruned there, or pruned though kept."""
+    return {name: mask ^ start[name] for name, mask in masks.items()}
+
+
+def _part(masks: Masks, names: list[str]) -> Masks:
+    return {name: masks[name] for name in names}
 
 
 def describe(masks: Masks, magnitude: Masks, spectra: Mapping[str, Spectrum], dead_heads: int) -> list[str]:
@@ -84,19 +91,23 @@ def main() -> None:
     """Measure, print and draw."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("adapters", nargs="+", help="Folders, or names on the Hub.")
+    parser.add_argument("--starts", nargs="+", help="The masks that each began with, in the same order.")
     parser.add_argument("--base", help="Name or folder of their base; by default the packaged MiniLM-L6.")
     parser.add_argument("--spectrum", default="attention.self.query", help="Of which modules: how their names end.")
     parser.add_argument("--figures", type=Path, default=Path(__file__).with_name("figures"))
     args = parser.parse_args()
+    if args.starts and len(args.starts) != len(args.adapters):
+        parser.error(f"There are {len(args.adapters)} adapters and {len(args.starts)} starts: name one for each.")
     if args.base is None:
         args.base = packaged_base()
     base = AutoModel.from_pretrained(args.base)
     names = short_names(args.adapters)
     loaded = [load_masks(adapter) for adapter in args.adapters]
     shared = [name for name in loaded[0] if all(name in masks for masks in loaded)]
-    adapters = {short: {name: masks[name] for name in shared} for short, masks in zip(names, loaded, strict=True)}
+    adapters = {short: _part(masks, shared) for short, masks in zip(names, loaded, strict=True)}
     weights = model_weights(base, adapters[names[0]])
     magnitude = {short: magnitude_masks(masks, weights) for short, masks in adapters.items()}
+    began = dict(zip(names, map(load_masks, args.starts), strict=True)) if args.starts else magnitude
     config = PeftConfig.from_pretrained(args.adapters[0])
     heads = {short: attention_heads(masks, config) for short, masks in adapters.items()}
     chosen = [name for name in shared if name.endswith(args.spectrum)]
@@ -108,6 +119,10 @@ def main() -> None:
     dead = {short: sum(len(layer.dead) for layer in found) for short, found in heads.items()}
     rows = [[short, *describe(adapters[short], magnitude[short], spectra[short], dead[short])] for short in names]
     print_table(HEAD, rows)
+    if args.starts:
+        overlaps = {short: mask_overlap(adapters[short], _part(began[short], shared)).whole for short in names}
+        rows = [[short, f"{one.agreement:.3f}", f"{one.kappa:.3f}"] for short, one in overlaps.items()]
+        print_table(("adapter", "agrees with its start", "kappa"), rows)
     figures = {
         "degrees": plot_degrees(neuron_degrees(adapters[names[0]]).values()),
         "heads": plot_heads(heads[names[0]]),
@@ -115,13 +130,15 @@ def main() -> None:
     }
     if len(names) > 1:
         pairs = pairwise_overlap(adapters)
-        apart = pairwise_overlap({short: departures(adapters[short], magnitude[short]) for short in names})
-        head = ("", "", "kappa", "Jaccard (by chance)", "Jaccard of what departs from magnitude (by chance)")
-        rows = [
-            [*pair, f"{report.whole.kappa:.3f}"]
-            + [f"{one.jaccard:.3f} ({one.chance_jaccard:.3f})" for one in (report.whole, apart[pair].whole)]
-            for pair, report in pairs.items()
-        ]
+        apart = pairwise_overlap({short: departures(adapters[short], began[short]) for short in names})
+        starts = pairwise_overlap({short: _part(masks, shared) for short, masks in began.items()})
+        reference = "their starts" if args.starts else "the largest weights"
+        head = ("", "", "kappa", f"kappa of {reference}", f"Jaccard of what departs from {reference} (by chance)")
+        rows = []
+        for pair, report in pairs.items():
+            apart_here = apart[pair].whole
+            cells = [*pair, f"{report.whole.kappa:.3f}", f"{starts[pair].whole.kappa:.3f}"]
+            rows.append([*cells, f"{apart_here.jaccard:.3f} ({apart_here.chance_jaccard:.3f})"])
         print_table(head, rows)
         figures |= {"overlap": plot_overlap(pairs), "departures": plot_overlap(apart, "jaccard")}
     args.figures.mkdir(parents=True, exist_ok=True)
