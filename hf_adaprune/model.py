@@ -9,44 +9,31 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from .active import ActiveHead, active_head, check_one_head, keep_in_step, unfollowed
-from .adapter_files import (
-    PREFIX,
-    check_head,
-    forget_check,
-    load_checked,
-    plain_name,
-    save_weights_first,
-    unwrapped_name,
-)
-from .checks import CheckOnce, check_base, head_keys, run_checks
+from .adapter_files import forget_check, load_checked, save_weights_first
+from .adapter_state import check_loaded, head_shapes, masks_to_store
+from .checks import CheckOnce, check_base, run_checks
 from .combine import combine_adapters
 from .config import AdaPruneConfig
 from .dropout import restore_dropout
-from .errors import AdapterFileError, ConfigError, MergeError, NoMatchingModuleError
-from .fingerprint import fingerprint, fingerprints_are_checked
+from .errors import ConfigError, MergeError, NoMatchingModuleError
+from .fingerprint import fingerprints_are_checked
 from .groups import Groups
 from .head import check_architecture, check_modules_to_save, fitting_head, plan_head
-from .layer import AdaPruneLayer, adaprune_layers, module_counts
+from .layer import AdaPruneLayer, adaprune_layers
 from .maskable import Embedding, masked_class, wrap
-from .masks import SHORTEST
 from .mixed_batch import mixed_batch
 from .publish import push_with_card
 from .selection import check_reachable
 from .structure import check_patterns, plan_units
 from .targets import linear_endings, no_match, resolve_targets
-
-
-logger = logging.get_logger(__name__)
 
 
 class AdaPruneModel(BaseTuner):
@@ -122,7 +109,7 @@ class AdaPruneModel(BaseTuner):
             keep_in_step(model, keeper, self.peft_config)
             model.save_pretrained = functools.partial(save_weights_first, model)
             if config.is_stored:
-                shapes = _head_shapes(model, adapter_name)
+                shapes = head_shapes(model, adapter_name)
                 model._load_pretrained_model = functools.partial(load_checked, config, shapes)
         if config.is_stored and fingerprints_are_checked():
             check = CheckOnce(adapter_name, config)
@@ -260,31 +247,8 @@ class AdaPruneModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        base = model.base_model.model if isinstance(model, PeftModel) else model
         push_with_card(model)
-        keeper = active_head(base)
-        if keeper is not None and keeper.shown is config:
-            keeper.record(base)
-        layers = dict(adaprune_layers(model, adapter_name))
-        for key in [key for name in layers for key in state_dict if key.startswith(f"{name}.base_layer.")]:
-            # PEFT saves the weight of an embedding that is targeted. The base has it.
-            del state_dict[key]
-        masks = {key: state_dict[key] for key in (f"{name}.adaprune_mask.{adapter_name}" for name in layers)}
-        config.module_counts = {
-            plain_name(name): list(count) for name, count in module_counts(model, adapter_name).items()
-        }
-        config.group_counts = _group_counts(layers, adapter_name)
-        _report_unpruned(config, any(adapter_name in layer.adaprune_scores for layer in layers.values()))
-        keys = head_keys(model, adapter_name)
-        head = [state_dict[key] for key in keys]
-        config.head_tensors = [_stored_key(key, adapter_name) for key in keys]
-        masks = {
-            key: layer.decode(adapter_name, mask)
-            for (key, mask), layer in zip(masks.items(), layers.values(), strict=True)
-        }
-        config.adapter_fingerprint = fingerprint([*masks.values(), *head])
-        stored = _shortest(masks, layers, adapter_name, config)
-        return {unwrapped_name(key): mask for key, mask in stored.items()}
+        return masks_to_store(model, config, adapter_name, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -298,30 +262,7 @@ class AdaPruneModel(BaseTuner):
                 f"call `delete_adapter({adapter_name!r})` first."
             )
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        keys = [f"{name}.adaprune_mask.{adapter_name}" for name, _ in adaprune_layers(model, adapter_name)]
-        names = {unwrapped_name(key): key for key in keys}
-        remapped = {names.get(key, key): tensor for key, tensor in remapped.items()}
-        problems = []
-        for name, layer in adaprune_layers(model, adapter_name):
-            key, size = f"{name}.adaprune_mask.{adapter_name}", layer.adaprune_mask[adapter_name].numel()
-            mask = remapped.get(key)
-            if mask is None:
-                problems.append(f"no mask for {name!r}")
-            elif not layer.takes(adapter_name, mask):
-                problems.append(
-                    f"the mask for {name!r} is {tuple(mask.shape)} {mask.dtype}, not ({size},) torch.uint8"
-                )
-        if problems:
-            raise AdapterFileError(
-                f"The adapter's file does not fit the model: {'; '.join(problems)}. "
-                "Fetch the adapter again, or open it on the base that it was made for."
-            )
-        if config.is_stored:
-            shapes = {_stored_key(key, adapter_name): tuple(tensor.shape) for key, tensor in remapped.items()}
-            shapes = {f"{PREFIX}{key}": shape for key, shape in shapes.items()}
-            check_head("The adapter's file", shapes, _head_shapes(model, adapter_name))
-        config.is_filled = True
-        return remapped
+        return check_loaded(model, config, adapter_name, remapped)
 
 
 def _unmaskable(name: str, module: nn.Module) -> NoMatchingModuleError:
@@ -335,46 +276,3 @@ def _unmaskable(name: str, module: nn.Module) -> NoMatchingModuleError:
 def _count_parameters(model: nn.Module) -> int:
     added = {"adaprune_scores", "modules_to_save"}
     return sum(p.numel() for name, p in model.named_parameters() if not added & set(name.split(".")))
-
-
-def _group_counts(layers: dict[str, AdaPruneLayer], adapter_name: str) -> dict[str, list[int]] | None:
-    masks = {
-        plain_name(name): layer.entries(adapter_name) for name, layer in layers.items() if layer.groups(adapter_name)
-    }
-    return {name: [int((~mask).sum()), mask.numel()] for name, mask in masks.items()} or None
-
-
-def _shortest(
-    packed: dict[str, torch.Tensor], layers: dict[str, AdaPruneLayer], adapter_name: str, config: AdaPruneConfig
-) -> dict[str, torch.Tensor]:
-    """Return masks as their configuration wants them stored, and write into that how long each is."""
-    config.mask_bytes = None
-    if config.mask_codec != SHORTEST:
-        return packed
-    stored = {}
-    for (key, mask), (name, layer) in zip(packed.items(), layers.items(), strict=True):
-        stored[key] = layer.encode(adapter_name, mask)
-        if stored[key].numel() < mask.numel():
-            config.mask_bytes = {**(config.mask_bytes or {}), plain_name(name): stored[key].numel()}
-    return stored
-
-
-def _report_unpruned(config: AdaPruneConfig, is_trained: bool) -> None:
-    """Log, once, that an adapter in training is saved before anything is pruned: perhaps nothing ever will be."""
-    pruned = sum(count for count, _ in (config.module_counts or {}).values())
-    if is_trained and config.final_sparsity and not pruned:
-        logger.warning_once(
-            "The adapter is saved with nothing pruned: training has not begun, or nothing prunes. A Trainer prunes "
-            "with `callbacks=[AdaPruneCallback]`, your own loop with `Pruner.step()` and, at its end, "
-            "`Pruner.finalize()`."
-        )
-
-
-def _head_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors of an adapter's head, by their names in its file."""
-    state = model.state_dict()
-    return {_stored_key(key, adapter_name): tuple(state[key].shape) for key in head_keys(model, adapter_name)}
-
-
-def _stored_key(key: str, adapter_name: str) -> str:
-    return plain_name(key.replace(f".modules_to_save.{adapter_name}.", "."))
