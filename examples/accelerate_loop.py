@@ -9,7 +9,7 @@ with the same flags it goes on after the last epoch that was saved whole.
 
 import math
 import shutil
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -51,13 +51,13 @@ def find_checkpoint(folder: Path | None) -> Path | None:
 
 def main() -> None:
     """Train masks for the demo's reviews."""
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Name or folder of the base; by default the packaged MiniLM-L6.")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--checkpoint_dir", type=Path, help="Save here after each epoch, and go on from what is here.")
     parser.add_argument("--final_sparsity", type=float, default=0.5)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--num_train", type=int, default=1200)
+    parser.add_argument("--num_train", type=int, default=1200, help="Reviews: a multiple of 6.")
     parser.add_argument("--batch_size", type=int, default=32, help="Of each process.")
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--gradient_checkpointing", action="store_true")

@@ -6,7 +6,7 @@ Prints tables and draws `examples/study/figures/near_optimality.png`; `examples/
 A gap is (risk - best) / (mean over all masks - best): 0 is the best of all 2^d masks, 1 what a mask has on average.
 """
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +158,7 @@ def table(columns: dict[str, Bench]) -> str:
 
 def main() -> None:
     """Measure, print and draw."""
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=200, help="How many of each kind.")
     parser.add_argument("--figure", type=Path, default=Path(__file__).parent / "study/figures/near_optimality.png")
     args = parser.parse_args()

@@ -24,7 +24,8 @@ adaprune, no_recovery and smp; 5e-5 to 1e-4 where all weights are trained: finet
 twice: as trained, and (`eval_rewound_...`) with the pre-trained values under the same masks; that adapter goes to
 `rewound`.
 
-Every flag of `TrainingArguments` works too: --eval_strategy epoch, --bf16, --seed, --push_to_hub ...
+Every flag of `TrainingArguments` works too: --eval_strategy epoch, --bf16, --seed, --push_to_hub ... To go on after a
+kill, give the same command and the last checkpoint: --resume_from_checkpoint sst2-adaprune/checkpoint-500
 """
 
 import dataclasses
@@ -362,7 +363,9 @@ def main(argv: list[str] | None = None) -> None:
     kinds = (ModelArguments, DataArguments, TrainingArguments)
     usage = "%(prog)s --model_name_or_path MODEL --output_dir FOLDER [flags]"
     parser = HfArgumentParser(kinds, description=__doc__, formatter_class=HelpFormatter, usage=usage)
-    model_args, data_args, args = parser.parse_args_into_dataclasses(args=argv)
+    model_args, data_args, args, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    if unknown:
+        raise InputError(f"There are no such flags: {' '.join(unknown)}. `--help` lists all.")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
     asked = [split for flag, split in SPLIT_OF_FLAG.items() if getattr(args, flag)]
@@ -387,7 +390,10 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     with args.main_process_first(desc="reading the data"):
         task = load_task(data_args, asked, model_args.cache_dir)
-        model, tokenizer = load_model(model_args, task.label_names)
+        try:
+            model, tokenizer = load_model(model_args, task.label_names)
+        except OSError as error:
+            raise InputError(f"No model could be loaded from {model_args.model_name_or_path!r}: {error}") from error
         wanted = [split for split in task.splits if split.split("_")[0] in asked]
         data = {split: tokenize(task, split, tokenizer, data_args) for split in wanted}
     options = {"args": args, "processing_class": tokenizer, "compute_metrics": make_compute_metrics(task)}

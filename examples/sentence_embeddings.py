@@ -9,7 +9,7 @@ validation set: of the base, of the adapted model, and of the one that was opene
 """
 
 import json
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from datasets import Dataset, load_dataset
 from scipy.stats import spearmanr
@@ -39,7 +39,7 @@ def spearman(model: SentenceTransformer, pairs: Dataset) -> float:
 
 def main() -> None:
     """Train, save, open, and print what came of it as one line of JSON."""
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", default="sentence-transformers/all-MiniLM-L6-v2", help="Name or folder of the base."
     )

@@ -96,6 +96,12 @@ class AdaPruneCallback(TrainerCallback):
         if state.global_step and hasattr(model, "transformers_model") and (checkpoint / SAFE_WEIGHTS_NAME).is_file():
             # sentence-transformers resumes from the adapter alone.
             model.load_state_dict(load_file(checkpoint / SAFE_WEIGHTS_NAME), strict=False)
+        if not any(True for _ in adaprune_layers(model)):
+            raise NotPrunedError(
+                "The Trainer's model has no masks: `AdaPruneCallback` puts them on the model that a Trainer is made "
+                "with. Give it to `Trainer(callbacks=[AdaPruneCallback])`, not to `add_callback`; and have a "
+                "`model_init` return `peft.get_peft_model(model, AdaPruneConfig())`."
+            )
         self.pruner = self.pruner_cls(model, state.max_steps, self.adapter_name)
         _check_optimizer(model, kwargs.get("optimizer"))
         self.pruner.load_state_dict({"num_steps": state.global_step})

@@ -216,6 +216,8 @@ def _render(
         name=name,
         subfolder=subfolder,
         base=description,
+        on_hub=base is not None,
+        fingerprint=config.base_fingerprint,
         module="transformers" if auto_class else "peft",
         auto_class=auto_class or "AutoPeftModel",
         advice=speed_advice(config),

@@ -13,13 +13,15 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download
 from peft.utils import CONFIG_NAME
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import SAFE_WEIGHTS_NAME, PushToHubMixin
+from transformers.utils import SAFE_WEIGHTS_NAME, PushToHubMixin, logging
 
 from .checkpoints import STATE_NAME
 from .errors import PushError
-from .model_card import CARD, write_model_card, written_by_hand
+from .model_card import CARD, describe_base, write_model_card, written_by_hand
 from .stored_adapter import read_adapter
 
+
+logger = logging.get_logger(__name__)
 
 # What a Trainer leaves beside an adapter: pickles, results, and what it resumes from.
 _PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -110,6 +112,13 @@ def _upload(model: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: An
 
 
 def _complete_card(folder: Path, name: str, subfolder: str | None, revision: str | None, token: Any) -> None:
+    base = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if describe_base(base)[0] is None:
+        logger.warning(
+            f"{name!r} is an adapter over {base!r}, which is no name on the Hub: only who has a copy of that base can "
+            "open it. If it is there too, write its name into `base_model_name_or_path` of "
+            f"'{folder / CONFIG_NAME}', and push again with `hf-adaprune push`."
+        )
     fetch_card(folder / CARD, name, subfolder=subfolder, revision=revision, token=token)
     write_model_card(folder, name=name, subfolder=subfolder)
 

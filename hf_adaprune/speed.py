@@ -217,7 +217,8 @@ def _take_turns(
 
 
 def _quartiles(base: list[float], taken: list[float]) -> tuple[float, float, float]:
-    low, median, high = statistics.quantiles([one / other for one, other in zip(base, taken, strict=True)], n=4)
+    ratios = [one / other for one, other in zip(base, taken, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")  # never beyond what was measured
     return low, median, high
 
 

@@ -170,6 +170,9 @@ def _model_class(name: str) -> Any:
 
 
 def _read_config(name: str, hub: dict[str, Any]) -> AdaPruneConfig:
+    folder = Path(name, hub.get("subfolder", ""))
+    if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
+        raise AdapterNotFoundError(f"There is no adapter in the folder '{folder}': it has no {CONFIG_NAME}.")
     try:
         config = PeftConfig.from_pretrained(name, **hub)
     except ConfigError as error:

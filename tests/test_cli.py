@@ -84,8 +84,31 @@ def test_inspect_tells_what_is_pruned(adapter: Path, base_path: Path) -> None:
     shown = run("inspect", adapter)
     assert shown.exit_code == 0
     unfolded = "".join(shown.stdout.split())
-    for text in ("attention.self.query", "50.0", config.base_fingerprint):
+    for text in ("query", "50.0", config.base_fingerprint):
         assert str(text) in unfolded
+    # In a terminal of 80 columns nothing is cut off.
+    assert "…" not in shown.stdout
+    assert shown.stdout.count("50.0") >= 12
+
+
+def test_what_a_machine_cannot_do_is_refused_in_words(adapter: Path, tmp_path: Path) -> None:
+    assert "No model can be put on 'nowhere' here" in refusal(
+        1, "HardwareError", "speed", adapter, "--device", "nowhere"
+    )
+    copy = shutil.copytree(adapter, tmp_path / "copy")
+    figure = copy / WEIGHTS / "overlap.png"
+    assert WEIGHTS in refusal(1, "FileExistsError", "compare", adapter, copy, "--figure", figure)
+
+
+def test_a_folder_without_an_adapter_is_told_as_such(tmp_path: Path) -> None:
+    assert "it has no adapter_config.json" in refusal(3, "AdapterNotFoundError", "inspect", tmp_path)
+
+
+def test_what_succeeds_says_nothing_on_stderr(adapter: Path) -> None:
+    verified = run("verify", adapter)
+    assert verified.exit_code == 0
+    assert not verified.stderr
+    assert "True" in verified.stdout
 
 
 def test_inspect_reads_headers_only(adapter: Path, online: HubServer) -> None:

@@ -14,7 +14,7 @@ shape, about as predictable as trained ones are, for the times.
 import json
 import tempfile
 import time
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -177,7 +177,7 @@ def draw(results: list[dict[str, Any]], path: str) -> None:
 
 def main() -> None:
     """Print one line of JSON for each adapter."""
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("adapters", nargs="*", help="Folders, or names on the Hub; the bases have to be within reach.")
     parser.add_argument("--bert_base", action="store_true", help="Made-up masks of BERT-base's shape too.")
     parser.add_argument("--figure", help="Where to draw bytes over sparsity, of the adapters.")

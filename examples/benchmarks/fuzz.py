@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from fuzzing import Fuzzer
 
 def main() -> None:
     """Run, count and print."""
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=200_000)
     parser.add_argument("--minutes", type=float, help="After how many to end, whatever is left.")
     parser.add_argument("--start", type=int, default=0, help="The number of the first case.")

@@ -9,7 +9,7 @@ and size; `speed_up` are the quartiles of base over form, pass by pass.
 """
 
 import json
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def prune(base: str | None, granularity: str, sparsity: float) -> Any:
 
 def main() -> None:
     """Measure and print."""
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", help="Name or folder of a trained adapter.")
     parser.add_argument("--model", help="Name or folder of the base; by default the packaged MiniLM-L6.")
     parser.add_argument("--random_base", action="store_true", help="Instead, a random BERT of base size.")

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -56,7 +56,7 @@ def load_masks(folder: Path) -> torch.Tensor:
 
 def main() -> None:
     """Run, compare and print."""
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="ddp", help="A file in examples/accelerate_configs, without its ending.")
     parser.add_argument("--num_processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--global_batch", type=int, default=32)

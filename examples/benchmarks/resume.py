@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 import tempfile
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -196,7 +196,7 @@ def same(one: Path, other: Path) -> bool:
 
 def main() -> None:
     """Run, kill, compare and print."""
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--options", choices=sorted(OPTIONS), default="plain")
     parser.add_argument("--num_processes", type=int, default=1)

@@ -17,7 +17,7 @@ import json
 import statistics
 import tempfile
 import time
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ def measure(base: str, folder: Path, length: int, pairs: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and print."""
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Name or folder of the base; by default the packaged MiniLM-L6.")
     parser.add_argument("--bert_base", action="store_true", help="BERT-base's shape, with random weights, instead.")
     parser.add_argument("--length", type=int, default=32)

@@ -1,7 +1,7 @@
 """Turn the lines of the results file into tables and figures: `python examples/study/report.py`."""
 
 import statistics
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
 from pathlib import Path
 
@@ -103,7 +103,7 @@ def main(results: Path, figures: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results.jsonl"))
     parser.add_argument("--figures", type=Path, default=Path(__file__).with_name("figures"))
     args = parser.parse_args()

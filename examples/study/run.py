@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from fnmatch import fnmatch
@@ -83,7 +83,7 @@ def _module_counts(folder: Path) -> dict[str, list[int]] | None:
 
 def main() -> None:
     """Run what is missing; end with 1 if a run failed."""
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=PACKAGED, help="Name or folder of the base; by default a packaged one.")
     parser.add_argument("--data_dir", help="Folder with a folder of Parquet files a task; by default the Hub.")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results.jsonl"))

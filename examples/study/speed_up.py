@@ -8,7 +8,7 @@ have lines there are skipped. Without `--keep` only the figure is drawn, of the 
 """
 
 import statistics
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -121,7 +121,7 @@ def _point(runs: Sequence[tuple[int, float, Sequence[float]]]) -> tuple[float, t
 def main() -> None:
     """Measure what is missing, and draw."""
     here = Path(__file__)
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=Path, help="The folder that `run.py --keep` has filled.")
     parser.add_argument("--model", help="A copy of the adapters' base, if not where they say.")
     parser.add_argument("--results", type=Path, default=here.with_name("results.jsonl"))

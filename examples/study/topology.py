@@ -10,7 +10,7 @@ against those of the largest weights. Prints tables, and draws
 `topology_{overlap,departures,degrees,heads,spectrum}.png`; the last three of the adapter that comes first.
 """
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -89,7 +89,7 @@ def print_table(head: tuple[str, ...], rows: list[list[str]]) -> None:
 
 def main() -> None:
     """Measure, print and draw."""
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("adapters", nargs="+", help="Folders, or names on the Hub.")
     parser.add_argument("--starts", nargs="+", help="The masks that each began with, in the same order.")
     parser.add_argument("--base", help="Name or folder of their base; by default the packaged MiniLM-L6.")

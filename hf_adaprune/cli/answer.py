@@ -6,11 +6,13 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import typer
 from rich.console import Console, RenderableType
+from transformers.utils import logging
 
 from ..errors import AdaPruneError, AdapterFileError, AdapterNotFoundError, BaseMismatchError, PushError, TaskError
 
@@ -26,7 +28,7 @@ EXIT_CODES = {
 EXIT_CODES_HELP = (
     "Exit codes: 0 done; 1 refused, for the reason given; 2 wrong usage; 3 no such adapter, base, task or data within "
     "reach; 4 a damaged adapter, or one of another method; 5 another base; 6 the Hub refused or the connection broke, "
-    "and nothing was changed there. Reasons go to stderr; with --json, as a JSON object."
+    "and nothing was changed there. Reasons go to stderr; with --json, all but those of 2 as a JSON object."
 )
 
 
@@ -47,10 +49,11 @@ def answering(command: Callable[..., Answer]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         as_json = kwargs["as_json"]
         try:
-            with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            with _quietly(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
                 answer = command(*args, **kwargs)
-        except AdaPruneError as error:
-            code = next(code for cls, code in EXIT_CODES.items() if isinstance(error, cls))
+        except (AdaPruneError, OSError, ImportError) as error:
+            # The last two: no place to write, or an extra that is not installed.
+            code = next((code for cls, code in EXIT_CODES.items() if isinstance(error, cls)), 1)
             reason = {"error": type(error).__name__, "message": str(error), "exit_code": code}
             typer.echo(json.dumps(reason) if as_json else f"error: {error}", err=True)
             raise typer.Exit(code) from None
@@ -60,3 +63,19 @@ def answering(command: Callable[..., Answer]) -> Callable[..., None]:
             Console().print(*answer.tables, sep="\n")
 
     return run
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep off stderr what transformers has to say of every model that it loads."""
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()

@@ -13,7 +13,7 @@ from ..advice import speed_advice
 from ..analysis import Overlap, load_masks, pairwise_overlap, plot_overlap, sparsity_report
 from ..checks import base_fits
 from ..demo.run import run_demo
-from ..errors import BaseMismatchError
+from ..errors import BaseMismatchError, HardwareError
 from ..glue import GLUE_COLUMNS, load_glue_split, score_on_glue
 from ..plain_models import save_compacted, save_merged, save_onnx
 from ..publish import push_adapter
@@ -113,9 +113,20 @@ def export(
     subfolder: Subfolder = None,
     as_json: Json = False,
 ) -> Answer:
-    """Write the model without the neurons and heads that are pruned: a checkpoint of a smaller model, or ONNX."""
+    """Write the model without the neurons and heads that are pruned: a checkpoint of a smaller model, or ONNX.
+
+    Where heads are gone, who opens the checkpoint imports hf_adaprune first. Masks of single weights leave nothing
+    that could be taken out: `merge` writes those.
+    """
     save = save_onnx if onnx else save_compacted
     return _write(save, read_adapter(name, revision=revision, subfolder=subfolder), output, base)
+
+
+def _put(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise HardwareError(f"No model can be put on {device!r} here: {error}") from None
 
 
 def _write(save: Callable[..., PreTrainedModel], adapter: StoredAdapter, output: Path, base: str | None) -> Answer:
@@ -151,7 +162,9 @@ def speed(
     """Measure base, merged and smaller model side by side on this machine, and say what to expect."""
     adapter = read_adapter(name, revision=revision, subfolder=subfolder)
     place = device or ("cuda" if torch.cuda.is_available() and not onnx else "cpu")
-    model = adapter.open(base).to(place, torch.bfloat16 if bf16 else None)
+    model = _put(adapter.open(base), place)
+    if bf16:
+        model = model.bfloat16()
     reports = measure_speed(
         model,
         batch_sizes=batch_size or [1],
@@ -249,7 +262,7 @@ def evaluate(
     """Score an adapter on a GLUE task."""
     adapter = read_adapter(name, revision=revision, subfolder=subfolder)
     dataset = load_glue_split(task, split, data)
-    model = adapter.open(base).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = _put(adapter.open(base), device or ("cuda" if torch.cuda.is_available() else "cpu"))
     scores = score_on_glue(model, adapter.tokenizer(base), task, dataset, batch_size=batch_size, max_length=max_length)
     facts = {"name": name, "task": task, "split": split, "examples": len(dataset)}
     shown = {metric: f"{score:.4f}" for metric, score in scores.items()}

@@ -16,23 +16,23 @@ def fact_table(facts: Mapping[str, object]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, fact in facts.items():
-        table.add_row(name, f"{fact:,}" if isinstance(fact, int) else str(fact))
+        table.add_row(name, f"{fact:,}" if isinstance(fact, int) and not isinstance(fact, bool) else str(fact))
     return table
 
 
 def sparsity_table(report: SparsityReport) -> Table:
-    """Return a table of the share pruned, a row a component and a column a layer."""
+    """Return a table of the share pruned, a row a layer and a column a component."""
     layers, components = report.by_layer(), report.by_component()
     shares = {(module.component, module.layer): module.sparsity for module in report.modules}
     table = Table(title="Pruned, in per cent", title_justify="left")
-    table.add_column("component", overflow="fold")
-    for name in (*layers, "all"):
-        table.add_column(name, justify="right")
-    for component, share in components.items():
-        cells = [_percent(shares.get((component, layer))) for layer in layers]
-        table.add_row(component, *cells, _percent(share))
+    table.add_column("layer")
+    for name in (*components, "all"):
+        table.add_column(name.replace(".", ".\n"), justify="right", overflow="fold")
+    for layer, share in layers.items():
+        cells = [_percent(shares.get((component, layer))) for component in components]
+        table.add_row(layer, *cells, _percent(share))
     table.add_section()
-    table.add_row("all", *map(_percent, layers.values()), _percent(report.sparsity))
+    table.add_row("all", *map(_percent, components.values()), _percent(report.sparsity))
     return table
 
 

@@ -105,6 +105,7 @@ def _trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=50,
         report_to="none",
+        disable_tqdm=False,
         seed=seed,
     )
     return Trainer(
