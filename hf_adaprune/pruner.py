@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 import torch
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.utils import logging
 
@@ -14,6 +13,7 @@ from .calibration import InputMoments
 from .config import AdaPruneConfig
 from .dropout import restore_dropout, set_dropout
 from .errors import NonFiniteError, NotPrunedError
+from .head_steps import HeadSteps
 from .layer import adaprune_layers
 from .masks import pack_mask, unpack_mask
 from .replicas import check_same_masks
@@ -86,19 +86,7 @@ class Pruner:
         restore_dropout(model)  # a run may have been broken off
         if self.config.training_dropout is not None:
             set_dropout(model, self.config.training_dropout)
-        self._head = [
-            parameter
-            for module in model.modules()
-            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
-            for parameter in module.modules_to_save[adapter_name].parameters()
-        ]
-        if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self._head):
-            warnings.warn(
-                f"The head is in {self._head[0].dtype}, where many of its weights are too coarse for the steps of "
-                "training and stand still. Load the model with `dtype=torch.float32`; `TrainingArguments(bf16=True)` "
-                "computes in half precision all the same.",
-                stacklevel=2,
-            )
+        self._head = HeadSteps(model, adapter_name, self.config.head_lr_ratio)
         self._measures: dict[str, torch.Tensor] = {}
         self._reference: dict[str, torch.Tensor] = {}
         self._remember()
@@ -135,7 +123,7 @@ class Pruner:
         Raises:
             NonFiniteError: If a gradient of the scores or of the head is NaN or infinite.
         """
-        gradients = [p.grad for p in (*self._scores().values(), *self._head) if p.grad is not None]
+        gradients = [p.grad for p in (*self._scores().values(), *self._head.parameters) if p.grad is not None]
         if gradients and not torch.isfinite(whole(nn.utils.get_total_norm(gradients))):
             raise NonFiniteError(
                 f"A gradient is NaN or infinite after step {self.num_steps} of {self.total_steps}; the model is as it "
@@ -151,7 +139,7 @@ class Pruner:
             DivergenceError: If the processes have come to different masks (looked for every 100 steps).
         """
         self.num_steps += 1
-        self._scale_head_update()
+        self._head.carry_on()
         self._calibrate()
         self._settle()
         scores = self._scores()
@@ -256,7 +244,7 @@ class Pruner:
         self._reference = {name: pack_mask(mask) for name, mask in masks.items()}
         # Unpacked from the first step on: a compiled model would be compiled anew where that changes.
         self._set(masks)
-        self._previous_head = [parameter.detach().clone() for parameter in self._head]
+        self._head.remember()
 
     def _calibrate(self) -> None:
         if self._inputs is None:
@@ -282,15 +270,6 @@ class Pruner:
             progress = min(self.num_steps, self.total_steps - 1) / self.total_steps
             for layer in self.layers.values():
                 layer.grow_scores(self.adapter_name, 1 / settling(progress, self.config.pruning_end))
-
-    def _scale_head_update(self) -> None:
-        # A stock Trainer has one learning rate. What the optimizer did to the head is carried on in its direction:
-        # for every optimizer whose step is proportional to the learning rate, that is a larger learning rate.
-        ratio = self.config.head_lr_ratio
-        if ratio != 1:
-            for parameter, previous in zip(self._head, self._previous_head, strict=True):
-                parameter.copy_(previous + ratio * (parameter - previous))
-                previous.copy_(parameter)
 
     def _group_masks(self, sparsity: float) -> dict[str, torch.Tensor]:
         layers, adapter, scores = self.layers, self.adapter_name, self._scores()
