@@ -256,6 +256,7 @@ def test_the_papers_head_is_refused_where_there_is_no_sequence_classifier(archit
         get_peft_model(make_model(architecture, head), AdaPruneConfig(head="layer_average"))
 
 
+@pytest.mark.filterwarnings("ignore:The head is in torch.bfloat16")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_base_in_bfloat16_is_pruned_and_opened_again(architecture: str, tmp_path: Path) -> None:
     trained = train(architecture, "sequence", tmp_path, dtype=torch.bfloat16)

@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from ..config import AdaPruneConfig
+from .heat_map import draw_heat_map
 from .names import component_of, layer_of
 from .neurons import check_matrices
 from .sources import Masks, transformers_config
@@ -124,17 +125,14 @@ def plot_heads(found: list[Heads]) -> Figure:
     grid = np.stack([layer.share_kept for layer in found])
     figure = Figure(figsize=(2.2 + 0.4 * grid.shape[1], 1.3 + 0.32 * len(found)), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(grid, cmap="Blues", vmin=0, aspect="auto")
-    for row, layer in enumerate(found):
-        for head, share in enumerate(layer.share_kept):
-            mark = "x" if head in layer.dead else f"{100 * share:.0f}"
-            color = "white" if share > 0.6 * grid.max() else "black"
-            axes.text(head, row, mark, ha="center", va="center", fontsize=9, color=color)
+    texts = [
+        ["x" if head in layer.dead else f"{100 * share:.0f}" for head, share in enumerate(layer.share_kept)]
+        for layer in found
+    ]
+    image = draw_heat_map(axes, grid, texts, highest=float(grid.max()))
     axes.set_xticks(range(grid.shape[1]))
     axes.set_yticks(range(len(found)), [layer.layer for layer in found])
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
     figure.colorbar(image, ax=axes, label="share kept", shrink=0.9)
     return figure

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING
 
+from .heat_map import draw_heat_map
 from .names import component_of, layer_of
 from .sources import Masks
 
@@ -182,6 +183,7 @@ def plot_overlap(pairs: Mapping[tuple[str, str], OverlapReport], measure: str = 
         raise ValueError(f"`measure` must be 'kappa', 'jaccard' or 'agreement', got {measure!r}.")
     names = list(dict.fromkeys(name for pair in pairs for name in pair))
     grid = [[float("nan")] * (len(names) - 1) for _ in names[1:]]
+    texts = [[""] * (len(names) - 1) for _ in names[1:]]
     longest = max(map(len, names))
     side = 1.1 * (len(names) - 1)
     figure = Figure(figsize=(0.5 + side + 0.1 * longest, 0.8 + 0.7 * side + 0.06 * longest), layout="constrained")
@@ -189,16 +191,12 @@ def plot_overlap(pairs: Mapping[tuple[str, str], OverlapReport], measure: str = 
     for (first, second), report in pairs.items():
         row, column = names.index(second) - 1, names.index(first)
         value = grid[row][column] = getattr(report.whole, measure)
-        text = f"{value:.2f}"
+        texts[row][column] = f"{value:.2f}"
         if measure != "kappa":
-            text += f"\n({getattr(report.whole, f'chance_{measure}'):.2f})"
-        color = "white" if value > 0.6 else "black"
-        axes.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
-    axes.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+            texts[row][column] += f"\n({getattr(report.whole, f'chance_{measure}'):.2f})"
+    draw_heat_map(axes, grid, texts)
     axes.set_xticks(range(len(names) - 1), names[:-1], rotation=30, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names) - 1), names[1:])
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
     label = {"kappa": "Cohen's kappa", "jaccard": "Jaccard index (by chance)", "agreement": "agreement (by chance)"}
     axes.set_title(label[measure], fontsize=11, loc="left")
     return figure

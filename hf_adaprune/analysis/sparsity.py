@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import AdaPruneConfig
 from ..errors import NotPrunedError
 from ..layer import module_counts
+from .heat_map import draw_heat_map
 from .names import component_of, in_order, layer_of
 
 
@@ -145,18 +146,8 @@ def plot_sparsity(report: SparsityReport) -> Figure:
     axes = figure.add_subplot()
     grid = [[float("nan")] * len(layers) for _ in components]
     for module in report.modules:
-        row, column = components.index(module.component), layers.index(module.layer)
-        grid[row][column] = module.sparsity
-        axes.text(
-            column,
-            row,
-            f"{100 * module.sparsity:.0f}",
-            ha="center",
-            va="center",
-            fontsize=9,
-            color="white" if module.sparsity > 0.6 else "black",
-        )
-    image = axes.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        grid[components.index(module.component)][layers.index(module.layer)] = module.sparsity
+    image = draw_heat_map(axes, grid, [[f"{100 * share:.0f}" for share in row] for row in grid])
     axes.set_xticks(range(len(layers)), layers)
     axes.set_yticks(range(len(components)), components)
     axes.set_xlabel("layer")
@@ -166,7 +157,5 @@ def plot_sparsity(report: SparsityReport) -> Figure:
         fontsize=11,
         loc="left",
     )
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
     figure.colorbar(image, ax=axes, label="share pruned", shrink=0.9)
     return figure
