@@ -112,6 +112,7 @@ def test_an_adapter_opens_on_every_copy_of_its_base_and_is_checked_there(
         logits_of(open_on(copy, adapter_path, dtype=dtype))
 
 
+@pytest.mark.filterwarnings("ignore:The head is in torch.bfloat16")
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_an_adapter_that_was_made_in_low_precision_opens_on_the_original(
     name: str, copies: dict[str, Path], tmp_path: Path
