@@ -69,15 +69,14 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grad_outputs
         x, weight, mask = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_scores = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ apply_mask(weight, mask).to(grad.dtype)
         if ctx.needs_input_grad[2]:
-            grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
+            grad_weight = grad.t() @ x
             grad_scores = grad_weight.to(ctx.scores_dtype).mul_(weight)
         if ctx.needs_input_grad[4]:
-            grad_bias = rows.sum(0)
+            grad_bias = grad.sum(0)
         return grad_x, None, grad_scores, None, grad_bias
 
 
@@ -101,8 +100,9 @@ def masked_linear(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    output: torch.Tensor = _MaskedLinear.apply(x, weight, scores, mask, bias)
-    return output
+    # As rows: of more dimensions the output would be a view, which a model could not change in place.
+    output: torch.Tensor = _MaskedLinear.apply(x.reshape(-1, x.shape[-1]), weight, scores, mask, bias)
+    return output.view(*x.shape[:-1], output.shape[-1])
 
 
 def sigmoid_relaxation(

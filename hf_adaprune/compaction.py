@@ -201,7 +201,7 @@ def _make_special(dense: Any, widths: dict[str, tuple[int, int]], heads: dict[st
 @torch.no_grad()
 def hidden_states(model: Any) -> torch.Tensor:
     """Return a plain model's last hidden states for its example inputs, in float32."""
-    inputs = {name: tensor.to(model.device) for name, tensor in model.dummy_inputs.items()}
+    inputs = {name: tensor.to(model.device) for name, tensor in model.dummy_inputs.items() if tensor is not None}
     return model.base_model(**inputs)[0].float()
 
 

@@ -236,7 +236,7 @@ def verified(model: Any, units: list[Unit]) -> list[Unit]:
     produced: dict[str, list[torch.Tensor]] = defaultdict(list)
     read: list[torch.Tensor] = []
     with _in_evaluation(model), torch.enable_grad(), _watched(model, units, produced, read):
-        inputs = {name: tensor.to(model.device) for name, tensor in model.dummy_inputs.items()}
+        inputs = {name: tensor.to(model.device) for name, tensor in model.dummy_inputs.items() if tensor is not None}
         getattr(model, "base_model", model)(**inputs)
         outputs = [output for unit in units for name in unit.producers for output in produced[name]]
         total = sum(read, torch.zeros((), requires_grad=True))
@@ -260,7 +260,7 @@ def _watched(
     def cut(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
             produced[name].append(output.detach().requires_grad_())
-            return produced[name][-1]
+            return produced[name][-1].clone()  # a model may change it in place
 
         return hook
 

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,6 +101,19 @@ def test_a_masked_linear_layer_is_a_linear_layer_with_a_masked_weight(
         assert len(found[-1]) == 3 + has_bias
     assert all(one.dtype == other.dtype for one, other in zip(*found, strict=True))
     torch.testing.assert_close(*found)
+
+
+def test_what_a_masked_linear_layer_puts_out_may_be_changed_in_place() -> None:
+    weight, x = torch.randn(4, 3, dtype=torch.float64), torch.randn(2, 5, 3, dtype=torch.float64)
+    mask = torch.rand(4, 3) < 0.5
+
+    def gradient(triple: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        scores = torch.zeros_like(weight, requires_grad=True)
+        triple(masked_linear(x, weight, scores, mask, None)).square().sum().backward()
+        assert scores.grad is not None
+        return scores.grad
+
+    assert torch.equal(gradient(lambda output: output.mul_(3.0)), gradient(lambda output: 3.0 * output))
 
 
 def test_a_masked_linear_layer_keeps_no_masked_weight_for_its_backward_pass() -> None:

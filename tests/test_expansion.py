@@ -108,6 +108,7 @@ def test_a_run_of_two_trainers_needs_no_folder_between_them(tmp_path: Path) -> N
     assert sparsity_report(model).sparsity == pytest.approx(1 - left / 2, abs=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:The head is in torch.bfloat16")
 @pytest.mark.parametrize("half", ["first", "second"])
 def test_one_of_the_runs_may_be_in_half_precision(half: str) -> None:
     whole = trained("bert", "neuron+head").to(torch.bfloat16 if half == "first" else torch.float32)
