@@ -17,6 +17,7 @@ from .compact_card import CompactCard
 from .compact_model import config_class, model_class, plain_class
 from .config import AdaPruneConfig
 from .errors import CompactionError, NotPrunedError, StructureError
+from .example_inputs import dummy_inputs, twin
 from .groups import Groups
 from .layer import AdaPruneLayer, adaprune_layers
 from .layer_average import LayerAverageHead
@@ -201,8 +202,7 @@ def _make_special(dense: Any, widths: dict[str, tuple[int, int]], heads: dict[st
 @torch.no_grad()
 def hidden_states(model: Any) -> torch.Tensor:
     """Return a plain model's last hidden states for its example inputs, in float32."""
-    inputs = {name: tensor.to(model.device) for name, tensor in model.dummy_inputs.items() if tensor is not None}
-    return model.base_model(**inputs)[0].float()
+    return twin(model).base_model(**dummy_inputs(model))[0].float()
 
 
 def differ(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> str:

@@ -1,14 +1,20 @@
-"""Random inputs of a given size, for a model that is to be run and not understood."""
+"""What to run a model on, and in which copy, when it is to be run and not understood."""
 
 from __future__ import annotations
 
+import copy
 import inspect
+import itertools
 from typing import Any
 
 import torch
 from torch import nn
 
 from .errors import SizeError
+
+
+RELATIVE = 1024
+"""How many tokens a row may have where positions are relative, and set no limit."""
 
 
 def input_names(model: Any) -> list[str]:
@@ -28,7 +34,8 @@ def example_inputs(model: Any, batch_size: int, length: int, *, padded: bool = F
         padded (`bool`): Whether a third of every second row is padding.
 
     Returns:
-        `dict[str, torch.Tensor]`: For each input an int64 tensor of shape `(batch_size, length)`.
+        `dict[str, torch.Tensor]`: For each input an int64 tensor of shape `(batch_size, length)`; for models of
+        multiple choice `(batch_size, 2, length)`, the two choices alike.
 
     Raises:
         SizeError: If the model takes no batch of this size.
@@ -46,7 +53,23 @@ def example_inputs(model: Any, batch_size: int, length: int, *, padded: bool = F
         attended[1::2, length - length // 3 :] = 0
     segments = (torch.arange(length) >= length // 2).long().expand(batch_size, length).contiguous()
     every = {"input_ids": ids, "attention_mask": attended, "token_type_ids": segments}
-    return {name: every[name].to(model.device) for name in input_names(model)}
+    inputs = {name: every[name].to(model.device) for name in input_names(model)}
+    is_choice = type(model).__name__.endswith("ForMultipleChoice")
+    return {name: torch.stack([tensor, tensor], 1) for name, tensor in inputs.items()} if is_choice else inputs
+
+
+def dummy_inputs(model: Any) -> dict[str, torch.Tensor]:
+    """Return the few tokens that transformers has for trying out a model, on its device."""
+    return {name: tensor.to(model.device) for name, tensor in model.dummy_inputs.items() if tensor is not None}
+
+
+def twin(model: Any) -> Any:
+    """Return a copy to try things on: of the same tensors, not of equal ones, and in evaluation mode.
+
+    A pass can change a model for good: BigBird gives up its sparse attention at the first input too short for it.
+    """
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
 
 
 def longest_input(model: Any) -> int:
@@ -58,4 +81,5 @@ def longest_input(model: Any) -> int:
             and module.padding_idx is not None
         ):
             return module.num_embeddings - module.padding_idx - 1
-    return model.config.max_position_embeddings
+    longest = getattr(model.config, "max_position_embeddings", None) or 0
+    return longest if longest > 0 else RELATIVE  # XLNet says -1

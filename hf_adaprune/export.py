@@ -128,7 +128,7 @@ class _Tensors(nn.Module):
 @torch.no_grad()
 def _export(model: _Tensors, path: Path) -> None:
     inputs = example_inputs(model.model, 2, 8, padded=True)
-    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    dynamic = tuple(dict.fromkeys(range(tensor.dim()), torch.export.Dim.DYNAMIC) for tensor in inputs.values())
     try:
         with _quiet():
             program: Any = torch.onnx.export(
@@ -136,7 +136,7 @@ def _export(model: _Tensors, path: Path) -> None:
                 tuple(inputs.values()),
                 input_names=list(inputs),
                 output_names=list(model.named(*inputs.values())),
-                dynamic_shapes=(tuple(dynamic for _ in inputs),),
+                dynamic_shapes=(dynamic,),
                 dynamo=True,
                 verbose=False,
             )
@@ -149,10 +149,10 @@ def _export(model: _Tensors, path: Path) -> None:
 
 
 def _name_dimensions(graph: Any) -> None:
-    names = {}
+    names: dict[str, str] = {}
     for value in graph.inputs:
-        for dimension, name in enumerate(("batch", "length")):
-            names[str(value.shape[dimension])] = name
+        dimensions = ("batch", "length") if len(value.shape) == 2 else ("batch", "choices", "length")
+        names |= {str(symbol): name for symbol, name in zip(value.shape, dimensions, strict=True)}
     for value in (*graph.inputs, *graph.outputs):
         for dimension, symbol in enumerate(value.shape):
             value.shape[dimension] = names.get(str(symbol), symbol)
@@ -180,7 +180,7 @@ def _check(model: _Tensors, path: Path) -> None:
     for batch_size, length in ((1, 2), (3, 5), (2, longest)):
         inputs = example_inputs(model.model, batch_size, length, padded=True)
         for expected, found in zip(model(*inputs.values()), exported(**inputs), strict=True):
-            if expected.shape[:2] == inputs["input_ids"].shape:
+            if expected.shape[:2] == inputs["input_ids"].shape:  # a result for each token
                 # What is computed for padding has no meaning, and no place where it would matter.
                 attended = inputs["attention_mask"].bool()
                 expected, found = expected[attended], found[attended]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft.utils import ModulesToSaveWrapper, TaskType
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from .config import AdaPruneConfig
 from .errors import AdapterFileError, BaseMismatchError, ConfigError
@@ -28,6 +28,8 @@ _TASK_TYPES = {
     "Model": TaskType.FEATURE_EXTRACTION,
 }
 
+# What PEFT itself adds to `modules_to_save`, whether it is there or not.
+PEFT_HEADS = {"classifier", "score", "qa_outputs"}
 
 # What PEFT takes from a model for these tasks.
 _GENERATES = {
@@ -41,11 +43,14 @@ def head_modules(model: nn.Module) -> list[str]:
 
     The head is everything with parameters outside of `model.base_model`, and the pooler inside it: a task layer by
     use, and one that many checkpoints lack. A model without a head has no pooler to train, and the output layer of a
-    language model is pre-trained: both give an empty list.
+    language model is pre-trained: both give an empty list. Where body and head are not apart, as in T5's model for
+    answering questions, the head is what has a name by which PEFT knows one.
     """
     body = getattr(model, "base_model", model)
-    if body is model or output_embeddings(model) is not None:
+    if output_embeddings(model) is not None:
         return []
+    if body is model:
+        return [name for name, child in model.named_children() if name in PEFT_HEADS and _has_parameters(child)]
     outside = [name for name, child in model.named_children() if child is not body and _has_parameters(child)]
     pooler = getattr(body, "pooler", None)
     if pooler is None or not _has_parameters(pooler):
@@ -135,9 +140,21 @@ def _record(model: PreTrainedModel, config: AdaPruneConfig) -> None:
         "model_type": model.config.model_type,
     }
     if config.task_type is None:
-        config.task_type = next((task for ending, task in _TASK_TYPES.items() if name.endswith(ending)), None)
+        config.task_type = _task_type(model)
     if config.task_type is None:
         config.auto_mapping = {"base_model_class": name, "parent_library": type(model).__module__}
+
+
+def _task_type(model: PreTrainedModel) -> TaskType | None:
+    """Return the task by which PEFT's Auto classes open a model of this class again, if one of them does."""
+    task = next((task for ending, task in _TASK_TYPES.items() if type(model).__name__.endswith(ending)), None)
+    inner = {name for head in head_modules(model) for name, _ in model.get_submodule(head).named_modules()}
+    if any(name.rpartition(".")[2] in PEFT_HEADS for name in inner):
+        return None  # PEFT would make a copy of its own inside of that of the whole head
+    if task == TaskType.FEATURE_EXTRACTION:
+        built = AutoModel._model_mapping.get(type(model.config), ())
+        return task if type(model) in (built if isinstance(built, tuple) else (built,)) else None
+    return task
 
 
 def check_architecture(model: nn.Module, config: AdaPruneConfig) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
+
+from .errors import MergeError
 
 
 class LayerAverageHead(nn.Module):
@@ -86,3 +89,20 @@ def _courier(body: nn.Module) -> _FirstVectors:
     body.register_forward_pre_hook(courier.ask, with_kwargs=True)
     body.register_forward_hook(courier.take)
     return courier
+
+
+def refuse_to_save(model: Any) -> None:
+    """Have a model without masks that still has such a head raise when it is saved: it would reopen with a fresh one.
+
+    Raises:
+        MergeError: By `model.save_pretrained` and `model.push_to_hub`.
+    """
+    if any(isinstance(module, LayerAverageHead) for module in model.modules()):
+        model.save_pretrained = model.push_to_hub = functools.partial(_refuse, type(model).__name__)
+
+
+def _refuse(architecture: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise MergeError(
+        f'The model has the head "layer_average", which no {architecture} has that transformers opens: merged it can '
+        "be used in memory only. Save the adapter, by `save_pretrained` of the model before it was merged."
+    )

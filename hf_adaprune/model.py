@@ -28,6 +28,7 @@ from .fingerprint import fingerprints_are_checked
 from .groups import Groups
 from .head import check_architecture, check_modules_to_save, fitting_head, plan_head
 from .layer import AdaPruneLayer, adaprune_layers
+from .layer_average import refuse_to_save
 from .maskable import Embedding, masked_class, wrap
 from .mixed_batch import mixed_batch
 from .publish import push_with_card
@@ -216,6 +217,7 @@ class AdaPruneModel(BaseTuner):
         restore_dropout(plain)
         for name in ("save_pretrained", "set_adapter", "_load_pretrained_model", "_upload_modified_files"):
             vars(plain).pop(name, None)
+        refuse_to_save(plain)
         return plain
 
     def _zero_producers(self, adapter_names: list[str] | None) -> None:

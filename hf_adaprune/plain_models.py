@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
 from .compaction import compact
-from .errors import AdapterNotFoundError, MergeError
+from .errors import AdapterNotFoundError
 from .export import export_onnx
 from .merging import merged
 from .model_card import CARD
@@ -35,11 +35,6 @@ def save_merged(adapter: StoredAdapter, folder: str | Path, base: str | None = N
         MergeError: If a plain checkpoint would not compute what the adapter does.
     """
     with _whole(adapter, folder, base) as aside:
-        if adapter.config.head == "layer_average":
-            raise MergeError(
-                f'{adapter.name!r} has the head "layer_average", which no plain transformers model has: it can be '
-                "merged in memory only, by `merge_and_unload()`."
-            )
         model = adapter.open(base).merge_and_unload(safe_merge=True)
         model.save_pretrained(aside)
     return model

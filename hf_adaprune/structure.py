@@ -6,7 +6,6 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import AdaPruneConfig
 from .errors import NoMatchingModuleError, StructureError
+from .example_inputs import dummy_inputs, twin
 from .head import body_name
 from .targets import maskable
 
@@ -235,9 +235,10 @@ def verified(model: Any, units: list[Unit]) -> list[Unit]:
         )
     produced: dict[str, list[torch.Tensor]] = defaultdict(list)
     read: list[torch.Tensor] = []
-    with _in_evaluation(model), torch.enable_grad(), _watched(model, units, produced, read):
-        inputs = {name: tensor.to(model.device) for name, tensor in model.dummy_inputs.items() if tensor is not None}
-        getattr(model, "base_model", model)(**inputs)
+    tried = twin(model)
+    _watch(tried, units, produced, read)
+    with torch.enable_grad():
+        tried.base_model(**dummy_inputs(model))
         outputs = [output for unit in units for name in unit.producers for output in produced[name]]
         total = sum(read, torch.zeros((), requires_grad=True))
         found = iter(torch.autograd.grad(total, outputs, allow_unused=True) if outputs else ())
@@ -253,10 +254,9 @@ def verified(model: Any, units: list[Unit]) -> list[Unit]:
     return verified
 
 
-@contextmanager
-def _watched(
+def _watch(
     model: nn.Module, units: list[Unit], produced: dict[str, list[torch.Tensor]], read: list[torch.Tensor]
-) -> Iterator[None]:
+) -> None:
     def cut(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
             produced[name].append(output.detach().requires_grad_())
@@ -273,25 +273,9 @@ def _watched(
 
         return hook
 
-    handles = []
     for unit in units:
-        handles += [model.get_submodule(name).register_forward_hook(cut(name)) for name in unit.producers]
+        for name in unit.producers:
+            model.get_submodule(name).register_forward_hook(cut(name))
         consumer = model.get_submodule(unit.consumer)
-        handles.append(consumer.register_forward_pre_hook(look(unit)))
-        handles.append(consumer.register_forward_hook(lambda module, args, output: output.detach()))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+        consumer.register_forward_pre_hook(look(unit))
+        consumer.register_forward_hook(lambda module, args, output: output.detach())

@@ -12,13 +12,9 @@ from torch import nn
 
 from .config import AdaPruneConfig
 from .errors import NoMatchingModuleError
-from .head import body_name, head_modules, output_embeddings
+from .head import PEFT_HEADS, body_name, head_modules, output_embeddings
 from .layer import AdaPruneLayer
 from .maskable import Conv1DLinear, Linear, masked_class
-
-
-# What PEFT itself adds to `modules_to_save`, whether it is there or not.
-_PEFT_HEADS = {"classifier", "score", "qa_outputs"}
 
 
 def resolve_targets(model: Any, config: AdaPruneConfig) -> None:
@@ -33,26 +29,37 @@ def resolve_targets(model: Any, config: AdaPruneConfig) -> None:
             or `modules_to_save` matches no module.
     """
     _check_names(model, "exclude_modules", config.exclude_modules)
-    _check_names(model, "modules_to_save", set(config.modules_to_save or ()) - _PEFT_HEADS)
+    _check_names(model, "modules_to_save", set(config.modules_to_save or ()) - PEFT_HEADS)
     names = config.target_modules
     if names is None or (isinstance(names, str) and names.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND):
         trained = [*(config.modules_to_save or []), *head_modules(model)]
         found = {name for name, module in maskable(model) if not _is_under(name, trained)}
         names = {name for name in found if name.startswith(body_name(model))} - _headless_pooler(model)
     if config.mask_embeddings:
-        embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-        named = [name for name, module in model.named_modules() if module is embeddings]
-        if not named:
-            raise NoMatchingModuleError(
-                f"`mask_embeddings=True` needs a model with input embeddings, {type(model).__name__} tells of none. "
-                "Name the module in `target_modules` instead."
-            )
-        names = names | set(named) if isinstance(names, set) else f"(?:{names})|{re.escape(named[0])}"
+        embeddings = _input_embeddings(model)
+        names = names | {embeddings} if isinstance(names, set) else f"(?:{names})|{re.escape(embeddings)}"
     if isinstance(names, set):
         unmatched = _unmatched(names, [name for name, _ in model.named_modules()])
         if unmatched or not names:
             raise NoMatchingModuleError(no_match(unmatched, linear_endings(model)))
     config.target_modules = names
+
+
+def _input_embeddings(model: Any) -> str:
+    """Return the name of the one module that looks up every token."""
+    try:
+        found = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        found = None
+    plain = getattr(found, "base_layer", found)
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    sharing = [name for name, table in tables.items() if plain is not None and table.weight is plain.weight]
+    if len(sharing) != 1:
+        raise NoMatchingModuleError(
+            f"`mask_embeddings=True` needs a model whose input embeddings are one module, {type(model).__name__} has "
+            f"{sharing or 'none'}. Name in `target_modules` what is to be masked instead."
+        )
+    return sharing[0].removesuffix(".base_layer")
 
 
 def _check_names(model: nn.Module, field: str, names: Collection[str] | str | None) -> None:

@@ -1,0 +1,147 @@
+"""Architectures that are built in a way of their own: beside those that are promised, what others stumbled over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import AutoPeftModel, AutoPeftModelForQuestionAnswering, PeftModel, get_peft_model
+from tiny import ARCHITECTURES, VOCAB, make_batch, make_model, train_masks
+
+from hf_adaprune import AdaPruneConfig, compact
+from hf_adaprune.errors import CompactionError, MergeError, NoMatchingModuleError
+from hf_adaprune.example_inputs import example_inputs, longest_input
+from hf_adaprune.export import OnnxModel, export_onnx
+from hf_adaprune.layer import adaprune_layers
+
+
+_T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 16, "d_ff": 40, "num_layers": 2, "num_heads": 2}
+_BIG_BIRD = ARCHITECTURES["bert"] | {"max_position_embeddings": 128, "block_size": 4, "num_random_blocks": 1}
+MODELS: dict[str, dict[str, Any]] = {
+    "T5EncoderModel": _T5,
+    "T5ForQuestionAnswering": _T5 | {"decoder_start_token_id": 0},
+    "BigBirdForSequenceClassification": _BIG_BIRD | {"sep_token_id": 2},
+    "BigBirdForQuestionAnswering": _BIG_BIRD | {"sep_token_id": 2},
+    "CanineForSequenceClassification": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 40,
+        "num_hash_buckets": 16,
+    },
+    "XLNetForSequenceClassification": {"vocab_size": VOCAB, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 40},
+    "FunnelForSequenceClassification": {"vocab_size": VOCAB, "block_sizes": [1, 1], "d_model": 32, "n_head": 2},
+    "BertForMultipleChoice": ARCHITECTURES["bert"],
+}
+
+
+def build(name: str) -> Any:
+    """Return a random model of a class of transformers; the same every time."""
+    cls = getattr(transformers, name)
+    torch.manual_seed(0)
+    return cls(cls.config_class(**MODELS[name])).eval()
+
+
+def train_and_save(name: str, folder: Path) -> tuple[PeftModel, torch.Tensor]:
+    """Train an adapter for a model, save both, and return what the model computes."""
+    base = build(name)
+    base.save_pretrained(folder / "base")
+    base.config._name_or_path = base.name_or_path = str(folder / "base")
+    model = get_peft_model(base, AdaPruneConfig())
+    train_masks(model, head="question" if name.endswith("QuestionAnswering") else "none")
+    model.save_pretrained(str(folder / "adapter"))
+    return model, outputs_of(model)
+
+
+@torch.no_grad()
+def outputs_of(model: Any, length: int = 10) -> torch.Tensor:
+    return model.eval()(**make_batch("none", length=length))[0]
+
+
+def keep(model: Any, kind: str, mask: torch.Tensor) -> None:
+    """Set the mask over the groups of a kind, in each block."""
+    for _, layer in adaprune_layers(model):
+        groups = layer.groups("default")
+        if groups is not None and groups.unit.kind == kind:
+            layer.set_mask("default", mask)
+
+
+@pytest.mark.parametrize(
+    ("name", "auto"),
+    [
+        ("T5EncoderModel", AutoPeftModel),  # AutoModel builds another class
+        ("T5ForQuestionAnswering", AutoPeftModelForQuestionAnswering),
+        ("BigBirdForQuestionAnswering", AutoPeftModel),  # its head holds a module that PEFT takes for the head
+    ],
+)
+def test_heads_and_bodies_of_other_build_are_opened_again(name: str, auto: Any, tmp_path: Path) -> None:
+    model, outputs = train_and_save(name, tmp_path)
+    base = getattr(transformers, name).from_pretrained(tmp_path / "base")
+    assert torch.equal(outputs_of(PeftModel.from_pretrained(base, tmp_path / "adapter")), outputs)
+    opened = auto.from_pretrained(tmp_path / "adapter")
+    assert type(opened.get_base_model()).__name__ == name
+    assert torch.equal(outputs_of(opened), outputs)
+    assert not any("qa_outputs" in module for module, _ in adaprune_layers(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [("T5EncoderModel", r"\['shared', 'encoder.embed_tokens'\]"), ("CanineForSequenceClassification", "none")],
+)
+def test_embeddings_are_masked_only_where_one_module_looks_them_up(name: str, there: str) -> None:
+    with pytest.raises(NoMatchingModuleError, match=rf"{name} has {there}\. Name in `target_modules`"):
+        get_peft_model(build(name), AdaPruneConfig(mask_embeddings=True))
+
+
+def test_masked_embeddings_are_found_by_a_second_adapter() -> None:
+    model = get_peft_model(make_model(), AdaPruneConfig(mask_embeddings=True), "x")
+    model.add_adapter("y", AdaPruneConfig(mask_embeddings=True))
+    assert "bert.embeddings.word_embeddings" in dict(adaprune_layers(model.get_base_model(), "y"))
+
+
+def test_sparse_attention_is_still_sparse_after_neurons_and_heads_were_looked_for_and_removed() -> None:
+    base = build("BigBirdForSequenceClassification")
+    expected = outputs_of(base, length=100)
+    model = get_peft_model(base, AdaPruneConfig(granularity="neuron+head"))
+    assert base.bert.attention_type == "block_sparse"
+    assert torch.equal(outputs_of(base, length=100), expected)
+    keep(model, "neuron", torch.arange(40) < 30)
+    small = compact(model)
+    assert small.bert.attention_type == "block_sparse"
+    torch.testing.assert_close(outputs_of(small, length=100), outputs_of(model, length=100))
+    keep(model, "head", torch.tensor([True, False]))
+    with pytest.raises(CompactionError, match="BigBirdForSequenceClassification does not do with fewer"):
+        compact(model)
+
+
+def test_a_merged_model_with_the_papers_head_is_not_saved_as_what_it_is_not(tmp_path: Path) -> None:
+    model = get_peft_model(make_model(), AdaPruneConfig(head="layer_average"))
+    plain = model.merge_and_unload()
+    for save in (plain.save_pretrained, plain.push_to_hub):
+        with pytest.raises(MergeError, match='the head "layer_average", which no BertForSequenceClassification has'):
+            save(str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+    get_peft_model(make_model(), AdaPruneConfig()).merge_and_unload().save_pretrained(tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    "name", ["T5EncoderModel", "XLNetForSequenceClassification", "FunnelForSequenceClassification"]
+)
+def test_relative_positions_set_no_limit_to_a_row(name: str) -> None:
+    model = build(name)
+    assert longest_input(model) == 1024
+    assert outputs_of(model, length=40).isfinite().all()
+    model(**example_inputs(model, 2, 40))
+
+
+def test_models_of_multiple_choice_are_run_and_exported(tmp_path: Path) -> None:
+    model = build("BertForMultipleChoice")
+    inputs = example_inputs(model, 3, 8)
+    expected = model(**inputs).logits
+    assert expected.shape == (3, 2)
+    exported = OnnxModel(export_onnx(model, tmp_path))
+    torch.testing.assert_close(exported(**inputs)[0], expected.detach(), atol=1e-5, rtol=1e-4)
+    assert exported.session.get_inputs()[0].shape == ["batch", "choices", "length"]
