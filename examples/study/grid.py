@@ -47,6 +47,9 @@ TWICE_THE_EPOCHS = ("smaller", "longer")
 UNPRUNED = ("finetune", "feature_extraction", "lora")
 STRUCTURED = ("neurons_heads", "smaller", "two_of_four")  # at half of the weights alone
 
+# Tried on held-out data (`run.py --tuning`); scores have a step of their own, which recipe.md tells of.
+LEARNING_RATES = {"finetune": (5e-5, 1e-4, 2e-4, 4e-4), "lora": (5e-4, 1e-3, 2e-3, 4e-3)}
+
 CORE = ("stsb", "sst2-8k", "mrpc")
 OTHERS = ("cola", "rte", "sst2")
 SPARSITIES = (0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -57,17 +60,24 @@ CURVES = ("random", "magnitude", "movement", "smp", "paper", "imp")  # beside Ad
 
 @dataclass(frozen=True)
 class Run:
-    """One cell of the grid, and one seed; `sparsity` is 0 for what is not pruned."""
+    """One cell of the grid, and one seed; `sparsity` is 0 for what is not pruned, `learning_rate` the method's own."""
 
     task: str
     method: str
     sparsity: float
     seed: int
+    learning_rate: float | None = None
 
     @property
     def name(self) -> str:
-        """What `--only` is held against: `stsb/adaprune/0.5/0`, say."""
-        return f"{self.task}/{self.method}/{self.sparsity}/{self.seed}"
+        """What `--only` is held against: `stsb/adaprune/0.5/0`, say, or `stsb/lora/0.0/0/0.001`."""
+        rate = "" if self.learning_rate is None else f"/{self.learning_rate}"
+        return f"{self.task}/{self.method}/{self.sparsity}/{self.seed}{rate}"
+
+    @property
+    def dataset(self) -> str:
+        """The name of the task in GLUE."""
+        return self.task.removesuffix("-8k")
 
     def command(self, model: str, data_dir: str | None, output_dir: str) -> list[str]:
         """Return the arguments of `run_glue.py`; without a folder of data it fetches them from the Hub."""
@@ -75,7 +85,9 @@ class Run:
         where += ["--data_dir", data_dir] if data_dir else []
         epochs = EPOCHS[self.task] * (2 if self.method in TWICE_THE_EPOCHS else 1)
         what = f"{TASKS[self.task]} --num_train_epochs {epochs} {METHODS[self.method]} --seed {self.seed} {COMMON}"
-        return [*where, *what.split(), *(["--final_sparsity", str(self.sparsity)] if self.sparsity else [])]
+        what += f" --final_sparsity {self.sparsity}" if self.sparsity else ""
+        what += f" --learning_rate {self.learning_rate}" if self.learning_rate is not None else ""
+        return [*where, *what.split()]
 
 
 def grid() -> list[Run]:
@@ -97,4 +109,14 @@ def grid() -> list[Run]:
     ]
     return [
         Run(task, *cell, seed) for tasks, block, seeds in blocks for seed in seeds for cell in block for task in tasks
+    ]
+
+
+def tuning_grid() -> list[Run]:
+    """Return the runs, on data held out of the training split, by which learning rates are chosen."""
+    return [
+        Run(task, method, 0.0, 0, rate)
+        for method, rates in LEARNING_RATES.items()
+        for task in (*CORE, "cola", "rte")
+        for rate in rates
     ]

