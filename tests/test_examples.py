@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -141,6 +142,7 @@ def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         if (run.task, run.seed) == ("rte", 2) and runner.fails:
             raise RuntimeError(f"{run.name} failed")
         row = {"task": run.task, "method": run.method, "sparsity_asked": run.sparsity, "seed": run.seed}
+        row |= {} if run.learning_rate is None else {"learning_rate_asked": run.learning_rate}
         row |= {"model": model, "sparsity": run.sparsity, "sparsity_whole_model": 0.2, "checkpoint_bytes": 1000}
         scores = {"eval_accuracy": 0.8 + run.seed / 100, "eval_combined_score": 0.9, "eval_matthews_correlation": 0.3}
         if run.method == "magnitude":
@@ -170,6 +172,36 @@ def test_the_grid_skips_what_is_there_and_the_report_tells_what_is(study: Any) -
     table = import_module("report").table(study.results)
     assert "| fine-tuning | 0 | 0 | 1,000 | 0.900 ± 0.000 (5) | 1.000 | 0.820 ± 0.016 (5) | 1.000 |" in table
     assert "| magnitude pruning, pre-trained weights | 0.500 | 0.200 | 100 | 0.450 ± 0.000 (5) | 0.500 |" in table
+
+
+def test_learning_rates_are_tried_on_data_held_out_of_the_training_split(study: Any, tmp_path: Path) -> None:
+    texts = [f"w{number} w{number + 1} ." for number in range(100)]
+    (tmp_path / "cola").mkdir()
+    data = datasets.Dataset.from_dict({"sentence": texts, "label": [number % 2 for number in range(100)]})
+    data.to_parquet(tmp_path / "cola" / "train.parquet")
+    flags = ("--tuning", "--data_dir", str(tmp_path), "--only", "cola/finetune/*")
+    assert study.go(*flags) == 4
+    assert [run.name for run in study.done][:2] == ["cola/finetune/0.0/0/5e-05", "cola/finetune/0.0/0/0.0001"]
+    assert study.done[0].command("base", None, "out")[-2:] == ["--learning_rate", "5e-05"]
+    assert study.go(*flags) == 0
+    shutil.move(study.results, study.results.with_name("tuning.jsonl"))
+    table = import_module("report").tuning_table(study.results.with_name("tuning.jsonl"))
+    assert "| fine-tuning | 0.0002 | **0.300** |" in table
+    with pytest.raises(SystemExit):
+        study.go("--tuning", "--data_dir", "")
+
+
+def test_what_is_held_out_is_part_of_no_other_sentence_and_no_part_of_it_is_trained_on(study: Any) -> None:
+    sentences = [" ".join(f"w{row}_{word}" for word in range(6)) for row in range(40)]
+    phrases = [" ".join(sentence.split()[start : start + 3]) for sentence in sentences for start in (0, 2)]
+    rows = datasets.Dataset.from_dict({"sentence": phrases + sentences})
+    train, held = import_module("hold_out").split(rows)
+    assert len(held) == round(0.15 * len(rows)) == 18
+    assert all(row >= len(phrases) for row in held)
+    assert len(train) == len(rows) - 3 * 18
+    pairs = datasets.Dataset.from_dict({"sentence1": sentences, "sentence2": sentences})
+    train, held = import_module("hold_out").split(pairs)
+    assert (len(held), sorted([*train, *held])) == (6, list(range(40)))
 
 
 def test_a_run_is_a_command_that_leaves_its_line_and_what_it_saved(base_path: Path, tmp_path: Path) -> None:

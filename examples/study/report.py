@@ -83,6 +83,23 @@ def table(results: Path) -> str:
     return "\n".join(lines)
 
 
+def tuning_table(tuning: Path) -> str:
+    """Return the scores on held-out data, a row for each method and learning rate; a task's best is in bold."""
+    scores: dict[tuple[str, float], dict[str, float]] = defaultdict(dict)
+    for row in read_rows(tuning):
+        scores[row["method"], row["learning_rate_asked"]][row["task"]] = row[f"eval_{SCORES[row['task']]}"]
+    tasks = [task for task in TASKS if any(task in by_task for by_task in scores.values())]
+    lines = [f"| {' | '.join(['method', 'learning rate', *tasks])} |", "| --- " * (len(tasks) + 2) + "|"]
+    for method, rate in sorted(scores, key=lambda cell: (ORDER.index(cell[0]), cell[1])):
+        columns = [NAMES[method], f"{rate:g}"]
+        for task in tasks:
+            score = scores[method, rate].get(task)
+            best = max(by_task.get(task, -1.0) for (other, _), by_task in scores.items() if other == method)
+            columns.append("" if score is None else f"**{score:.3f}**" if score == best else f"{score:.3f}")
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
 def main(results: Path, figures: Path) -> None:
     """Print the tables and draw the figures."""
     cells, names = load(results), NAMES | REWOUND
@@ -94,6 +111,9 @@ def main(results: Path, figures: Path) -> None:
         ),
         "Shares of fine-tuning, beside those of the paper's BERT-base.": beside_published(cells),
         "Masks trained, then changed; scores.": ablation_table(cells, SCORES),
+        "Learning rates, scored on data held out of the training split.": tuning_table(
+            results.with_name("tuning.jsonl")
+        ),
     }
     for title, lines in sections.items():
         if lines.count("\n") > 1:  # more than its head
