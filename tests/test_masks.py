@@ -25,6 +25,31 @@ def test_topk_keeps_the_highest_scores_as_a_full_sort_would(seed: int) -> None:
         assert int(mask.sum()) == num_kept
 
 
+_NORMAL = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+_PATTERNED = _NORMAL + 10 * (torch.arange(20_000) % 61 == 0)  # in step with the sample by which thresholds are found
+SCORES = {
+    "normal": _NORMAL,
+    "in order": _NORMAL.sort().values,
+    "patterned": _PATTERNED,
+    "tied": (_NORMAL * 3).round(),
+    "equal": torch.full((20_000,), -0.1),
+    "half out of reach": _NORMAL.where(torch.arange(20_000) % 4 < 2, float("inf")),
+    "few": _NORMAL[:10],
+}
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_thresholds_are_those_of_a_full_sort_in_whatever_order_scores_are(kind: str) -> None:
+    scores = SCORES[kind]
+    weight = _NORMAL.flip(0)[: len(scores)]
+    order = np.lexsort((np.arange(len(scores)), -weight.abs().numpy(), -scores.numpy()))
+    for share in (0, 1e-4, 0.01, 0.1, 0.5, 0.9, 0.99, 0.9999, 1):
+        num_kept = round(share * len(scores))
+        wanted = torch.zeros(len(scores), dtype=torch.bool)
+        wanted[order[:num_kept].copy()] = True
+        assert torch.equal(topk_mask(scores, num_kept, weight), wanted), share
+
+
 def test_constant_scores_keep_exactly_as_many_and_the_largest_weights() -> None:
     weight = torch.tensor([[0.3, -0.9], [0.1, 0.5]])
     mask = topk_mask(torch.full((2, 2), 0.01), 2, weight)
