@@ -50,6 +50,7 @@ from transformers import (
 )
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, compact, expand, sparsity_report
+from hf_adaprune.analysis import RecoveryCallback
 from hf_adaprune.baselines import METHODS, TrainedWeightsCallback, ablate, make_callback
 from hf_adaprune.errors import AdaPruneError
 from hf_adaprune.glue import FILE_KINDS, GLUE_COLUMNS
@@ -96,6 +97,7 @@ class ModelArguments:
         0.0,
     )
     ablate: bool = flag("Score the trained masks shuffled, and over other weights, too.", False)
+    count_recovery: bool = flag("Count the weights that are pruned and come back, in each step.", False)
     tokenizer_name: str | None = flag("If not the model's own: a name or a folder.")
     model_revision: str = flag("Branch, tag or commit of the model on the Hub.", "main")
     cache_dir: str | None = flag("Where models and data sets are kept.")
@@ -402,7 +404,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.do_train and model_args.compact_first:
         whole = prune_groups(model, model_args.compact_first, options)
         model = compact(whole)
-    trainer = Trainer(model, **options, callbacks=[callback] if callback else [])
+    watch = RecoveryCallback()
+    watching = [watch] if model_args.count_recovery and isinstance(callback, AdaPruneCallback) else []
+    trainer = Trainer(model, **options, callbacks=[*([callback] if callback else []), *watching])
     masked = train(trainer, callback, whole) if args.do_train else model
     evaluated = evaluate(trainer, data) if args.do_eval else {}
     if args.do_eval and masked is not trainer.model:
@@ -416,6 +420,9 @@ def main(argv: list[str] | None = None) -> None:
         write_model_card(args.output_dir, metrics=scores, dataset="nyu-mll/glue" if data_args.task_name else None)
     if args.do_eval and model_args.ablate:
         trainer.save_metrics("ablations", ablate(trainer))
+    if watching:
+        shares = {"of_kept": watch.recovery.share_of_kept, "of_pruned": watch.recovery.share_of_pruned}
+        trainer.save_metrics("recovery", {f"recovered_{name}": share for name, share in shares.items()})
     if args.push_to_hub:
         source = "nyu-mll/glue" if data_args.task_name else "custom"
         trainer.push_to_hub(tasks="text-classification", dataset=task.name, dataset_tags=source)

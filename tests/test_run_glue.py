@@ -210,6 +210,15 @@ def test_ablations_are_scored_beside_the_run(run: Any, tmp_path: Path) -> None:
     assert again["eval_loss"] == pytest.approx(results["eval_loss"], abs=1e-6)
 
 
+def test_what_comes_back_is_counted_beside_the_run(run: Any, tmp_path: Path) -> None:
+    files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
+    _, results = run("--count_recovery", "--do_train", "--max_steps", 8, "--learning_rate", 5e-3, *files)
+    pruned, kept = results["recovered_of_pruned"], results["recovered_of_kept"]
+    assert 0 < pruned < 1
+    # Half are kept: of these, and of all that were ever pruned, it is the same number that came back.
+    assert kept / (1 + kept) == pytest.approx(pruned, abs=1e-3)
+
+
 def test_a_pushed_adapter_keeps_its_own_card(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pushed: list[dict[str, str]] = []
 

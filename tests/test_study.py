@@ -165,7 +165,7 @@ def test_a_task_is_drawn_once_there_are_two_sparsities_and_fine_tuning_to_compar
     rows = [row for row in make_rows() if (row["task"], row["method"]) != ("stsb", missing)]
     figures, drawn = study("figures"), Mock(wraps=study("figures").plot_scores)
     monkeypatch.setattr(figures, "plot_scores", drawn)
-    study("report").main(write(tmp_path / "results.jsonl", rows), tmp_path / "figures")
+    study("report").main(write(tmp_path / "results.jsonl", rows), tmp_path / "page.md", tmp_path / "figures")
     assert drawn.call_args.args[2] == ["sst2-8k"]
 
 
@@ -192,20 +192,19 @@ def test_the_bars_are_the_shares_pruned_with_the_embeddings_first(study: Any, ce
         figures.plot_pruned(cells, {}, "mrpc", [0.5])
 
 
-def test_the_report_prints_its_tables_and_draws_its_figures(
-    study: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    results = write(tmp_path / "results.jsonl", make_rows())
-    study("report").main(results, tmp_path / "figures")
-    out = capsys.readouterr().out
+def test_the_report_writes_its_tables_and_draws_its_figures(study: Any, tmp_path: Path) -> None:
+    results, page = write(tmp_path / "results.jsonl", make_rows()), tmp_path / "results.md"
+    study("report").main(results, page, tmp_path / "figures")
+    out = page.read_text()
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         *("scores.png", "pruned_stsb.png", "pruned_sst2-8k.png")
     }
     assert out.count("fine-tuning |") >= 4
+    assert "| masks | 0.830 ± 0.010 (3) |  | 0.830 ± 0.010 (3) |  |  |  |" in out
     # Nobody has changed trained masks: there is no empty table of it.
     assert "then changed" not in out
     # One line of results, of a method that does not prune, is enough for a report.
-    study("report").main(write(tmp_path / "one.jsonl", make_rows()[:1]), tmp_path / "one")
+    study("report").main(write(tmp_path / "one.jsonl", make_rows()[:1]), page, tmp_path / "one")
     assert {path.name for path in (tmp_path / "one").iterdir()} == {"scores.png"}
 
 
@@ -315,5 +314,5 @@ def test_adapters_that_were_kept_are_measured_once(
 
 
 def test_the_committed_results_make_a_report(study: Any, tmp_path: Path) -> None:
-    study("report").main(STUDY / "results.jsonl", tmp_path)
+    study("report").main(STUDY / "results.jsonl", tmp_path / "results.md", tmp_path)
     assert (tmp_path / "scores.png").is_file()

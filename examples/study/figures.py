@@ -148,11 +148,13 @@ def plot_pruned(cells: Cells, names: Mapping[str, str], task: str, sparsities: S
                     handles[method] = _draw_bars(axes, places, 0.8 / len(methods), method)
             axes.axhline(sparsity, color="black", linewidth=0.7, linestyle=":")
             axes.set_xticks(range(len(group)), [LABELS.get(name, name) for name in group], fontsize=9)
+            axes.set_xlim(-0.6, len(group) - 0.4)
             axes.spines[["right", "top"]].set_visible(False)
         row[0].set_ylabel(f"share pruned\n({sparsity:g} of all)")
         if sparsity > 0.75:
             # Nothing is to be seen from zero: as far below as the least, and to one.
-            least = min(statistics.fmean(v) for key in shares if key[1] == sparsity for v in shares[key][0].values())
+            sides = [side for key, found in shares.items() if key[1] == sparsity for side in found]
+            least = min(statistics.fmean(values) for side in sides for values in side.values())
             row[0].set_ylim(1 - 1.3 * (1 - min(least, sparsity)), 1)
     panels[-1][0].set_xlabel("component")
     panels[-1][1].set_xlabel("layer")
@@ -183,6 +185,12 @@ def _shares(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[float]], 
     return sides
 
 
+def _varies(row: Mapping[str, Any]) -> bool:
+    """Return whether a run has pruned more of some modules than of others, by more than a hundredth."""
+    shares = [pruned / total for pruned, total in row.get("module_counts", {}).values()]
+    return max(shares, default=0) - min(shares, default=0) > 0.01
+
+
 def _scores(cells: Cells, method: str, sparsity: float, task: str) -> list[float]:
     return [row["score"] for row in cells.get((method, sparsity), {}).get(task, [])]
 
@@ -208,7 +216,7 @@ def draw_all(cells: Cells, names: Mapping[str, str], tasks: Sequence[str], folde
         told = {
             sparsity
             for (method, sparsity), by_task in cells.items()
-            if method in CURVES and any(row.get("module_counts") for row in by_task.get(task, []))
+            if method in CURVES and any(_varies(row) for row in by_task.get(task, []))
         }
         # The paper's two; what is nearest to them of what there is.
         wanted = sorted({min(told, key=lambda sparsity: abs(sparsity - end)) for end in (0.2, 0.99)}) if told else []

@@ -34,7 +34,7 @@ METHODS = {
     "magnitude": f"--method magnitude {ALL_WEIGHTS}",
     "movement": f"--method movement {ALL_WEIGHTS}",
     "smp": "--method smp",
-    "paper": "--method adaprune --preset paper --learning_rate 1e-4",
+    "paper": "--method adaprune --preset paper --learning_rate 1e-4 --count_recovery",
     "no_recovery": "--method no_recovery",
     "ablations": "--method adaprune --ablate",
     "neurons_heads": "--method adaprune --granularity neuron+head",

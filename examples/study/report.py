@@ -1,4 +1,4 @@
-"""Turn the lines of the results file into tables and figures: `python examples/study/report.py`."""
+"""Turn the lines of the results file into a page of tables, and figures: `python examples/study/report.py`."""
 
 import statistics
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from figures import draw_all
-from grid import TASKS
+from grid import CORE, CURVES, TASKS, TELLING, UNPRUNED
 from published import ablation_table, beside_published
 from results import Cells, describe, read_rows
 from significance import SAME, compare, significance_table
@@ -17,6 +17,7 @@ SCORES = dict.fromkeys(TASKS, "accuracy") | {
     "mrpc": "combined_score",
     "cola": "matthews_correlation",
 }
+TITLES = {"stsb": "STS-B", "sst2-8k": "SST-2", "mrpc": "MRPC"}
 NAMES = {
     "finetune": "fine-tuning",
     "feature_extraction": "frozen encoder, trained head",
@@ -38,6 +39,14 @@ NAMES = {
 # The second score of methods that train weights: those masks over the pre-trained ones.
 REWOUND = {f"{method}, rewound": f"{name}, pre-trained weights" for method, name in NAMES.items()}
 ORDER = [name for method in NAMES for name in (method, f"{method}, rewound")]
+
+HEAD = """# Results
+
+Written by `python examples/study/report.py` from [`results.jsonl`](results.jsonl). How they were come by, and what
+they say, is in the [README](../../README.md#measurements) and in [`findings.md`](findings.md). STS-B: mean of Pearson
+and Spearman; MRPC: mean of accuracy and F1; CoLA: Matthews' correlation; the others: accuracy; all on the dev sets.
+What is not pruned has one score for all sparsities.
+"""
 
 
 def load(results: Path) -> Cells:
@@ -83,6 +92,24 @@ def table(results: Path) -> str:
     return "\n".join(lines)
 
 
+def summary(cells: Cells) -> str:
+    """Return the table of the telling cells alone: a row a method, for each core task a column a sparsity."""
+    compared = (*UNPRUNED, "adaprune", *CURVES)
+    header = [f"{TITLES[task]}, {sparsity:.0%}" for task in CORE for sparsity in TELLING]
+    lines = [f"| {' | '.join(['', *header])} |", "| --- " * (len(header) + 1) + "|"]
+    for method in ORDER:
+        kind = method.removesuffix(", rewound")
+        levels = [0.0 if kind in UNPRUNED else sparsity for sparsity in TELLING]
+        columns = [
+            describe([row["score"] for row in cells.get((method, level), {}).get(task, [])])
+            for task in CORE
+            for level in levels
+        ]
+        if kind in compared and any(columns):
+            lines.append(f"| {' | '.join([(NAMES | REWOUND)[method], *columns])} |")
+    return "\n".join(lines)
+
+
 def tuning_table(tuning: Path) -> str:
     """Return the scores on held-out data, a row for each method and learning rate; a task's best is in bold."""
     scores: dict[tuple[str, float], dict[str, float]] = defaultdict(dict)
@@ -100,31 +127,32 @@ def tuning_table(tuning: Path) -> str:
     return "\n".join(lines)
 
 
-def main(results: Path, figures: Path) -> None:
-    """Print the tables and draw the figures."""
+def main(results: Path, page: Path, figures: Path) -> None:
+    """Write the tables and draw the figures."""
     cells, names = load(results), NAMES | REWOUND
     tasks = tasks_of(cells)
     sections = {
-        "Scores: mean ± deviation (seeds).": table(results),
-        "Masks minus the other method. *: p < .01, two-tailed t-test over seeds (Welch's).": significance_table(
+        "Methods, at a half and nine tenths pruned: mean ± deviation (seeds)": summary(cells),
+        "All scores": table(results),
+        "Masks minus the other method; *: p < .01, two-tailed t-test over seeds (Welch's)": significance_table(
             compare(cells), names, tasks
         ),
-        "Shares of fine-tuning, beside those of the paper's BERT-base.": beside_published(cells),
-        "Masks trained, then changed; scores.": ablation_table(cells, SCORES),
-        "Learning rates, scored on data held out of the training split.": tuning_table(
+        "Shares of fine-tuning, beside those of the paper's BERT-base": beside_published(cells),
+        "Masks trained, then changed": ablation_table(cells, SCORES),
+        "Learning rates, scored on data held out of the training split": tuning_table(
             results.with_name("tuning.jsonl")
         ),
     }
-    for title, lines in sections.items():
-        if lines.count("\n") > 1:  # more than its head
-            print(f"{title}\n\n{lines}\n")
-    for path in draw_all(cells, names, tasks, figures):
+    told = [f"## {title}\n\n{lines}\n" for title, lines in sections.items() if lines.count("\n") > 1]
+    page.write_text("\n".join([HEAD, *told]), encoding="utf-8")
+    for path in (page, *draw_all(cells, names, tasks, figures)):
         print(path)
 
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results.jsonl"))
+    parser.add_argument("--page", type=Path, default=Path(__file__).with_name("results.md"))
     parser.add_argument("--figures", type=Path, default=Path(__file__).with_name("figures"))
     args = parser.parse_args()
-    main(args.results, args.figures)
+    main(args.results, args.page, args.figures)
