@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -29,12 +29,12 @@ from .groups import Groups
 from .head import check_architecture, check_modules_to_save, fitting_head, plan_head
 from .layer import AdaPruneLayer, adaprune_layers
 from .layer_average import refuse_to_save
-from .maskable import Embedding, masked_class, wrap
+from .maskable import Embedding, wrap
 from .mixed_batch import mixed_batch
 from .publish import push_with_card
 from .selection import check_reachable
 from .structure import check_patterns, plan_units
-from .targets import linear_endings, no_match, resolve_targets
+from .targets import check_targets, linear_endings, no_match, resolve_targets, unmaskable
 
 
 class AdaPruneModel(BaseTuner):
@@ -94,7 +94,6 @@ class AdaPruneModel(BaseTuner):
         if state_dict is not None:
             config.target_modules = {key.rpartition(f".{self.prefix}")[0] for key in state_dict if self.prefix in key}
         self._plan(model, config)
-        self._check_targets(model, config)
         targets = config.target_modules
         keeper = (active_head(model) or ActiveHead(model)) if isinstance(model, PreTrainedModel) else None
         num_labels = None if keeper is None else keeper.base_num_labels
@@ -124,22 +123,7 @@ class AdaPruneModel(BaseTuner):
         self._groups = {name: Groups.of(unit, model) for name, unit in units.items()}
         check_reachable(self._groups, config)
         check_patterns(model, config, self._check_target_module_exists)
-
-    def _check_targets(self, model: nn.Module, config: AdaPruneConfig) -> None:
-        targets = config.target_modules if isinstance(config.target_modules, set) else set()
-        for name, module in model.named_modules():
-            is_other = isinstance(module, BaseTunerLayer) and not isinstance(module, AdaPruneLayer)
-            inside = any(target.startswith(f"{name}.") for target in targets)
-            if is_other and (inside or self._check_target_module_exists(config, name)):
-                raise ConfigError(
-                    f"{name!r} has an adapter of another method around it, a {type(module).__module__} layer: put "
-                    "masks on the model first, and the other adapter on afterwards; or name in `target_modules` "
-                    "layers that it leaves alone."
-                )
-        for name, module in model.named_modules():
-            maskable = isinstance(module, BaseTunerLayer) or masked_class(module)
-            if not maskable and self._check_target_module_exists(config, name):
-                raise _unmaskable(name, module)
+        check_targets(model, config, self._check_target_module_exists)
 
     def _create_and_replace(
         self,
@@ -157,7 +141,7 @@ class AdaPruneModel(BaseTuner):
             return
         layer = wrap(target, adapter_name, peft_config, groups, mask_bytes)
         if layer is None:
-            raise _unmaskable(current_key, target)
+            raise unmaskable(current_key, target)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -265,14 +249,6 @@ class AdaPruneModel(BaseTuner):
             )
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return check_loaded(model, config, adapter_name, remapped)
-
-
-def _unmaskable(name: str, module: nn.Module) -> NoMatchingModuleError:
-    return NoMatchingModuleError(
-        f"`target_modules` matched {name!r}, a {type(module).__name__}. Only `torch.nn.Embedding`, and "
-        "`torch.nn.Linear` and transformers' `Conv1D` without a forward pass of their own can be masked: list it in "
-        "`exclude_modules`."
-    )
 
 
 def _count_parameters(model: nn.Module) -> int:

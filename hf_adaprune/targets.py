@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from difflib import get_close_matches
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from .config import AdaPruneConfig
-from .errors import NoMatchingModuleError
+from .errors import ConfigError, NoMatchingModuleError
 from .head import PEFT_HEADS, body_name, head_modules, output_embeddings
 from .layer import AdaPruneLayer
 from .maskable import Conv1DLinear, Linear, masked_class
@@ -79,6 +80,38 @@ def _check_names(model: nn.Module, field: str, names: Collection[str] | str | No
 
 def _unmatched(names: Collection[str], modules: Collection[str]) -> list[str]:
     return sorted(name for name in names if not any(_ends_with(module, name) for module in modules))
+
+
+def check_targets(model: nn.Module, config: AdaPruneConfig, matches: Callable[[AdaPruneConfig, str], object]) -> None:
+    """Raise if a configuration targets what cannot be masked.
+
+    Raises:
+        ConfigError: If a module has an adapter of another method around it.
+        NoMatchingModuleError: If a module is of a kind that cannot be masked.
+    """
+    targets = config.target_modules if isinstance(config.target_modules, set) else set()
+    for name, module in model.named_modules():
+        is_other = isinstance(module, BaseTunerLayer) and not isinstance(module, AdaPruneLayer)
+        inside = any(target.startswith(f"{name}.") for target in targets)
+        if is_other and (inside or matches(config, name)):
+            raise ConfigError(
+                f"{name!r} has an adapter of another method around it, a {type(module).__module__} layer: put "
+                "masks on the model first, and the other adapter on afterwards; or name in `target_modules` "
+                "layers that it leaves alone."
+            )
+    for name, module in model.named_modules():
+        can_be = isinstance(module, BaseTunerLayer) or masked_class(module)
+        if not can_be and matches(config, name):
+            raise unmaskable(name, module)
+
+
+def unmaskable(name: str, module: nn.Module) -> NoMatchingModuleError:
+    """Return the error for a module that is targeted and cannot be masked."""
+    return NoMatchingModuleError(
+        f"`target_modules` matched {name!r}, a {type(module).__name__}. Only `torch.nn.Embedding`, and "
+        "`torch.nn.Linear` and transformers' `Conv1D` without a forward pass of their own can be masked: list it in "
+        "`exclude_modules`."
+    )
 
 
 def no_match(names: object, endings: list[str]) -> str:
