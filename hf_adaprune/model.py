@@ -35,6 +35,7 @@ from .publish import push_with_card
 from .selection import check_reachable
 from .structure import check_patterns, plan_units
 from .targets import check_targets, linear_endings, no_match, resolve_targets, unmaskable
+from .unattended import attend, watch
 
 
 class AdaPruneModel(BaseTuner):
@@ -111,6 +112,8 @@ class AdaPruneModel(BaseTuner):
             if config.is_stored:
                 shapes = head_shapes(model, adapter_name)
                 model._load_pretrained_model = functools.partial(load_checked, config, shapes)
+        if not config.inference_mode:
+            watch(model, adapter_name)
         if config.is_stored and fingerprints_are_checked():
             check = CheckOnce(adapter_name, config)
             check.handle = model.register_forward_pre_hook(check)
@@ -197,6 +200,7 @@ class AdaPruneModel(BaseTuner):
         for hook in list(self.model._forward_pre_hooks.values()):
             if isinstance(hook, (ActiveHead, CheckOnce)):
                 hook.handle.remove()
+        attend(self.model)
         plain = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         restore_dropout(plain)
         for name in ("save_pretrained", "set_adapter", "_load_pretrained_model", "_upload_modified_files"):

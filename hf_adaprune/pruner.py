@@ -21,6 +21,7 @@ from .schedule import cubic_sparsity, settling
 from .selection import protect_best, prune_groups, share_threshold, threshold_mask
 from .sharding import check_sharding, is_sharded, whole
 from .thresholds import topk_masks
+from .unattended import attend
 
 
 logger = logging.get_logger(__name__)
@@ -73,6 +74,7 @@ class Pruner:
                 f"Adapter {adapter_name!r} is not active, so what is trained would be another one: call "
                 f"`model.set_adapter({adapter_name!r})` first."
             )
+        attend(model, adapter_name)
         self.config: AdaPruneConfig = next(iter(self.layers.values())).config(adapter_name)
         check_sharding(self._scores(), self.config.granularity)
         for scores in self._scores().values():

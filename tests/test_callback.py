@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import make_model
+from tiny import make_batch, make_model
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -190,6 +190,27 @@ def test_a_learning_rate_that_makes_noise_of_the_masks_is_warned_of(
     assert not [message for message in said if "learning_rate" in message]
     trainer(fresh(), tmp_path / "b", AdaPruneCallback, max_steps=2, learning_rate=1e-2).train()
     assert "`learning_rate=0.01` moves a score by 1 a step, of a range of 2" in said[0]
+
+
+def test_training_an_adapter_that_nothing_prunes_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("hf_adaprune.unattended.logger.warning", said.append)
+    model = fresh(wrapped=True)
+    trainer(model, tmp_path / "a", AdaPruneCallback, max_steps=12).train()
+    # Another adapter, that waits: the first is trained on.
+    model.add_adapter("waiting", AdaPruneConfig())
+    trainer(model, tmp_path / "b", AdaPruneCallback, max_steps=12).train()
+    # The base alone, and no masks at all.
+    with model.disable_adapter():
+        for _ in range(12):
+            model(**make_batch())
+    trainer(model.unload(), tmp_path / "c", max_steps=12).train()
+    assert said == []
+    for _ in range(2):
+        trainer(fresh(wrapped=True), tmp_path / "d", max_steps=12).train()
+    assert [message.split(":")[0] for message in said] == [
+        "Adapter 'default' is being trained and nothing prunes it"
+    ] * 2
 
 
 def test_an_optimizer_that_was_made_before_the_masks_is_refused(tmp_path: Path) -> None:
