@@ -52,6 +52,7 @@ from transformers import (
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, compact, expand, sparsity_report
 from hf_adaprune.analysis import RecoveryCallback
 from hf_adaprune.baselines import METHODS, TrainedWeightsCallback, ablate, make_callback
+from hf_adaprune.dropout import change_dropout
 from hf_adaprune.errors import AdaPruneError
 from hf_adaprune.glue import FILE_KINDS, GLUE_COLUMNS
 from hf_adaprune.metrics import glue_metric
@@ -96,6 +97,9 @@ class ModelArguments:
         "adaprune, no_recovery, smp, random: prune this fraction of the masked weights before, as neurons and heads.",
         0.0,
     )
+    dropout: float | None = flag(
+        "Train with this dropout, in [0, 1); by default with the model's own, masks of a regression with none."
+    )
     ablate: bool = flag("Score the trained masks shuffled, and over other weights, too.", False)
     count_recovery: bool = flag("Count the weights that are pruned and come back, in each step.", False)
     tokenizer_name: str | None = flag("If not the model's own: a name or a folder.")
@@ -105,6 +109,8 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if not 0 <= self.compact_first < 1:
             raise InputError(f"`--compact_first` must be in [0, 1), 0 for not at all, got {self.compact_first}.")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise InputError(f"`--dropout` must be in [0, 1), got {self.dropout}.")
 
 
 @dataclass
@@ -379,7 +385,10 @@ def main(argv: list[str] | None = None) -> None:
             f"that is not on the Hub. Run `hf-adaprune push {args.output_dir} NAME` afterwards."
         )
     config = AdaPruneConfig.from_preset(
-        model_args.preset, final_sparsity=model_args.final_sparsity, granularity=model_args.granularity
+        model_args.preset,
+        final_sparsity=model_args.final_sparsity,
+        granularity=model_args.granularity,
+        **({} if model_args.dropout is None else {"dropout": None}),  # the model's own, which is changed
     )
     callback = make_callback(model_args.method, config) if args.do_train else None
     is_frozen = isinstance(callback, AdaPruneCallback) and not isinstance(callback, TrainedWeightsCallback)
@@ -398,6 +407,8 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"No model could be loaded from {model_args.model_name_or_path!r}: {error}") from error
         wanted = [split for split in task.splits if split.split("_")[0] in asked]
         data = {split: tokenize(task, split, tokenizer, data_args) for split in wanted}
+    if model_args.dropout is not None:
+        change_dropout(model, model_args.dropout)
     options = {"args": args, "processing_class": tokenizer, "compute_metrics": make_compute_metrics(task)}
     options |= {"train_dataset": data.get("train"), "eval_dataset": data.get("validation")}
     whole = None

@@ -21,7 +21,13 @@ def set_dropout(model: nn.Module, probability: float) -> None:
         former = dict(_probabilities(module))
         if former:
             vars(module).setdefault(_FORMER, former)
-        for name in former:
+    change_dropout(model, probability)
+
+
+def change_dropout(model: nn.Module, probability: float) -> None:
+    """Do the same for good: it is the model's own dropout then."""
+    for module in model.modules():
+        for name in dict(_probabilities(module)):
             setattr(module, name, probability)
 
 

@@ -202,12 +202,26 @@ def test_trained_weights_are_scored_as_trained_and_rewound(method: str, run: Any
     assert results["eval_loss"] != pytest.approx(results["eval_rewound_loss"], abs=1e-3)
 
 
+DROPOUTS = [(), ("--dropout", 0), ("--dropout", 0.5)]
+
+
 def test_ablations_are_scored_beside_the_run(run: Any, tmp_path: Path) -> None:
     files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
     out, results = run("--ablate", "--do_train", "--do_eval", "--max_steps", 5, *files)
     assert {"eval_accuracy", "eval_shuffled_accuracy", "eval_shuffled_retrained_accuracy"} <= set(results)
     _, again = run("--do_eval", *files, model=out, out="again")
     assert again["eval_loss"] == pytest.approx(results["eval_loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["finetune", "adaprune", "smp"])
+def test_dropout_is_that_which_is_asked_for(run: Any, tmp_path: Path, method: str) -> None:
+    files = own_files(tmp_path, {"text": TEXTS, "label": [number / 10 for number in range(len(TEXTS))]})
+    flags = ("--method", method, "--do_train", "--max_steps", 4, "--logging_steps", 1, *files)
+    losses = [run(*flags, *dropout, out=f"{number}")[1]["train_loss"] for number, dropout in enumerate(DROPOUTS)]
+    own, none, half = losses
+    assert half not in (own, none)
+    # Masks of a regression are trained without, and all else with the model's own.
+    assert (own == none) == (method == "adaprune")
 
 
 def test_what_comes_back_is_counted_beside_the_run(run: Any, tmp_path: Path) -> None:

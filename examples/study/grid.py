@@ -1,5 +1,6 @@
 """The grid of the study: which runs there are, with which flags of `examples/run_glue.py`, and in which order."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -43,8 +44,11 @@ METHODS = {
     "two_of_four": "--method adaprune --granularity 2:4",
     "imp": f"--method imp {ALL_WEIGHTS}",  # 5 trainings to .5, 12 to .9: it comes last
 }
+# Masks of a regression are trained without dropout, by default; so that the others may be, too.
+METHODS |= {f"{name}_no_dropout": f"{METHODS[name]} --dropout 0" for name in ("finetune", "lora", "smp", "magnitude")}
+NO_DROPOUT = tuple(name for name in METHODS if name.endswith("_no_dropout"))
 TWICE_THE_EPOCHS = ("smaller", "longer")
-UNPRUNED = ("finetune", "feature_extraction", "lora")
+UNPRUNED = ("finetune", "finetune_no_dropout", "feature_extraction", "lora", "lora_no_dropout")
 STRUCTURED = ("neurons_heads", "smaller", "two_of_four")  # at half of the weights alone
 
 # Tried on held-out data (`run.py --tuning`); scores have a step of their own, which recipe.md tells of.
@@ -56,6 +60,7 @@ SPARSITIES = (0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 TELLING = (0.5, 0.9)
 REST = tuple(sparsity for sparsity in SPARSITIES if sparsity not in TELLING)
 CURVES = ("random", "magnitude", "movement", "smp", "paper", "imp")  # beside AdaPrune's own
+SPECIAL = (*STRUCTURED, *NO_DROPOUT, "longer")  # not for every task, or not at every sparsity
 
 
 @dataclass(frozen=True)
@@ -93,12 +98,13 @@ class Run:
 def grid() -> list[Run]:
     """Return all runs, the most telling first; in each block every cell comes once before any has a second seed."""
 
-    def cells(*sparsities: float) -> list[tuple[str, float]]:
-        known = [method for method in METHODS if method not in (*STRUCTURED, "longer")]
+    def cells(*sparsities: float, methods: Iterable[str] = METHODS.keys() - SPECIAL) -> list[tuple[str, float]]:
+        known = [method for method in METHODS if method in methods]
         return [(method, level) for method in known for level in ((0.0,) if method in UNPRUNED else sparsities)]
 
     blocks: list[tuple[tuple[str, ...], list[tuple[str, float]], range]] = [
         (CORE, cells(*TELLING), range(3)),
+        (("stsb",), cells(0.5, methods=NO_DROPOUT), range(3)),
         (CORE, [("adaprune", sparsity) for sparsity in REST], range(3)),
         ((*CORE, "cola", "rte"), [(method, 0.5) for method in STRUCTURED], range(3)),
         ((*CORE, "cola", "rte"), [("longer", sparsity) for sparsity in (0.8, 0.9)], range(3)),

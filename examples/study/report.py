@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from figures import draw_all
-from grid import CORE, CURVES, TASKS, TELLING, UNPRUNED
+from grid import CORE, CURVES, NO_DROPOUT, TASKS, TELLING, UNPRUNED
 from published import ablation_table, beside_published
 from results import Cells, describe, read_rows
 from significance import SAME, compare, significance_table
@@ -36,9 +36,13 @@ NAMES = {
     "imp": "iterative magnitude pruning",
     "movement": "movement pruning",
 }
+NAMES |= {method: f"{NAMES[method.removesuffix('_no_dropout')]}, no dropout" for method in NO_DROPOUT}
 # The second score of methods that train weights: those masks over the pre-trained ones.
 REWOUND = {f"{method}, rewound": f"{name}, pre-trained weights" for method, name in NAMES.items()}
-ORDER = [name for method in NAMES for name in (method, f"{method}, rewound")]
+ORDER = sorted(
+    (name for method in NAMES for name in (method, f"{method}, rewound")),
+    key=lambda name: list(NAMES).index(name.split(", ")[0].removesuffix("_no_dropout")),
+)
 
 HEAD = """# Results
 
@@ -94,7 +98,7 @@ def table(results: Path) -> str:
 
 def summary(cells: Cells) -> str:
     """Return the table of the telling cells alone: a row a method, for each core task a column a sparsity."""
-    compared = (*UNPRUNED, "adaprune", *CURVES)
+    compared = (*UNPRUNED, "adaprune", *CURVES, *NO_DROPOUT)
     header = [f"{TITLES[task]}, {sparsity:.0%}" for task in CORE for sparsity in TELLING]
     lines = [f"| {' | '.join(['', *header])} |", "| --- " * (len(header) + 1) + "|"]
     for method in ORDER:
