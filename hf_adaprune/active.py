@@ -28,6 +28,11 @@ class ActiveHead:
     def __init__(self, model: PreTrainedModel) -> None:
         self.base_labels = {field: getattr(model.config, field, None) for field in LABEL_FIELDS}
         self.base_num_labels: int = getattr(model, "num_labels", model.config.num_labels)
+        if len(self.base_labels["id2label"] or {}) != self.base_num_labels:
+            # They have been changed already, for the adapter to come: the base's own are not known any more.
+            names = {number: f"LABEL_{number}" for number in range(self.base_num_labels)}
+            numbers = {name: number for number, name in names.items()}
+            self.base_labels = {"id2label": names, "label2id": numbers, "problem_type": None}
         self.layers: list[AdaPruneLayer] = []
         self.heads: list[ModulesToSaveWrapper] = []
         self.shown: AdaPruneConfig | None = None
@@ -57,7 +62,7 @@ class ActiveHead:
     def record(self, model: Any) -> None:
         """Write the labels that the model's configuration tells into that of the adapter that they are of."""
         stored = getattr(self.shown, "model_config", None)
-        if stored is not None and model.config.num_labels == self.num_labels(model, self.shown):
+        if stored is not None and model.config.num_labels == self.num_labels(self.shown):
             current = {field: getattr(model.config, field, None) for field in LABEL_FIELDS}
             stored |= {field: value for field, value in current.items() if value is not None}
 
@@ -69,7 +74,7 @@ class ActiveHead:
         if hasattr(model, "num_labels"):
             model.num_labels = model.config.num_labels
 
-    def num_labels(self, model: Any, config: AdaPruneConfig | None) -> int:
+    def num_labels(self, config: AdaPruneConfig | None) -> int:
         """Return how many labels the head of an adapter has; without one, the head of the base."""
         labels = _labels(config)
         return self.base_num_labels if labels is None else len(labels["id2label"])
@@ -161,16 +166,12 @@ def check_one_head(heads: Iterable[ModulesToSaveWrapper], names: str | Sequence[
 
 
 def _set_adapter(model: Any, keeper: ActiveHead, adapter_name: str | list[str]) -> None:
-    """Do what transformers does, which stops half way where an adapter lacks one of the modules of a head."""
+    """Do what transformers does, which stops half way where an adapter has no head, or only a part of another's."""
     names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
     configs = getattr(model, "peft_config", {})
     missing = [name for name in names if name not in configs]
     if missing:
         raise ValueError(f"The model has no adapter {missing}, but {sorted(configs)}.")
-    if not all(_is_ours(configs[name]) for name in names):
-        type(model).set_adapter(model, adapter_name)
-        keeper(model)
-        return
     check_one_head(keeper.heads, names)
     inference_mode = all(configs[name].inference_mode for name in names)
     for module in model.modules():

@@ -26,7 +26,7 @@ PREFIX = "base_model.model."
 # Bytes: what PyTorch allocates for the CPU begins at a multiple.
 _ALIGNMENT = 64
 
-_PUSH_OPTIONS = ("commit_message", "create_pr", "private", "repo_id", "revision")
+PUSH_OPTIONS = ("commit_message", "create_pr", "private", "repo_id", "revision")
 
 _put_off: ContextVar[list[tuple[Path, Callable[[], None]]] | None] = ContextVar("hf_adaprune_put_off", default=None)
 
@@ -78,7 +78,7 @@ def save_weights_first(model: Any, save_directory: str | Path, *args: Any, **kwa
         type(model).save_pretrained(model, save_directory, *args, **kwargs)
         return
     pushed = kwargs.pop("push_to_hub", False)
-    given = {key: kwargs.pop(key) for key in _PUSH_OPTIONS if pushed and key in kwargs}
+    given = {key: kwargs.pop(key) for key in PUSH_OPTIONS if pushed and key in kwargs}
     with weights_first():
         type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if pushed:

@@ -10,8 +10,7 @@ def speed_advice(config: AdaPruneConfig) -> str:
         config (`AdaPruneConfig`): The adapter's configuration.
     """
     if config.prunes_groups:
-        kinds = config.group_kinds or (config.whole_groups or "").split("+")
-        what = " and ".join(f"{kind}s" for kind in kinds)
+        what = " and ".join(f"{kind}s" for kind in config.whole_kinds)
         return (
             "Merged, the model computes as much as its base: expect no speed-up. `hf_adaprune.compact(model)` removes "
             f"the pruned {what}; what is left is a smaller dense model, which computes less: `hf-adaprune speed` "

@@ -11,10 +11,15 @@ from peft.utils import CONFIG_NAME
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from .checkpoints import put_state_in_place, save_state_no_more, save_state_with_checkpoints, set_torn_aside
+from .checkpoints import (
+    folder_of_step,
+    put_state_in_place,
+    save_state_no_more,
+    save_state_with_checkpoints,
+    set_torn_aside,
+)
 from .checks import run_checks
 from .config import AdaPruneConfig
 from .errors import ConfigError, NotPrunedError
@@ -81,18 +86,13 @@ class AdaPruneCallback(TrainerCallback):
                 f"`AdaPruneCallback` puts masks on a transformers model, got a {type(model).__name__}. Wrap it first: "
                 "`peft.get_peft_model(model, AdaPruneConfig(target_modules=...))`."
             )
-        loaded = model._hf_peft_config_loaded
-        try:
-            model.add_adapter(self.config or AdaPruneConfig(), self.adapter_name)
-        except Exception:
-            model._hf_peft_config_loaded = loaded
-            raise
+        model.add_adapter(self.config or AdaPruneConfig(), self.adapter_name)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Start, or go on, at the point of the schedule where training is."""
-        checkpoint = _folder_of_step(args, state)
+        checkpoint = folder_of_step(args, state)
         if state.global_step and hasattr(model, "transformers_model") and (checkpoint / SAFE_WEIGHTS_NAME).is_file():
             # sentence-transformers resumes from the adapter alone.
             model.load_state_dict(load_file(checkpoint / SAFE_WEIGHTS_NAME), strict=False)
@@ -106,7 +106,7 @@ class AdaPruneCallback(TrainerCallback):
         _check_optimizer(model, kwargs.get("optimizer"))
         self.pruner.load_state_dict({"num_steps": state.global_step})
         score_step = self.pruner.config.score_lr_ratio * args.learning_rate
-        if score_step > _MAX_SCORE_STEP:
+        if score_step > _MAX_SCORE_STEP and self.pruner.trains_scores:
             logger.warning(
                 f"`learning_rate={args.learning_rate}` moves a score by {score_step:.2g} a step, of a range of 2: "
                 "expect a poor mask. 5e-5, the Trainer's default, is right for AdaPrune."
@@ -150,7 +150,7 @@ class AdaPruneCallback(TrainerCallback):
         """See that all processes have the masks that were saved; put the scores where a resumed run looks for them."""
         self._running.check_masks()
         if args.should_save:
-            put_state_in_place(_folder_of_step(args, state))
+            put_state_in_place(folder_of_step(args, state))
         self._forget_best(state)
 
     def on_push_begin(
@@ -162,7 +162,7 @@ class AdaPruneCallback(TrainerCallback):
         card, name = Path(args.output_dir, CARD), _name_on_hub(args)
         fetch_card(card, name, revision=args.hub_revision, token=args.hub_token)
         self._card = (card.read_text(encoding="utf-8") if card.is_file() else None), name
-        checkpoint = _folder_of_step(args, state)
+        checkpoint = folder_of_step(args, state)
         if (checkpoint / CONFIG_NAME).is_file():
             write_model_card(checkpoint, name=name, card=card, picture=False)
 
@@ -188,7 +188,7 @@ class AdaPruneCallback(TrainerCallback):
 
     def _forget_best(self, state: TrainerState) -> None:
         # A model that is not pruned as asked is no candidate for `load_best_model_at_end`.
-        if self._running.num_steps < self._running.config.pruning_end * self._running.total_steps:
+        if not self._running.at_target:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
@@ -202,10 +202,6 @@ def _check_optimizer(model: nn.Module, optimizer: Any) -> None:
             "(`optim=`, or `optimizer_cls_and_kwargs=`), or put the masks on the model first, with "
             "`model.add_adapter(AdaPruneConfig())`, and then make the optimizer."
         )
-
-
-def _folder_of_step(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def _name_on_hub(args: TrainingArguments) -> str:

@@ -12,11 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME as MODEL_CONFIG
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .layer import adaprune_layers
@@ -52,21 +55,28 @@ def save_state_no_more(model: Any) -> None:
 
 
 def _save(
-    save: Callable[..., None], model: Any, num_processes: int, resumable: bool, folder: str, *args: Any, **kwargs: Any
+    save: Callable[..., None],
+    model: Any,
+    num_processes: int,
+    resumable: bool,
+    /,
+    save_directory: str,
+    *args: Any,
+    **kwargs: Any,
 ) -> None:
-    checkpoint = Path(folder)
+    checkpoint = Path(save_directory)
     # A model of sentence-transformers holds one that may have an adapter.
     holder = getattr(model, "transformers_model", None) or model
     # A model without an adapter is saved whole, and so is, by the Trainer itself, what FSDP trains.
     if not (_CHECKPOINT.fullmatch(checkpoint.name) and hasattr(holder, "peft_config")) or is_sharded(
         model.parameters()
     ):
-        save(folder, *args, **kwargs)
+        save(save_directory, *args, **kwargs)
         return
     # Those of an earlier run must not pass for this one's.
     for name in (TRAINER_STATE_NAME, SAFE_WEIGHTS_NAME):
         (checkpoint / name).unlink(missing_ok=True)
-    save(folder, *args, **kwargs)
+    save(save_directory, *args, **kwargs)
     _save_state(model, checkpoint / STATE_NAME, num_processes, resumable)
 
 
@@ -85,6 +95,11 @@ def _save_state(model: nn.Module, path: Path, num_processes: int, resumable: boo
         files += [f"rng_state_{rank}.pth" for rank in range(num_processes)] if num_processes > 1 else ["rng_state.pth"]
     metadata = {"format": "pt", "files": json.dumps(files)}
     save_file({name: state[name].contiguous() for name in sorted(names)}, path, metadata=metadata)
+
+
+def folder_of_step(args: TrainingArguments, state: TrainerState) -> Path:
+    """Return the folder that a Trainer saves to at the step where it is."""
+    return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def put_state_in_place(checkpoint: Path) -> None:
@@ -121,6 +136,8 @@ def set_torn_aside(folder: str | Path) -> None:
     for path in sorted(Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         if not (path.is_dir() and _CHECKPOINT.fullmatch(path.name)):
             continue
+        if (path / MODEL_CONFIG).exists() and not (path / ADAPTER_CONFIG).exists():
+            continue  # a whole model's
         if _is_whole(path):
             put_state_in_place(path)
             continue

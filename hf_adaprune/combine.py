@@ -52,6 +52,10 @@ def combine_adapters(
     if not any(mask.any() for mask in masks.values()):
         raise CombineError(f"The {how} of {list(adapter_names)} keeps nothing: they have no weight in common.")
     config = _new_config(base.peft_config, adapter_names, head, masks, grouped)
+    if how == "intersection" and not grouped:
+        # What one of them prunes whole, all of them together do.
+        kinds = {kind for name in adapter_names for kind in base.peft_config[name].whole_kinds}
+        config.whole_groups = "+".join(kind for kind in ("neuron", "head") if kind in kinds) or None
     config.combination = f"{how} of {', '.join(adapter_names)}"
     _add(tuner, new_name, config)
     for name, layer in layers.items():

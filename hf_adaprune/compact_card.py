@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers.models.auto import modeling_auto
 
+from .adapter_files import PUSH_OPTIONS
 from .advice import COMPACT_ADVICE
 from .config import AdaPruneConfig
 from .model_card import BEGIN, CARD, END, describe_base, pipeline_of, put_card
@@ -82,9 +83,13 @@ def _auto_class(architecture: str) -> str:
 def _save(
     card: CompactCard, model: Any, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
 ) -> None:
+    pushed, name = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None) or Path(save_directory).resolve().name
+    hub = {key: kwargs.pop(key) for key in PUSH_OPTIONS if pushed and key in kwargs}
     type(model).save_pretrained(model, save_directory, is_main_process, **kwargs)
     if is_main_process:
-        put_card(Path(save_directory, CARD), card.render(kwargs.get("repo_id") or Path(save_directory).resolve().name))
+        put_card(Path(save_directory, CARD), card.render(name))
+    if pushed:
+        _push(card, model, name, token=kwargs.get("token"), **hub)
 
 
 def _push(card: CompactCard, model: Any, repo_id: str, **kwargs: Any) -> Any:

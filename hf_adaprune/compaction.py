@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .compact_card import CompactCard
-from .compact_model import config_class, model_class, plain_class
+from .compact_model import MODEL_TYPE, config_class, model_class, plain_class
 from .config import AdaPruneConfig
 from .errors import CompactionError, NotPrunedError, StructureError
 from .example_inputs import dummy_inputs, twin
@@ -190,7 +190,8 @@ def _make_special(dense: Any, widths: dict[str, tuple[int, int]], heads: dict[st
     left = {name.removeprefix(body): head for name, head in heads.items()}
     left |= {name: compose_heads(heads_before[name], head) for name, head in left.items() if name in heads_before}
     shapes = {"compact_widths": wide, "compact_heads": heads_before | left}
-    config = special.from_dict(old.to_dict() | {"base_model_type": base_model_type} | shapes)
+    types = {"model_type": MODEL_TYPE, "base_model_type": base_model_type}
+    config = special.from_dict(old.to_dict() | types | shapes)
     config._attn_implementation = old._attn_implementation
     config._name_or_path = old._name_or_path
     for module in dense.modules():

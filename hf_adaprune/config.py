@@ -176,9 +176,14 @@ class AdaPruneConfig(PeftConfig):
         return () if self.granularity == "weight" or self.n_of_m else tuple(self.granularity.split("+"))
 
     @property
+    def whole_kinds(self) -> tuple[str, ...]:
+        """What is pruned whole, by masks of groups or by masks of single weights that were made from some."""
+        return self.group_kinds or tuple(self.whole_groups.split("+") if self.whole_groups else ())
+
+    @property
     def prunes_groups(self) -> bool:
         """Whether whole neurons or heads are pruned, so that `compact` has something to remove."""
-        return bool(self.group_kinds or self.whole_groups)
+        return bool(self.whole_kinds)
 
     @property
     def architecture(self) -> str | None:

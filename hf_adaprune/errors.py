@@ -52,7 +52,7 @@ class NonFiniteError(AdaPruneError, FloatingPointError):
 
 
 class NotPrunedError(AdaPruneError, RuntimeError):
-    """There is nothing to drive: the model has no trainable masks of the given name."""
+    """The model, or the adapter, does not have the masks that this needs."""
 
 
 class AdapterNotFoundError(AdaPruneError, FileNotFoundError):
@@ -60,7 +60,7 @@ class AdapterNotFoundError(AdaPruneError, FileNotFoundError):
 
 
 class PushError(AdaPruneError, ConnectionError):
-    """The Hub refused a push, or the connection broke: nothing was changed there."""
+    """The Hub refused a push, or the connection broke: no file was changed there."""
 
 
 class TaskError(AdaPruneError, ValueError):

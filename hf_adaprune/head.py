@@ -135,6 +135,8 @@ def _swap(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
 
 def _record(model: PreTrainedModel, config: AdaPruneConfig) -> None:
     name = type(model).__name__
+    if _is_of_another_head(model.config.problem_type, getattr(model, "num_labels", None), model.config.num_labels):
+        model.config.problem_type = None
     config.model_config = model.config.to_diff_dict() | {
         "architectures": [name],
         "model_type": model.config.model_type,
@@ -143,6 +145,13 @@ def _record(model: PreTrainedModel, config: AdaPruneConfig) -> None:
         config.task_type = _task_type(model)
     if config.task_type is None:
         config.auto_mapping = {"base_model_class": name, "parent_library": type(model).__module__}
+
+
+def _is_of_another_head(problem_type: str | None, former: int | None, num_labels: int) -> bool:
+    """Return whether a forward pass has noted in the configuration what the labels of another head were."""
+    if problem_type == "regression":
+        return former == 1 and num_labels > 1
+    return problem_type == "single_label_classification" and num_labels == 1
 
 
 def _task_type(model: PreTrainedModel) -> TaskType | None:

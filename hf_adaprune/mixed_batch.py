@@ -73,7 +73,7 @@ def _check(model: nn.Module, adapter_names: Sequence[str]) -> None:
     if head is None or not head.heads:
         return
     configs: Any = model.peft_config
-    sizes = {name: head.num_labels(model, None if name == BASE else configs[name]) for name in adapter_names}
+    sizes = {name: head.num_labels(None if name == BASE else configs[name]) for name in adapter_names}
     if len(set(sizes.values())) > 1:
         raise MixedBatchError(
             f"The heads of a mixed batch must have one size, got {sizes}: there is no tensor that could hold the "

@@ -69,6 +69,8 @@ class AdaPruneModel(BaseTuner):
             self._inject(model, adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
             self.peft_config.pop(adapter_name, None)
+            if "peft_config" not in vars(model):
+                vars(model).pop("_hf_peft_config_loaded", None)  # transformers has set it: it may be tried again
             raise
 
     def _inject(
@@ -81,6 +83,8 @@ class AdaPruneModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None,
     ) -> None:
         # All checks come before the first change to the model.
+        if not adapter_name or "." in adapter_name:
+            raise ConfigError(f"An adapter's name must not be empty or contain a dot, got {adapter_name!r}.")
         if any(layer.merged for _, layer in adaprune_layers(model)):
             raise MergeError(
                 f"The masks of an adapter are merged into the base, which {adapter_name!r} must be put on as it is: "
@@ -109,6 +113,7 @@ class AdaPruneModel(BaseTuner):
         if isinstance(model, PreTrainedModel) and keeper is not None:
             keep_in_step(model, keeper, self.peft_config)
             model.save_pretrained = functools.partial(save_weights_first, model)
+            vars(model).pop("push_to_hub", None)  # of a model that was made smaller, with its card
             if config.is_stored:
                 shapes = head_shapes(model, adapter_name)
                 model._load_pretrained_model = functools.partial(load_checked, config, shapes)

@@ -13,6 +13,7 @@ from peft import PeftConfig
 from .advice import speed_advice
 from .analysis import plot_sparsity, sparsity_report
 from .config import AdaPruneConfig
+from .errors import NotPrunedError
 
 
 BEGIN, END = "<!-- hf_adaprune: what is between these lines is written anew -->", "<!-- hf_adaprune: end -->"
@@ -22,7 +23,7 @@ CARD, PICTURE = "README.md", "sparsity.png"
 _UNFILLED = "[More Information Needed]"
 
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
-_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _PIPELINES = {
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
@@ -90,17 +91,27 @@ def write_model_card(
     """
     folder = Path(folder)
     config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, AdaPruneConfig):
+        raise NotPrunedError(
+            f"The adapter in '{folder}' is one of another method, {config.peft_type}: it has no masks."
+        )
     if picture:
         plot_sparsity(sparsity_report(config)).savefig(folder / PICTURE, dpi=150)
     drawn = PICTURE if (folder / PICTURE).is_file() else None
     path = Path(card or folder / CARD)
     written = _written(path)
+    kept: list[EvalResult] = []
     if written is not None:
         name = name or _title(written.text)
-        if metrics is None:
-            metrics = {result.metric_type: result.metric_value for result in written.data.eval_results or []}
-    name = name or folder.resolve().name
-    return put_card(path, _render(config, name, subfolder, dict(metrics or {}), dataset, drawn))
+        kept = written.data.eval_results or []
+    if metrics is None:
+        metrics = {it.metric_type: it.metric_value for it in kept if isinstance(it.metric_value, (int, float))}
+    else:
+        kept = []
+    made: Any = _render(config, name or folder.resolve().name, subfolder, dict(metrics), dataset, drawn)
+    if kept:
+        made.data.eval_results = kept  # with the data sets and splits that they are of
+    return put_card(path, made)
 
 
 def put_card(path: Path, made: ModelCard) -> ModelCard:

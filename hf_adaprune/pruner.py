@@ -94,6 +94,8 @@ class Pruner:
         self._remember()
         # An adapter that is trained on starts from its mask, and not from the schedule's beginning.
         self._start_sparsity = min(self.sparsity, self.config.final_sparsity)
+        num_weights = sum(layer.count(adapter_name)[1] for layer in self.layers.values())
+        self._starts_at_target = round((self.config.final_sparsity - self._start_sparsity) * num_weights) == 0
         calibrates = self.config.score_init == "wanda" and self._start_sparsity == 0
         self._inputs = InputMoments(self.layers, adapter_name) if calibrates else None
 
@@ -116,6 +118,18 @@ class Pruner:
     def finished(self) -> bool:
         """Whether training should end now: Algorithm 1 stops as soon as its target is exceeded."""
         return self.config.selection == "threshold" and self.sparsity > self.config.final_sparsity
+
+    @property
+    def at_target(self) -> bool:
+        """Whether the model is as sparse as it is to be: before that, no step of a run is its best."""
+        if self.config.selection == "threshold":
+            return self.finished
+        return self._starts_at_target or self.num_steps >= self.config.pruning_end * self.total_steps
+
+    @property
+    def trains_scores(self) -> bool:
+        """Whether an optimizer may move the scores: of a mask that is fixed it may not."""
+        return any(scores.requires_grad for scores in self._scores().values())
 
     def check_gradients(self) -> None:
         """Raise before a step that would ruin the model.

@@ -86,8 +86,8 @@ def _all_or_nothing(name: str) -> Iterator[None]:
     except Exception as error:  # What a broken connection raises is the business of the client's HTTP library.
         reason = f"{error} {error.__cause__ or ''}".strip()
         raise PushError(
-            f"{name!r} was not pushed, and is on the Hub as it was: {reason} If it is a matter of rights, "
-            "log in with a token that may write there (`hf auth login`, or HF_TOKEN); otherwise push again."
+            f"{name!r} was not pushed, and its files on the Hub are as they were: {reason} If it is a matter of "
+            "rights, log in with a token that may write there (`hf auth login`, or HF_TOKEN); otherwise push again."
         ) from error
 
 

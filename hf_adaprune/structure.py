@@ -112,7 +112,9 @@ def check_patterns(model: nn.Module, config: AdaPruneConfig, matches: Callable[[
     chosen = {name: module for name, module in model.named_modules() if matches(config, name)}
     offenders = {name: features(module)[0] for name, module in maskable(model) if name in chosen}
     offenders = {name: inputs for name, inputs in offenders.items() if inputs % config.n_of_m[1]}
-    embeddings = [name for name, module in chosen.items() if isinstance(module, nn.Embedding)]
+    embeddings = [
+        name for name, module in chosen.items() if isinstance(getattr(module, "base_layer", module), nn.Embedding)
+    ]
     if offenders or embeddings:
         raise StructureError(
             f"`granularity={config.granularity!r}` needs layers whose inputs are a multiple of {config.n_of_m[1]}; "

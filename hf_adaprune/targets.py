@@ -136,6 +136,8 @@ def maskable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if isinstance(module, AdaPruneLayer):
             wrapped += (f"{name}.",)
+            if module.input_dim is None:  # an embedding
+                continue
         elif masked_class(module) not in (Linear, Conv1DLinear):
             continue
         if module is not head and name:
@@ -153,5 +155,5 @@ def _ends_with(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
-def _is_under(module: str, parents: list[str] | None) -> bool:
-    return any(module == parent or module.startswith(f"{parent}.") for parent in parents or [])
+def _is_under(module: str, parents: list[str]) -> bool:
+    return any(module == parent or module.startswith(f"{parent}.") for parent in parents)

@@ -113,7 +113,6 @@ def test_an_adapter_that_is_loaded_becomes_active_with_its_head(base: Path, task
     assert torch.equal(logits_of(model), tasks["two"].logits)
 
 
-@both_doors
 def test_nothing_is_reported_missing_when_adapters_are_loaded_one_after_the_other(
     base: Path, tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +129,7 @@ def test_nothing_is_reported_missing_when_adapters_are_loaded_one_after_the_othe
     assert not any(info.missing_keys or info.unexpected_keys or info.mismatched_keys for info in reported)
 
 
+@both_doors
 def test_without_adapters_the_base_has_its_own_head_and_labels(door: Open, base: Path, tasks: dict[str, Task]) -> None:
     own = load_base(base, 5)
     model = door(base, tasks, "two", "three")
@@ -352,6 +352,47 @@ def test_an_adapter_of_another_method_has_its_own_head(
         assert torch.equal(logits_of(model), tasks["two"].logits)
         model.set_adapter("lora")
         torch.testing.assert_close(logits_of(model), before + 1)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+def test_an_ordinary_lora_goes_on_after_the_masks(base: Path, tasks: dict[str, Task]) -> None:
+    model = open_plain(base, tasks, "two")
+    model.add_adapter(LoraConfig(target_modules=["intermediate.dense"], init_lora_weights=False), "lora")
+    logits: dict[str, torch.Tensor] = {}
+    for names in ("two", "lora", ["two", "lora"]) * 2:
+        model.set_adapter(names)
+        found = logits.setdefault(str(names), logits_of(model))
+        assert torch.equal(logits_of(model), found)
+    assert torch.equal(logits["two"], tasks["two"].logits)
+    assert not torch.equal(logits["['two', 'lora']"], logits["two"])
+    assert logits["lora"].shape == (len(found), 5)  # the base's own head
+
+
+def test_labels_that_are_changed_before_the_first_adapter_are_not_the_bases(tmp_path: Path) -> None:
+    model = load_base(save_base(tmp_path / "base"), 5)
+    model.config.id2label = {0: "no", 1: "yes"}
+    model.add_adapter(AdaPruneConfig(), "two")
+    batch = make_batch()
+    assert model(**batch | {"labels": batch["labels"] % 2}).logits.shape[1] == 2
+    model.disable_adapters()
+    assert model(**batch).logits.shape[1] == model.config.num_labels == 5
+    assert model.config.id2label[4] == "LABEL_4"
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+@pytest.mark.parametrize(("first", "second"), [(1, 3), (3, 1)])
+def test_the_kind_of_labels_is_not_handed_on_to_a_head_of_another_size(
+    first: int, second: int, tmp_path: Path
+) -> None:
+    model, batch = load_base(save_base(tmp_path / "base"), first), make_batch()
+    labels = {1: torch.rand(len(batch["labels"])), 3: batch["labels"] % 3}
+    model.add_adapter(AdaPruneConfig(), "first")
+    model(**batch | {"labels": labels[first]})
+    model.config.num_labels = second
+    model.add_adapter(AdaPruneConfig(), "second")
+    model.set_adapter("second")
+    assert model(**batch | {"labels": labels[second]}).loss.isfinite()
+    assert model.config.problem_type == ("regression" if second == 1 else "single_label_classification")
 
 
 def test_masks_that_another_method_is_put_around_are_saved_and_compute_as_before(tmp_path: Path) -> None:

@@ -34,7 +34,14 @@ from transformers import (
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner, skip_fingerprint_check, sparsity_report
 from hf_adaprune.analysis import load_masks
-from hf_adaprune.errors import AdaPruneError, AdapterFileError, BaseMismatchError, ConfigError, NonFiniteError
+from hf_adaprune.errors import (
+    AdaPruneError,
+    AdapterFileError,
+    BaseMismatchError,
+    ConfigError,
+    NoMatchingModuleError,
+    NonFiniteError,
+)
 from hf_adaprune.layer import adaprune_layers
 
 
@@ -84,6 +91,19 @@ def test_a_configuration_that_cannot_be_is_refused(options: dict[str, Any], said
     with pytest.raises(ConfigError, match=said) as error:
         AdaPruneConfig(**options)
     assert isinstance(error.value, ValueError)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+def test_what_was_refused_may_be_asked_for_again_rightly() -> None:
+    model = make_model()
+    with pytest.raises(NoMatchingModuleError):
+        model.add_adapter(AdaPruneConfig(target_modules=["qurey"]))
+    with pytest.raises(ConfigError, match=r"name must not be empty or contain a dot, got 'v1.0'"):
+        model.add_adapter(AdaPruneConfig(), "v1.0")
+    model.add_adapter(AdaPruneConfig(target_modules=["query"]))
+    with pytest.raises(NoMatchingModuleError):
+        model.add_adapter(AdaPruneConfig(target_modules=["qurey"]), "second")
+    assert model.active_adapters() == ["default"]
 
 
 def by_callback(model: Any, config: AdaPruneConfig, folder: Path) -> None:

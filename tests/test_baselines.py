@@ -148,7 +148,7 @@ def test_a_rewound_model_is_an_adapter_that_opens_on_the_base(base_path: Path, t
     assert sparsity_report(opened).sparsity == 0.5
 
 
-@pytest.mark.parametrize("method", ["magnitude", "movement", "smp", "random", "no_recovery"])
+@pytest.mark.parametrize("method", ["magnitude", "movement", "smp", "random", "no_recovery", "lora"])
 def test_a_resumed_baseline_equals_an_uninterrupted_one(method: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5}
     _, _, whole = train(method, tmp_path, **options)
@@ -160,6 +160,8 @@ def test_a_resumed_baseline_equals_an_uninterrupted_one(method: str, tmp_path: P
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert not changed(state_of(whole.model), state_of(resumed.model))
     assert not changed(masks_of(whole.model), masks_of(resumed.model))
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
 
 
 def test_random_masks_are_drawn_by_the_seed_and_spare_no_layer(tmp_path: Path) -> None:

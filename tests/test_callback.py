@@ -9,6 +9,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, sparsity_report
+from hf_adaprune.baselines import LoraCallback, RandomMaskCallback
 from hf_adaprune.errors import ConfigError, NonFiniteError, NotPrunedError
 from hf_adaprune.layer import adaprune_layers
 
@@ -109,6 +110,33 @@ def test_the_best_model_is_looked_for_among_those_that_are_pruned_as_asked(wrapp
     assert run.state.best_global_step == best
     assert sparsity_report(model).sparsity == 0.5
     assert run.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["paper", "random"])
+def test_where_sparsity_follows_no_ramp_the_best_is_a_model_as_sparse_as_asked(kind: str, tmp_path: Path) -> None:
+    config = AdaPruneConfig.from_preset("paper", drift=0.03)
+    callback = AdaPruneCallback(config) if kind == "paper" else RandomMaskCallback(0.5)
+    model = fresh()
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    run = trainer(model, tmp_path, callback, **options)
+    run.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
+    if kind == "paper":
+        # It ends itself by the step in which the target is exceeded.
+        assert run.state.best_global_step == run.state.global_step == max(losses) < STEPS
+    else:
+        assert run.state.best_global_step == min(losses, key=lambda step: losses[step])
+    assert sparsity_report(model).sparsity >= 0.5
+
+
+def test_the_best_of_a_lora_run_is_loaded(tmp_path: Path) -> None:
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
+    run = trainer(fresh(), tmp_path, LoraCallback(), learning_rate=0.3, **options)
+    run.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
+    assert run.state.best_global_step < STEPS
+    assert run.evaluate()["eval_loss"] == pytest.approx(losses[run.state.best_global_step], rel=1e-6)
 
 
 def largest_score(model: nn.Module) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from test_callback import STEPS, Kill, fresh, trainer
+from transformers import TrainerCallback
 
 from hf_adaprune import AdaPruneCallback, sparsity_report
 
@@ -70,12 +71,26 @@ def test_what_is_whole_or_no_checkpoint_of_a_trainer_stays_where_it_is(tmp_path:
     trainer(fresh(), tmp_path, AdaPruneCallback, max_steps=10).train()
     trainer(fresh(), tmp_path / "fine-tuned", max_steps=5).train()
     (tmp_path / "fine-tuned" / "checkpoint-5").rename(tmp_path / "checkpoint-7")
+    fresh().save_pretrained(tmp_path / "checkpoint-8")  # by hand: no state of a Trainer
     for name in ("checkpoint-of-mine", "checkpoint-10.bak"):
         (tmp_path / name).mkdir()
     before = {path: path.stat().st_mtime for path in tmp_path.glob("checkpoint-*")}
-    assert len(before) == 5
+    assert len(before) == 6
     trainer(fresh(), tmp_path, AdaPruneCallback)
     assert {path: path.stat().st_mtime for path in tmp_path.glob("*checkpoint-*")} == before
+
+
+def test_a_model_is_saved_by_keyword_while_it_trains_and_after_a_broken_run(tmp_path: Path) -> None:
+    class Save(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            model.save_pretrained(save_directory=tmp_path / f"step {state.global_step}")
+
+    model = fresh()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(model, tmp_path, AdaPruneCallback, Save(), Kill(2)).train()
+    model.save_pretrained(save_directory=tmp_path / "after")
+    for name in ("step 1", "step 2", "after"):
+        assert (tmp_path / name / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -12,10 +12,10 @@ from doors import logits_of as classify
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_mixed_batch import prune_at_random, randomize_heads
-from tiny import HEADS, logits_of, make_model, save_model
+from tiny import HEADS, logits_of, make_model, save_model, train_masks
 from torch import nn
 
-from hf_adaprune import AdaPruneConfig, combine_adapters, sparsity_report
+from hf_adaprune import AdaPruneConfig, combine_adapters, compact, expand, sparsity_report
 from hf_adaprune.errors import CombineError
 from hf_adaprune.layer import adaprune_layers
 
@@ -51,6 +51,22 @@ def test_each_way_is_its_truth_table(how: str, keeps: Any, count: int) -> None:
             layer.set_mask(name, torch.tensor([column]))
     model.combine_adapters(names, how, "new")
     assert mask_of(model, "new").tolist() == [keeps(row) for row in table]
+
+
+def test_what_one_prunes_whole_the_intersection_does_too() -> None:
+    whole = get_peft_model(make_model(head="none"), AdaPruneConfig(granularity="neuron+head", scope="global"))
+    train_masks(whole, head="none")
+    model = get_peft_model(compact(whole), AdaPruneConfig())
+    train_masks(model, head="none")
+    model = expand(model, whole)
+    model.add_adapter(AdaPruneConfig(), "weights")
+    prune_at_random(model, "weights", 0)
+    for how, kinds in (("intersection", ("neuron", "head")), ("union", ())):
+        combine_adapters(model, ["default", "weights"], how, how)
+        assert model.peft_config[how].whole_kinds == kinds
+    model.set_adapter("intersection")
+    small = compact(model)
+    torch.testing.assert_close(logits_of(small, "none"), logits_of(model, "none"))
 
 
 def test_the_intersection_computes_what_several_active_masks_do() -> None:

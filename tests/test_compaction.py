@@ -277,18 +277,26 @@ def test_a_push_takes_the_card_along(tmp_path: Path) -> None:
 import sys
 import warnings
 sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]!r}
-from test_compaction import compact, trained
-compact(trained()).push_to_hub("me/small")
+from test_compaction import AdaPruneConfig, compact, trained
+small = compact(trained())
+small.push_to_hub("me/small")
+small.save_pretrained("{tmp_path}/saved", push_to_hub=True, repo_id="me/saved")
+small.add_adapter(AdaPruneConfig())
+small.push_to_hub("me/adapter")
 """
     with HubServer() as hub:
         environment = os.environ | hub.client_env(tmp_path / "home", hub.write_token) | {"HF_HUB_OFFLINE": "0"}
         command = [sys.executable, "-W", "ignore", "-c", script]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-        files = hub.files("me/small")
+        files, saved, adapter = (hub.files(f"me/{name}") for name in ("small", "saved", "adapter"))
     assert b"without the neurons and attention heads" in files["README.md"]
     assert json.loads(files["config.json"])["model_type"] == "adaprune_compact"
     assert len(files["model.safetensors"]) < 4 * make_model().num_parameters()
+    assert saved.keys() == files.keys()
+    assert b"without the neurons and attention heads" in saved["README.md"]
+    assert b"without the neurons and attention heads" not in adapter["README.md"]
+    assert "model.safetensors" not in adapter
 
 
 def test_where_this_package_is_not_imported_a_special_model_says_what_it_is(tmp_path: Path) -> None:

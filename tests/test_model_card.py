@@ -1,15 +1,18 @@
+import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import AutoPeftModelForSequenceClassification, PeftConfig, get_peft_model
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftConfig, get_peft_model
 from tiny import logits_of, make_model, save_model, train_masks
 from transformers import AutoModelForSequenceClassification
 
 from hf_adaprune import AdaPruneConfig, sparsity_report
-from hf_adaprune.model_card import write_model_card
+from hf_adaprune.errors import NotPrunedError
+from hf_adaprune.model_card import describe_base, write_model_card
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,37 @@ def test_a_base_on_the_hub_is_named_in_the_metadata(adapter: tuple[Path, torch.T
     card: Any = write_model_card(tmp_path)
     assert card.data.base_model == "google-bert/bert-base-uncased"
     assert card.data.base_model_relation == "adapter"
+
+
+def test_scores_on_a_card_keep_the_data_and_the_split_that_they_are_of(
+    adapter: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    shutil.copytree(adapter[0], tmp_path / "adapter")
+    write_model_card(tmp_path / "adapter", metrics={"accuracy": 0.87}, dataset="nyu-mll/glue", picture=False)
+    card: Any = ModelCard.load(tmp_path / "adapter" / "README.md")
+    (result,) = card.data.eval_results
+    assert result.dataset_type == "nyu-mll/glue"
+    held = dataclasses.replace(result, dataset_split="test", metric_value="91 %")
+    card.data.eval_results = [result, held]
+    card.save(tmp_path / "adapter" / "README.md")
+    for _ in range(2):
+        again: Any = write_model_card(tmp_path / "adapter", name="me/sst2", picture=False)
+        kept = [(it.dataset_type, it.dataset_split, it.metric_value) for it in again.data.eval_results]
+        assert kept == [("nyu-mll/glue", None, 0.87), ("nyu-mll/glue", "test", "91 %")]
+    new: Any = write_model_card(tmp_path / "adapter", metrics={"accuracy": 0.5}, picture=False)
+    assert [it.metric_value for it in new.data.eval_results] == [0.5]
+
+
+def test_a_folder_is_no_name_on_the_hub_and_lora_has_no_masks(tmp_path: Path) -> None:
+    assert [describe_base(name)[0] for name in ("../bert", "./bert", "me/bert", "bert")] == [
+        None,
+        None,
+        "me/bert",
+        "bert",
+    ]
+    LoraConfig(target_modules=["query"]).save_pretrained(str(tmp_path))
+    with pytest.raises(NotPrunedError, match="one of another method"):
+        write_model_card(tmp_path)
 
 
 def test_a_fresh_model_has_no_card_to_write(tmp_path: Path) -> None:

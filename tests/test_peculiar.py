@@ -11,8 +11,8 @@ import transformers
 from peft import AutoPeftModel, AutoPeftModelForQuestionAnswering, PeftModel, get_peft_model
 from tiny import ARCHITECTURES, VOCAB, make_batch, make_model, train_masks
 
-from hf_adaprune import AdaPruneConfig, compact
-from hf_adaprune.errors import CompactionError, MergeError, NoMatchingModuleError
+from hf_adaprune import AdaPruneConfig, compact, sparsity_report
+from hf_adaprune.errors import CompactionError, MergeError, NoMatchingModuleError, StructureError
 from hf_adaprune.example_inputs import example_inputs, longest_input
 from hf_adaprune.export import OnnxModel, export_onnx
 from hf_adaprune.layer import adaprune_layers
@@ -100,6 +100,19 @@ def test_masked_embeddings_are_found_by_a_second_adapter() -> None:
     model = get_peft_model(make_model(), AdaPruneConfig(mask_embeddings=True), "x")
     model.add_adapter("y", AdaPruneConfig(mask_embeddings=True))
     assert "bert.embeddings.word_embeddings" in dict(adaprune_layers(model.get_base_model(), "y"))
+
+
+def test_a_second_adapter_masks_no_embeddings_because_the_first_did() -> None:
+    alone = get_peft_model(make_model(), AdaPruneConfig())
+    model = get_peft_model(make_model(), AdaPruneConfig(mask_embeddings=True), "x")
+    model.add_adapter("y", AdaPruneConfig())
+    assert sparsity_report(model, "y").num_weights == sparsity_report(alone).num_weights
+    model.add_adapter("two of four", AdaPruneConfig(granularity="2:4"))
+    model.set_adapter("two of four")
+    train_masks(model, adapter_name="two of four")
+    assert sparsity_report(model, "two of four").sparsity == 0.5
+    with pytest.raises(StructureError, match=r"these are embeddings: \['.*word_embeddings'\]"):
+        model.add_adapter("z", AdaPruneConfig(granularity="2:4", target_modules=["query", "word_embeddings"]))
 
 
 def test_sparse_attention_is_still_sparse_after_neurons_and_heads_were_looked_for_and_removed() -> None:

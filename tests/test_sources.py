@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, make_model, train_masks
 from torch import nn
 
-from hf_adaprune import AdaPruneConfig
+from hf_adaprune import AdaPruneConfig, compact
 from hf_adaprune.analysis import load_masks, model_masks, model_weights, neuron_degrees, sparsity_report
 from hf_adaprune.errors import AdapterFileError, NoMatchingModuleError, NotPrunedError
 from hf_adaprune.layer import adaprune_layers
@@ -31,6 +31,17 @@ def test_a_stored_adapter_has_the_masks_of_the_model_that_was_trained(architectu
     assert all(mask.dtype == torch.bool and mask.dim() == 2 for mask in masks.values())
     pruned = sum(int((~mask).sum()) for mask in masks.values())
     assert pruned == sparsity_report(model).num_pruned
+
+
+def test_masks_over_a_model_that_was_made_smaller_are_read_too(tmp_path: Path) -> None:
+    whole = get_peft_model(make_model(), AdaPruneConfig(granularity="neuron+head", scope="global"))
+    train_masks(whole)
+    model = get_peft_model(compact(whole), AdaPruneConfig())
+    train_masks(model)
+    model.save_pretrained(tmp_path)
+    expected, masks = model_masks(model), load_masks(tmp_path)
+    assert list(masks) == list(expected)
+    assert all(torch.equal(masks[name], expected[name]) for name in masks)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])

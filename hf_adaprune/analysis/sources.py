@@ -14,6 +14,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..adapter_files import plain_name, read_masks
+from ..compact_model import MODEL_TYPE, config_class, model_class
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, NoMatchingModuleError, NotPrunedError
 from ..groups import Groups
@@ -158,7 +159,8 @@ def transformers_config(config: AdaPruneConfig | PretrainedConfig) -> Pretrained
         raise NotPrunedError("The adapter's configuration does not tell what model it was made for.")
     told = {key: value for key, value in config.model_config.items() if key not in _NOT_TAKEN}
     try:
-        found = AutoConfig.for_model(**told)
+        is_compact = told.get("model_type") == MODEL_TYPE
+        found = config_class(told["base_model_type"]).from_dict(told) if is_compact else AutoConfig.for_model(**told)
     except Exception as error:
         raise _no_model(error) from None
     num_layers = getattr(found, "num_hidden_layers", None) or 0
@@ -179,7 +181,10 @@ def _skeleton(config: AdaPruneConfig) -> nn.Module | None:
     cls = getattr(transformers, config.architecture or "", None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         return None
-    told = transformers_config(config)
+    told: Any = transformers_config(config)
+    if told.model_type == MODEL_TYPE:
+        special: Any = type(told)
+        cls = model_class(cls, special)
     try:
         with torch.device("meta"):
             skeleton: nn.Module = cls(told)

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..checkpoints import folder_of_step, put_state_in_place, save_state_no_more, save_state_with_checkpoints
 from ..config import AdaPruneConfig
 from ..head import head_modules
 from ..targets import resolve_targets
@@ -50,3 +51,20 @@ class LoraCallback(TrainerCallback):
         model.add_adapter(
             LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=targets, modules_to_save=head_modules(model))
         )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Have checkpoints hold what a resumed run loads: of an adapter in a plain model the Trainer loads nothing."""
+        save_state_with_checkpoints(model, args.world_size, resumable=not args.save_only_model)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put that where the Trainer looks for it."""
+        if args.should_save:
+            put_state_in_place(folder_of_step(args, state))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Have the model saved as ever."""
+        save_state_no_more(model)
