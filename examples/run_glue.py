@@ -428,7 +428,8 @@ def main(argv: list[str] | None = None) -> None:
     if pruned_alone and trainer.is_world_process_zero():
         unscored = ("loss", "runtime", "samples", "per_second")
         scores = {name[5:]: value for name, value in evaluated.items() if not name.endswith((*unscored, "epoch"))}
-        write_model_card(args.output_dir, metrics=scores, dataset="nyu-mll/glue" if data_args.task_name else None)
+        of: dict[str, Any] = {"dataset": "nyu-mll/glue", "dataset_config": task.name, "dataset_split": "validation"}
+        write_model_card(args.output_dir, metrics=scores, **(of if data_args.task_name else {}))
     if args.do_eval and model_args.ablate:
         trainer.save_metrics("ablations", ablate(trainer))
     if watching:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from transformers.models.auto import modeling_auto
 
 from .adapter_files import PUSH_OPTIONS
 from .advice import COMPACT_ADVICE
 from .config import AdaPruneConfig
-from .model_card import BEGIN, CARD, END, describe_base, pipeline_of, put_card
+from .model_card import BEGIN, CARD, END, auto_class, describe_base, pipeline_of, put_card
 
 
 _TEMPLATE = Path(__file__).parent / "templates" / "compact_card.md"
@@ -60,7 +59,7 @@ class CompactCard:
             title=name,
             name=name,
             base=description,
-            auto_class=_auto_class(self.architecture),
+            auto_class=auto_class(self.architecture) or "AutoModel",
             advice=COMPACT_ADVICE,
             **{field: getattr(self, field) for field in ("stock", "before", "after", "blocks")},
         )
@@ -69,15 +68,6 @@ class CompactCard:
         """Have a model write this card whenever it is saved, and take it to the Hub when it is pushed."""
         model.save_pretrained = functools.partial(_save, self, model)
         model.push_to_hub = functools.partial(_push, self, model)
-
-
-def _auto_class(architecture: str) -> str:
-    """Return the Auto class whose name ends as the architecture's does: `AutoModel` if there is no other."""
-    if architecture.endswith("LMHeadModel"):
-        return "AutoModelForCausalLM"
-    names = [name for name in modeling_auto.__all__ if name.startswith("AutoModelFor")]
-    fitting = [name for name in names if architecture.endswith(name.removeprefix("AutoModel"))]
-    return max(fitting, key=len, default="AutoModel")
 
 
 def _save(

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftConfig
+from transformers.models.auto import modeling_auto
 
 from .advice import speed_advice
 from .analysis import plot_sparsity, sparsity_report
@@ -30,13 +31,6 @@ _PIPELINES = {
     "QUESTION_ANS": "question-answering",
     "CAUSAL_LM": "text-generation",
     "FEATURE_EXTRACTION": "feature-extraction",
-}
-_AUTO_CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "FEATURE_EXTRACTION": "AutoModel",
 }
 _OPTIONS = (
     *(
@@ -60,6 +54,8 @@ def write_model_card(
     subfolder: str | None = None,
     metrics: Mapping[str, float] | None = None,
     dataset: str | None = None,
+    dataset_config: str | None = None,
+    dataset_split: str | None = None,
     picture: bool = True,
     card: str | Path | None = None,
 ) -> ModelCard:
@@ -74,7 +70,9 @@ def write_model_card(
         subfolder (`str`, *optional*): Where it is in the repository of that name.
         metrics (`Mapping[str, float]`, *optional*):
             Scores to show, and to enter in the card's `model-index`; by default those that it already has.
-        dataset (`str`, *optional*): Name of the data set that the scores are for.
+        dataset (`str`, *optional*): Name, on the Hub, of the data set that the scores are for.
+        dataset_config (`str`, *optional*): The part of it: `"sst2"`, say.
+        dataset_split (`str`, *optional*): The split: `"validation"`, say.
         picture (`bool`): Whether to draw `sparsity.png` too.
         card (`str` or `Path`, *optional*): The card's file, if it is not the folder's `README.md`.
 
@@ -87,7 +85,8 @@ def write_model_card(
 
     Example:
 
-        >>> write_model_card("sst2-adaprune", metrics={"accuracy": 0.87}, dataset="nyu-mll/glue")
+        >>> data = {"dataset": "nyu-mll/glue", "dataset_config": "sst2", "dataset_split": "validation"}
+        >>> write_model_card("sst2-adaprune", metrics={"accuracy": 0.87}, **data)
     """
     folder = Path(folder)
     config = PeftConfig.from_pretrained(str(folder))
@@ -108,7 +107,14 @@ def write_model_card(
         metrics = {it.metric_type: it.metric_value for it in kept if isinstance(it.metric_value, (int, float))}
     else:
         kept = []
-    made: Any = _render(config, name or folder.resolve().name, subfolder, dict(metrics), dataset, drawn)
+    made: Any = _render(
+        config,
+        name or folder.resolve().name,
+        subfolder,
+        dict(metrics),
+        (dataset, dataset_config, dataset_split),
+        drawn,
+    )
     if kept:
         made.data.eval_results = kept  # with the data sets and splits that they are of
     return put_card(path, made)
@@ -164,6 +170,17 @@ def pipeline_of(config: AdaPruneConfig) -> str | None:
     return _PIPELINES.get(str(getattr(config.task_type, "value", config.task_type)))
 
 
+def auto_class(architecture: str | None) -> str | None:
+    """Return the Auto class of transformers whose name ends as a model's does, `None` if there is none."""
+    if architecture is None:
+        return None
+    if architecture.endswith("LMHeadModel"):
+        return "AutoModelForCausalLM"
+    names = [name for name in modeling_auto.__all__ if name.startswith("AutoModelFor")]
+    fitting = [name for name in names if architecture.endswith(name.removeprefix("AutoModel"))]
+    return max(fitting, key=len, default=None)
+
+
 def _written(path: Path) -> Any:
     return ModelCard.load(path, ignore_metadata_errors=True) if path.exists() else None
 
@@ -193,15 +210,18 @@ def _render(
     name: str,
     subfolder: str | None,
     metrics: dict[str, float],
-    dataset: str | None,
+    data_of: tuple[str | None, str | None, str | None],
     picture: str | None,
 ) -> ModelCard:
+    dataset, part, split = data_of
     (base, description), pipeline = describe_base(config.base_model_name_or_path), pipeline_of(config)
     results = [
         EvalResult(
             task_type=pipeline or "other",
             dataset_type=dataset or "custom",
-            dataset_name=dataset or "custom",
+            dataset_name=" ".join(filter(None, (dataset or "custom", part))),
+            dataset_config=part,
+            dataset_split=split,
             metric_type=metric,
             metric_value=round(value, 4),
         )
@@ -217,7 +237,7 @@ def _render(
         pipeline_tag=pipeline,
         tags=["adaprune", "pruning", "sparse", "transformers"],
     )
-    auto_class = _AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)))
+    opener = auto_class(config.architecture) or ("AutoModel" if pipeline == "feature-extraction" else None)
     return ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
@@ -229,8 +249,8 @@ def _render(
         base=description,
         on_hub=base is not None,
         fingerprint=config.base_fingerprint,
-        module="transformers" if auto_class else "peft",
-        auto_class=auto_class or "AutoPeftModel",
+        module="transformers" if opener else "peft",
+        auto_class=opener or "AutoPeftModel",
         advice=speed_advice(config),
         grouped=bool(config.group_kinds),
         coded=bool(config.mask_bytes),
