@@ -23,7 +23,7 @@ from .checkpoints import (
 from .checks import run_checks
 from .config import AdaPruneConfig
 from .errors import ConfigError, NotPrunedError
-from .layer import adaprune_layers
+from .layer import has_masks
 from .model_card import CARD, write_model_card
 from .pruner import Pruner
 from .publish import fetch_card
@@ -71,7 +71,7 @@ class AdaPruneCallback(TrainerCallback):
         # `Trainer.push_to_hub` writes a card of its own over the adapter's, and then has the model complete it.
         model.create_or_update_model_card = self._complete_card  # type: ignore[assignment]
         run_checks(model)  # now: FSDP is about to shard it
-        wrapped = isinstance(model, PeftModel) or any(True for _ in adaprune_layers(model))
+        wrapped = isinstance(model, PeftModel) or has_masks(model)
         if wrapped:
             if self.config is not None:
                 raise ConfigError(
@@ -96,7 +96,7 @@ class AdaPruneCallback(TrainerCallback):
         if state.global_step and hasattr(model, "transformers_model") and (checkpoint / SAFE_WEIGHTS_NAME).is_file():
             # sentence-transformers resumes from the adapter alone.
             model.load_state_dict(load_file(checkpoint / SAFE_WEIGHTS_NAME), strict=False)
-        if not any(True for _ in adaprune_layers(model)):
+        if not has_masks(model):
             raise NotPrunedError(
                 "The Trainer's model has no masks: `AdaPruneCallback` puts them on the model that a Trainer is made "
                 "with. Give it to `Trainer(callbacks=[AdaPruneCallback])`, not to `add_callback`; and have a "

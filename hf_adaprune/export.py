@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .errors import ExportError
 from .example_inputs import example_inputs, input_names, longest_input
-from .layer import adaprune_layers
+from .layer import has_masks
 from .merging import merged
 
 
@@ -51,7 +51,7 @@ def export_onnx(model: Any, folder: str | Path) -> Path:
         >>> export_onnx(compact(model), "bert-sst2-small")
     """
     _require_packages()
-    if any(True for _ in adaprune_layers(model)):
+    if has_masks(model):
         model = merged(model)
     if not isinstance(model, PreTrainedModel):
         raise ExportError(f"`export_onnx` takes a transformers model, got a {type(model).__name__}.")

@@ -427,3 +427,8 @@ def adaprune_layers(model: nn.Module, adapter_name: str | None = None) -> Iterat
     for name, module in model.named_modules():
         if isinstance(module, AdaPruneLayer) and (adapter_name is None or adapter_name in module.adaprune_mask):
             yield name, module
+
+
+def has_masks(model: nn.Module) -> bool:
+    """Return whether a model has masked layers, of whatever adapter."""
+    return any(isinstance(module, AdaPruneLayer) for module in model.modules())

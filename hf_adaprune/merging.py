@@ -10,7 +10,7 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 from .errors import NotPrunedError
-from .layer import adaprune_layers
+from .layer import adaprune_layers, has_masks
 from .model import AdaPruneModel
 
 
@@ -48,7 +48,7 @@ def unmasked(model: Any) -> PreTrainedModel:
 
 def _tuner_of_copy(model: Any) -> AdaPruneModel:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not any(True for _ in adaprune_layers(base)):
+    if not has_masks(base):
         raise NotPrunedError(f"There is no AdaPrune adapter on this {type(base).__name__}.")
     return AdaPruneModel.around(copy.deepcopy(base))
 

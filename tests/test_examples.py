@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
-from importlib import import_module
+from importlib import import_module, metadata
 from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,6 +265,7 @@ def test_a_filter_picks_runs_and_a_failed_run_stops_no_other(study: Any, capsys:
 def test_the_command_line_says_what_it_can_do() -> None:
     from hf_adaprune.cli import app
 
+    assert CliRunner().invoke(app, ["--version"]).output.strip() == metadata.version("hf_adaprune")
     shown = CliRunner().invoke(app, ["demo", "--help"])
     assert shown.exit_code == 0
     assert "no network" in shown.output

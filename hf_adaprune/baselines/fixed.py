@@ -60,7 +60,12 @@ class RandomMaskCallback(FixedMaskCallback):
 
     def __init__(self, final_sparsity: float = 0.5) -> None:
         config = AdaPruneConfig(
-            final_sparsity=final_sparsity, scope="global", score_init="constant", score_lr_ratio=1.0, dropout=None
+            final_sparsity=final_sparsity,
+            scope="global",
+            score_init="constant",
+            score_lr_ratio=1.0,
+            dropout=None,
+            settle=False,
         )
         super().__init__(config)
 

@@ -61,6 +61,7 @@ class MagnitudeCallback(TrainedWeightsCallback):
             score_init="constant",
             score_lr_ratio=1.0,
             dropout=None,
+            settle=False,
         )
         super().__init__(config)
 
@@ -93,7 +94,12 @@ class IterativeMagnitudeCallback(TrainedWeightsCallback):
 
     def __init__(self, final_sparsity: float = 0.5, rate: float = 0.2) -> None:
         config = AdaPruneConfig(
-            final_sparsity=final_sparsity, scope="global", score_init="constant", score_lr_ratio=1.0, dropout=None
+            final_sparsity=final_sparsity,
+            scope="global",
+            score_init="constant",
+            score_lr_ratio=1.0,
+            dropout=None,
+            settle=False,
         )
         super().__init__(config)
         if not 0 < rate < 1:

@@ -1,6 +1,7 @@
 """The commands of `hf-adaprune`."""
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,8 +36,18 @@ Output = Annotated[Path, typer.Argument(help="A new or an empty folder.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda ...; by default a GPU if there is one.")]
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(version("hf_adaprune"))
+        raise typer.Exit
+
+
 @app.callback(epilog=EXIT_CODES_HELP)
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Tell it.")
+    ] = False,
+) -> None:
     """Adapt a pre-trained BERT to a task by pruning alone."""
 
 
