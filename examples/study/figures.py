@@ -219,8 +219,8 @@ def draw_all(cells: Cells, names: Mapping[str, str], tasks: Sequence[str], folde
             if method in CURVES and any(_varies(row) for row in by_task.get(task, []))
         }
         # The paper's two, and where methods are compared; what is nearest to them of what there is.
-        wanted = sorted({min(told, key=lambda sparsity: abs(sparsity - end)) for end in (0.2, 0.5, 0.9, 0.99)}) if told else []
-        if wanted:
+        if told:
+            wanted = sorted({min(told, key=lambda sparsity: abs(sparsity - end)) for end in (0.2, 0.5, 0.9, 0.99)})
             figures[f"pruned_{task}"] = plot_pruned(cells, names, task, wanted)
     paths = [folder / f"{name}.png" for name in figures]
     for figure, path in zip(figures.values(), paths, strict=True):
