@@ -129,6 +129,7 @@ class AdaPruneCallback(TrainerCallback):
         # Before the evaluation of this step: what was found in the steps before it was of a model not yet pruned.
         self._forget_best(state)
         self._running.step()
+        self._running.config.training = _settings(args, state, kwargs.get("train_dataloader"))
         if self._running.finished:
             control.should_training_stop = True
 
@@ -190,6 +191,20 @@ class AdaPruneCallback(TrainerCallback):
         # A model that is not pruned as asked is no candidate for `load_best_model_at_end`.
         if not self._running.at_target:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+
+def _settings(args: TrainingArguments, state: TrainerState, data: Any) -> dict[str, Any]:
+    """Return how an adapter is trained, for those who open it."""
+    dataset: Any = getattr(data, "dataset", None)
+    return {
+        "num_steps": state.global_step,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "num_examples": len(dataset) if hasattr(dataset, "__len__") else None,
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "optim": str(getattr(args.optim, "value", args.optim)),
+        "seed": args.seed,
+    }
 
 
 def _check_optimizer(model: nn.Module, optimizer: Any) -> None:

@@ -101,6 +101,8 @@ class AdaPruneConfig(PeftConfig):
             Written when an adapter is saved whose masks are of neurons or heads; for each mask how many groups are
             pruned, and how many there are.
         head_tensors (`list[str]`, *optional*): Written when an adapter is saved; the names of its head's tensors.
+        training (`dict`, *optional*):
+            Written by `AdaPruneCallback`; how long the adapter was trained, and with which settings of the Trainer.
         combination (`str`, *optional*):
             Written by `combine_adapters` and `expand`; how the masks were made, and of which others.
         whole_groups (`str`, *optional*):
@@ -149,6 +151,7 @@ class AdaPruneConfig(PeftConfig):
     module_counts: dict[str, list[int]] | None = None
     group_counts: dict[str, list[int]] | None = None
     head_tensors: list[str] | None = None
+    training: dict[str, Any] | None = None
     combination: str | None = None
     whole_groups: str | None = None
     mask_bytes: dict[str, int] | None = None
@@ -238,7 +241,7 @@ class AdaPruneConfig(PeftConfig):
         # What is written when an adapter is made or saved is written anew.
         config.base_fingerprint = config.adapter_fingerprint = config.head_tensors = None
         config.module_counts = config.group_counts = config.mask_bytes = None
-        config.combination = config.whole_groups = None
+        config.training = config.combination = config.whole_groups = None
         config.is_stored, config.inference_mode = False, True
         return config
 

@@ -258,5 +258,5 @@ def _render(
         metrics=metrics,
         picture=picture,
         combination=config.combination,
-        options={option: getattr(config, option) for option in _OPTIONS},
+        options={option: getattr(config, option) for option in _OPTIONS} | (config.training or {}),
     )

@@ -69,6 +69,27 @@ def test_a_stock_trainer_prunes_to_the_target_and_changes_no_weight(given: str, 
     assert not before
 
 
+def test_an_adapter_tells_how_it_was_trained(tmp_path: Path) -> None:
+    options = {"learning_rate": 3e-5, "seed": 7, "gradient_accumulation_steps": 2, "optim": "adamw_torch"}
+    run = trainer(fresh(), tmp_path, AdaPruneCallback, **options)
+    run.train()
+    run.save_model(str(tmp_path / "adapter"))
+    for folder, steps in (("checkpoint-5", 5), ("adapter", 8)):
+        told = AdaPruneConfig.from_pretrained(str(tmp_path / folder)).training
+        assert told == {
+            "num_steps": steps,
+            "batch_size": 16,
+            "num_examples": len(DATA),
+            "learning_rate": 3e-5,
+            "lr_scheduler_type": "linear",
+            "optim": "adamw_torch",
+            "seed": 7,
+        }
+    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "| num_examples | 64 |" in card
+    assert "| seed | 7 |" in card
+
+
 def test_sparsity_and_flip_rate_are_logged_beside_the_loss(tmp_path: Path) -> None:
     reporter = Reporter()
     run = trainer(fresh(), tmp_path, AdaPruneCallback, reporter)

@@ -15,6 +15,7 @@ from doors import DOORS, TEXTS, load_base, logits_of, save_base, train
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
 from peft import LoraConfig, get_peft_model
+from peft.utils import CONFIG_NAME
 from safetensors.torch import load_file, save_file
 from tiny import make_model, save_model, train_masks
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
@@ -89,6 +90,18 @@ def test_inspect_tells_what_is_pruned(adapter: Path, base_path: Path) -> None:
     # In a terminal of 80 columns nothing is cut off.
     assert "…" not in shown.stdout
     assert shown.stdout.count("50.0") >= 12
+
+
+def test_inspect_tells_how_an_adapter_was_trained_and_names_as_they_are(adapter: Path) -> None:
+    assert answer("inspect", adapter)["training"]["num_examples"] == 16
+    path = adapter / CONFIG_NAME
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored |= {"training": {"seed": 7, "optim": "[/bold]"}, "base_model_name_or_path": "runs/[red]base"}
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    assert answer("inspect", adapter)["training"] == stored["training"]
+    shown = run("inspect", adapter).stdout
+    for text in ("seed", "[/bold]", "runs/[red]base"):
+        assert text in shown
 
 
 def test_what_a_machine_cannot_do_is_refused_in_words(adapter: Path, tmp_path: Path) -> None:

@@ -33,9 +33,19 @@ def test_a_card_says_what_was_pruned_and_is_valid(adapter: tuple[Path, torch.Ten
     assert card.data.eval_results[0].metric_value == 0.9123
     text = (adapter[0] / "README.md").read_text(encoding="utf-8")
     assert "60.0 % of the masked weights" in " ".join(text.split())
-    assert "| attention.self.query | 0.600 |" in text
+    assert "60.0 % of each of the 12 masked matrices." in text
     assert "| accuracy | 0.9123 |" in text
     assert (adapter[0] / "sparsity.png").stat().st_size > 5000
+
+
+def test_a_card_tells_what_differs_between_components_and_layers(tmp_path: Path) -> None:
+    model: Any = get_peft_model(make_model(), AdaPruneConfig(final_sparsity=0.6, scope="global"))
+    train_masks(model)
+    model.save_pretrained(str(tmp_path))
+    text, report = (tmp_path / "README.md").read_text(encoding="utf-8"), sparsity_report(model)
+    for part, share in (report.by_component() | report.by_layer()).items():
+        assert f"| {part} | {share:.3f} |" in text
+    assert "of each of the" not in text
 
 
 def test_the_code_in_a_card_opens_the_adapter(adapter: tuple[Path, torch.Tensor]) -> None:

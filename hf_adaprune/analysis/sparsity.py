@@ -80,6 +80,11 @@ class SparsityReport:
         """The fraction of all parameters that is pruned, in [0, 1]."""
         return self.num_pruned / self.num_parameters
 
+    @property
+    def is_even(self) -> bool:
+        """Whether each module is pruned as much as the whole, to a thousandth."""
+        return all(abs(module.sparsity - self.sparsity) < 1e-3 for module in self.modules)
+
     def by_component(self) -> dict[str, float]:
         """Return the sparsity of each component, over all layers."""
         return self._by(lambda module: module.component)

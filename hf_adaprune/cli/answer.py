@@ -60,7 +60,8 @@ def answering(command: Callable[..., Answer]) -> Callable[..., None]:
         if as_json:
             typer.echo(json.dumps(answer.data, indent=2))
         else:
-            Console().print(*answer.tables, sep="\n")
+            # What stands in an adapter is text, whoever has written it: no markup.
+            Console(markup=False).print(*answer.tables, sep="\n")
 
     return run
 

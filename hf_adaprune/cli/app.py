@@ -71,9 +71,9 @@ def inspect(name: Name, revision: Revision = None, subfolder: Subfolder = None, 
         "sparsity": report.sparsity,
         "sparsity_whole_model": report.sparsity_whole_model,
     }
-    parts = {"components": report.by_component(), "layers": report.by_layer()}
+    parts = {"training": config.training, "components": report.by_component(), "layers": report.by_layer()}
     modules = {module.name: module.sparsity for module in report.modules}
-    return Answer({**facts, **parts, "modules": modules}, [fact_table(facts), sparsity_table(report)])
+    return Answer({**facts, **parts, "modules": modules}, [fact_table(facts | (config.training or {})), sparsity_table(report)])
 
 
 @app.command()
