@@ -73,7 +73,8 @@ def inspect(name: Name, revision: Revision = None, subfolder: Subfolder = None, 
     }
     parts = {"training": config.training, "components": report.by_component(), "layers": report.by_layer()}
     modules = {module.name: module.sparsity for module in report.modules}
-    return Answer({**facts, **parts, "modules": modules}, [fact_table(facts | (config.training or {})), sparsity_table(report)])
+    tables = [fact_table(facts | (config.training or {})), sparsity_table(report)]
+    return Answer({**facts, **parts, "modules": modules}, tables)
 
 
 @app.command()
