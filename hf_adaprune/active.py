@@ -14,8 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import AdaPruneConfig
-from .labels import LABEL_FIELDS, stored_labels
-from .layer import AdaPruneLayer, adaprune_layers
+from .labels import LABEL_FIELDS, default_labels, stored_labels
+from .layer import AdaPruneLayer
+from .masked_layers import adaprune_layers
 
 
 class ActiveHead:
@@ -30,9 +31,7 @@ class ActiveHead:
         self.base_num_labels: int = getattr(model, "num_labels", model.config.num_labels)
         if len(self.base_labels["id2label"] or {}) != self.base_num_labels:
             # They have been changed already, for the adapter to come: the base's own are not known any more.
-            names = {number: f"LABEL_{number}" for number in range(self.base_num_labels)}
-            numbers = {name: number for number, name in names.items()}
-            self.base_labels = {"id2label": names, "label2id": numbers, "problem_type": None}
+            self.base_labels = default_labels(self.base_num_labels) | {"problem_type": None}
         self.layers: list[AdaPruneLayer] = []
         self.heads: list[ModulesToSaveWrapper] = []
         self.shown: AdaPruneConfig | None = None
@@ -115,7 +114,7 @@ def active_only(model: nn.Module, adapter_name: str | None) -> Iterator[None]:
             keeper(model)
 
 
-def keep_in_step(model: PreTrainedModel, keeper: ActiveHead, configs: Mapping[str, Any]) -> None:
+def attach(model: PreTrainedModel, keeper: ActiveHead, configs: Mapping[str, Any]) -> None:
     """Keep head and labels in step with the masks from here on, those of a new adapter too.
 
     Args:
@@ -134,10 +133,10 @@ def keep_in_step(model: PreTrainedModel, keeper: ActiveHead, configs: Mapping[st
 
 
 @contextmanager
-def unfollowed(keeper: ActiveHead | None) -> Iterator[None]:
-    """Have the model's configuration tell nobody's labels for the time of a block: they may be meant for one to come.
+def detached_labels(keeper: ActiveHead | None) -> Iterator[None]:
+    """Detach the labels in the model's configuration from the active adapter: they may be those of one to be added.
 
-    If the block fails, they are again those of the adapter that they were of.
+    If the block fails, they are attached to it again.
     """
     if keeper is None:
         yield

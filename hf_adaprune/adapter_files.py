@@ -116,7 +116,8 @@ def load_checked(
     _align_head(model)
     if config.mask_bytes:
         # Imported here: a layer has a configuration.
-        from .layer import adaprune_layers, decode_loaded
+        from .layer import decode_loaded
+        from .masked_layers import adaprune_layers
 
         for _, layer in adaprune_layers(model):
             decode_loaded(layer)

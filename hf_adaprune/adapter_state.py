@@ -13,7 +13,8 @@ from .checks import head_keys
 from .config import AdaPruneConfig
 from .errors import AdapterFileError
 from .fingerprint import fingerprint
-from .layer import AdaPruneLayer, adaprune_layers, module_counts
+from .layer import AdaPruneLayer
+from .masked_layers import adaprune_layers, module_counts
 from .masks import SHORTEST
 
 

@@ -23,7 +23,7 @@ from .checkpoints import (
 from .checks import run_checks
 from .config import AdaPruneConfig
 from .errors import ConfigError, NotPrunedError
-from .layer import has_masks
+from .masked_layers import has_masks
 from .model_card import CARD, write_model_card
 from .pruner import Pruner
 from .publish import fetch_card

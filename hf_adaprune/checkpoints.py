@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from .layer import adaprune_layers
+from .masked_layers import adaprune_layers
 from .sharding import is_sharded
 
 

@@ -15,7 +15,7 @@ from .config import AdaPruneConfig
 from .errors import AdapterFileError, BaseMismatchError
 from .fingerprint import fingerprint, fingerprints_are_checked, matches
 from .head import body_name, head_modules
-from .layer import adaprune_layers
+from .masked_layers import adaprune_layers
 from .sharding import is_sharded
 
 

@@ -12,7 +12,7 @@ import torch
 from .errors import AdapterFileError
 from .magnitudes import Magnitudes
 from .mask_odds import Context, fit_context
-from .masks import PACKED_BITS, pack_mask
+from .masks import PACKED_BITS, pack_mask, packed_size
 from .rans import decode_bits, encode_bits
 
 
@@ -76,7 +76,7 @@ def decode_mask(coded: torch.Tensor, weight: torch.Tensor, input_dim: int | None
 
 def is_coded(stored: torch.Tensor, num_entries: int) -> bool:
     """Return whether a stored mask is shorter than packed bits, and so is none."""
-    return stored.numel() < -(-num_entries // 8)
+    return stored.numel() < packed_size(num_entries)
 
 
 def _encode(mask: Array, magnitudes: Magnitudes, packed: torch.Tensor) -> Array:

@@ -12,7 +12,9 @@ from peft.utils import ModulesToSaveWrapper
 
 from .config import AdaPruneConfig
 from .errors import CombineError
-from .layer import AdaPruneLayer, adaprune_layers
+from .groups import join_kinds
+from .layer import AdaPruneLayer
+from .masked_layers import adaprune_layers
 from .masks import pack_mask
 
 
@@ -55,7 +57,7 @@ def combine_adapters(
     if how == "intersection" and not grouped:
         # What one of them prunes whole, all of them together do.
         kinds = {kind for name in adapter_names for kind in base.peft_config[name].whole_kinds}
-        config.whole_groups = "+".join(kind for kind in ("neuron", "head") if kind in kinds) or None
+        config.whole_groups = join_kinds(kinds)
     config.combination = f"{how} of {', '.join(adapter_names)}"
     _add(tuner, new_name, config)
     for name, layer in layers.items():

@@ -17,10 +17,11 @@ from .compact_card import CompactCard
 from .compact_model import MODEL_TYPE, config_class, model_class, plain_class
 from .config import AdaPruneConfig
 from .errors import CompactionError, NotPrunedError, StructureError
-from .example_inputs import dummy_inputs, twin
+from .example_inputs import dummy_inputs, tensor_sharing_copy
 from .groups import Groups
-from .layer import AdaPruneLayer, adaprune_layers
+from .layer import AdaPruneLayer
 from .layer_average import LayerAverageHead
+from .masked_layers import adaprune_layers
 from .merging import merged
 from .shrink import compose_heads, keep_heads, keep_inputs, keep_outputs
 from .structure import Unit, features, find_units
@@ -203,7 +204,7 @@ def _make_special(dense: Any, widths: dict[str, tuple[int, int]], heads: dict[st
 @torch.no_grad()
 def hidden_states(model: Any) -> torch.Tensor:
     """Return a plain model's last hidden states for its example inputs, in float32."""
-    return twin(model).base_model(**dummy_inputs(model))[0].float()
+    return tensor_sharing_copy(model).base_model(**dummy_inputs(model))[0].float()
 
 
 def differ(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> str:

@@ -19,7 +19,7 @@ from .adapter_files import check_not_pickled, check_weights_file, put_in_place
 from .choices import AUTO, FORMAT_VERSION, PRESETS
 from .errors import ConfigError
 from .labels import is_regression, labels_fingerprint
-from .masks import PACKED_BITS, sparsity_of
+from .masks import PACKED_BITS, packed_size, sparsity_of
 from .validation import mistyped, problems_of_storage, problems_of_values
 
 
@@ -81,8 +81,8 @@ class AdaPruneConfig(PeftConfig):
             `score_lr_ratio * learning_rate` a step: 5e-3 at the Trainer's default of 5e-5.
         head_lr_ratio (`float`): The learning rate of `modules_to_save` over the optimizer's, > 0: 2e-4 at 5e-5.
         dropout (`float` or `str`, *optional*):
-            The dropout of the whole model while `Pruner` trains it, in [0, 1). `None` leaves the model's own; `"auto"`
-            does too, but for a regression, where there is none.
+            The dropout of the whole model while `Pruner` trains it, in [0, 1). `None` keeps the model's own. `"auto"`
+            is 0 for a regression, and the model's own for everything else.
         settle (`bool`):
             Whether the steps of the scores shrink linearly to nothing from `pruning_end` on, beyond what the schedule
             of the learning rate does; under `"topk"` and `"straight_through"`, where only the scores' order counts.
@@ -226,7 +226,7 @@ class AdaPruneConfig(PeftConfig):
     @property
     def mask_sizes(self) -> dict[str, int]:
         """How many bytes each mask of a stored adapter takes: one bit an entry, or less."""
-        return {name: -(-length // 8) for name, length in self.mask_lengths.items()} | (self.mask_bytes or {})
+        return {name: packed_size(length) for name, length in self.mask_lengths.items()} | (self.mask_bytes or {})
 
     def for_masks(self, masks: Mapping[str, torch.Tensor]) -> AdaPruneConfig:
         """Return a copy for an adapter that is not trained: its masks, of single weights, are there already.

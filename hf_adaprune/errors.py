@@ -4,7 +4,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 
 
 class AdaPruneError(Exception):
-    """Base class of every error that this package raises on purpose."""
+    """Base class of the package's own errors. A bad argument of a function may be a plain `ValueError`, too."""
 
 
 class ConfigError(AdaPruneError, ValueError):

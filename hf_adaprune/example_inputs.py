@@ -63,7 +63,7 @@ def dummy_inputs(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.to(model.device) for name, tensor in model.dummy_inputs.items() if tensor is not None}
 
 
-def twin(model: Any) -> Any:
+def tensor_sharing_copy(model: Any) -> Any:
     """Return a copy to try things on: of the same tensors, not of equal ones, and in evaluation mode.
 
     A pass can change a model for good: BigBird gives up its sparse attention at the first input too short for it.

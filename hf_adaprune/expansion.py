@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from .compaction import active_config, active_masks, base_of, differ, hidden_states, kept_groups
 from .config import AdaPruneConfig
 from .errors import BaseMismatchError, NotPrunedError
-from .groups import Groups
+from .groups import Groups, join_kinds
 from .labels import LABEL_FIELDS
-from .layer import AdaPruneLayer, adaprune_layers
+from .layer import AdaPruneLayer
+from .masked_layers import adaprune_layers
 from .masks import pack_mask
 from .merging import merged, unmasked
 
@@ -58,7 +59,7 @@ def expand(small: Any, whole: Any) -> PreTrainedModel:
             mask = layer.mask(active).cpu()
             masks[module] = mask & masks.get(module, mask)
     config = _config_over(active_config(whole), active_config(small).for_masks(masks))
-    config.whole_groups = "+".join(sorted({unit.kind for unit, kept in units if not kept.all()}, reverse=True))
+    config.whole_groups = join_kinds({unit.kind for unit, kept in units if not kept.all()})
     base.add_adapter(config)
     for module, layer in adaprune_layers(base):
         layer.adaprune_mask["default"].copy_(pack_mask(masks[module]))

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .errors import ExportError
 from .example_inputs import example_inputs, input_names, longest_input
-from .layer import has_masks
+from .masked_layers import has_masks
 from .merging import merged
 
 

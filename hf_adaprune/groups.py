@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,12 +14,17 @@ if TYPE_CHECKING:
     from .structure import Unit
 
 
+def join_kinds(kinds: Collection[str]) -> str | None:
+    """Return the granularity that groups of some kinds make: `"neuron"`, `"head"`, `"neuron+head"`, or none."""
+    return "+".join(kind for kind in ("neuron", "head") if kind in kinds) or None
+
+
 class Groups:
     """The groups of a block, seen from the layer whose inputs they are: that layer has their mask.
 
     A mask is needed in one place only. Where the consumer does not read a group, what the producers put there is lost;
     and because they still put it there, the score of a pruned group goes on receiving the gradient of what the group
-    would do. With producers masked too, that gradient would be one of nothing.
+    would do. Were the producers masked too, what they put there would be zero, and so would that gradient.
 
     Args:
         unit (`Unit`): The block.

@@ -45,7 +45,7 @@ class HeadSteps:
 
     @torch.no_grad()
     def carry_on(self) -> None:
-        """Go on, after a step of the optimizer, as far as is to be gone."""
+        """Make the step that the optimizer has just taken `ratio` times as long."""
         if self.ratio != 1:
             for parameter, previous in zip(self.parameters, self._previous, strict=True):
                 parameter.copy_(previous + self.ratio * (parameter - previous))

@@ -25,10 +25,15 @@ def stored_labels(model_config: Mapping[str, Any]) -> dict[str, Any]:
     """
     labels: dict[str, Any] = {field: model_config.get(field) for field in LABEL_FIELDS}
     if labels["id2label"] is None:
-        names = {number: f"LABEL_{number}" for number in range(2)}
-        labels |= {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+        labels |= default_labels(2)
     labels["id2label"] = {int(number): name for number, name in labels["id2label"].items()}
     return labels
+
+
+def default_labels(num_labels: int) -> dict[str, Any]:
+    """Return the `id2label` and `label2id` that transformers gives to labels that nobody has named."""
+    names = {number: f"LABEL_{number}" for number in range(num_labels)}
+    return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
 
 
 def is_regression(model_config: Mapping[str, Any]) -> bool:

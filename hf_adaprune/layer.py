@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,15 +10,15 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from .binarize import sigmoid_relaxation, straight_through
 from .built_weight import BuiltWeight
 from .codec import decode_mask, encode_mask, is_coded
 from .config import AdaPruneConfig
 from .groups import Groups
-from .masks import SHORTEST, apply_mask, pack_mask, packed_ones, topk_mask, unpack_mask
-from .scores import elimination_ranks, initial_scores, scores_from_mask, wanda_ranks
-from .selection import protect_best, threshold_mask
-from .sharding import copy_whole, is_sharded, whole
+from .masks import SHORTEST, apply_mask, pack_mask, packed_ones, packed_size, unpack_mask
+from .score_state import match_scores_to_mask
+from .scores import initial_scores
+from .sharding import is_sharded, whole
+from .trained_weight import trained_weight
 
 
 class AdaPruneLayer(nn.Module, BaseTunerLayer):
@@ -104,12 +103,12 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         packed = packed_ones(num_entries) if mask_bytes is None else torch.zeros(mask_bytes, dtype=torch.uint8)
         self.adaprune_mask[adapter_name] = packed.to(weight.device)
         if not config.inference_mode:
-            self.adaprune_scores[adapter_name] = nn.Parameter(initial_scores(self.measure(adapter_name), config))
+            self.adaprune_scores[adapter_name] = nn.Parameter(initial_scores(self.magnitudes(adapter_name), config))
             self.adaprune_growth[adapter_name] = torch.ones((), device=weight.device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def get_base_layer(self) -> Any:
-        """Return the masked layer. As PEFT's, which has Python raise an exception each time, in each forward pass."""
+        """Return the masked layer, without the failing attribute look-up that PEFT's costs each forward pass."""
         base: Any = self._modules["base_layer"]
         return super().get_base_layer() if "base_layer" in base._modules else base
 
@@ -129,7 +128,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
 
     def mask(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's mask: boolean, of the weight's shape, True = kept."""
-        return self._spread(adapter_name, self.entries(adapter_name))
+        return self.spread(adapter_name, self.entries(adapter_name))
 
     def entries(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's mask as it is scored: one entry a group where groups are masked, else one a weight."""
@@ -164,7 +163,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
 
     def takes(self, adapter_name: str, stored: torch.Tensor) -> bool:
         """Return whether a tensor has the dtype and a shape that the adapter's mask may be stored in."""
-        size = -(-self._entries(adapter_name).numel() // 8)
+        size = packed_size(self._entries(adapter_name).numel())
         shorter = self._configs[adapter_name].mask_codec == SHORTEST and stored.numel() < size
         return stored.dtype == torch.uint8 and stored.dim() == 1 and (stored.numel() == size or shorter)
 
@@ -180,7 +179,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         """Return the groups that the adapter masks as a whole, or `None` where it masks single weights."""
         return self._groups.get(adapter_name)
 
-    def measure(self, adapter_name: str) -> torch.Tensor:
+    def magnitudes(self, adapter_name: str) -> torch.Tensor:
         """Return what is known of each entry of the mask beforehand: the weight, or the sum of |w| over the group."""
         groups = self.groups(adapter_name)
         return whole(self.base_weight.detach()) if groups is None else groups.magnitudes()
@@ -189,7 +188,8 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         groups = self.groups(adapter_name)
         return self.base_weight.shape if groups is None else groups.shape
 
-    def _spread(self, adapter_name: str, values: torch.Tensor) -> torch.Tensor:
+    def spread(self, adapter_name: str, values: torch.Tensor) -> torch.Tensor:
+        """Return one value a weight, of the weight's shape, from one value an entry of the adapter's mask."""
         groups = self.groups(adapter_name)
         return values if groups is None else groups.spread(values)
 
@@ -201,58 +201,11 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         """Replace the mask of an adapter in training, as it is scored (see `entries`)."""
         self._unpacked[adapter_name], self._built = mask, None
 
-    @torch.no_grad()
-    def calibrate_scores(self, adapter_name: str, moments: torch.Tensor) -> None:
-        """Start the scores anew, from the weights and what `InputMoments` has seen of this layer's inputs."""
-        assert self.input_dim is not None
-        groups = self.groups(adapter_name)
-        if groups is None:
-            ranks = wanda_ranks(whole(self.base_weight), moments.sqrt(), self.input_dim)
-        else:
-            ranks = elimination_ranks(groups.interactions(moments))
-        copy_whole(self.adaprune_scores[adapter_name], ranks / self._configs[adapter_name].score_lr_ratio)
-
-    @torch.no_grad()
-    def grow_scores(self, adapter_name: str, growth: float) -> None:
-        """Let the scores be so many times as large as they were made: in the same order, and less moved by a step."""
-        stored = self.adaprune_growth[adapter_name]
-        before, after = float(stored), float(stored.fill_(growth))
-        if before != after:
-            self.adaprune_scores[adapter_name] *= after / before
-
     def count(self, adapter_name: str) -> tuple[int, int]:
         """Return how many weights the adapter's mask prunes, and how many it decides on, in other layers too."""
         mask, groups = self.entries(adapter_name), self.groups(adapter_name)
         size = 1 if groups is None else groups.size
         return (mask.numel() - int(mask.count_nonzero())) * size, mask.numel() * size
-
-    def match_scores_to_mask(self, adapter_name: str) -> bool:
-        """Make scores that stand for the adapter's mask where its own do not; return whether they were made anew.
-
-        The scores of an adapter are not saved with it. One that is loaded to be trained on has a mask, and the scores
-        of a fresh adapter.
-        """
-        mask, measure = self.entries(adapter_name), self.measure(adapter_name)
-        scores, config = self.adaprune_scores[adapter_name], self._configs[adapter_name]
-        if not scores.is_meta and torch.equal(self._mask_of(whole(scores.detach()), mask, measure, config), mask):
-            return False
-        made = scores_from_mask(measure, mask, config)
-        if scores.is_meta:
-            self.adaprune_scores[adapter_name] = nn.Parameter(made, requires_grad=scores.requires_grad)
-        else:
-            copy_whole(scores.data, made)
-        self.adaprune_growth[adapter_name] = torch.ones((), device=made.device)
-        return True
-
-    def _mask_of(
-        self, scores: torch.Tensor, mask: torch.Tensor, measure: torch.Tensor, config: AdaPruneConfig
-    ) -> torch.Tensor:
-        """Return what the scores select, of as many entries as the mask keeps."""
-        if config.selection == "threshold":
-            return threshold_mask(scores, keeps_best=bool(config.group_kinds))
-        if config.n_of_m is not None and self.input_dim is not None:
-            scores = protect_best(scores, measure, *config.n_of_m, self.input_dim)
-        return topk_mask(scores, int(mask.count_nonzero()), measure)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Zero the pruned weights in the base layer; what was there is kept for `unmerge`."""
@@ -289,9 +242,9 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         if self.merged or self.disable_adapters:
             return weight
         names = self._active_masks()
-        if torch.is_grad_enabled() and (weight.requires_grad or any(self._is_trained(name) for name in names)):
+        if torch.is_grad_enabled() and (weight.requires_grad or any(self.is_trained(name) for name in names)):
             self._built = None
-            return self._trained_weight(weight, names)
+            return trained_weight(self, weight, names)
         if not names:
             return weight
         # A compiled model cannot tell what was built from what would be: it unpacks its masks in each pass.
@@ -306,12 +259,16 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         if not torch.is_grad_enabled() or self.merged_adapters or self._disable_adapters:
             return None
         names = self._active_masks()
-        if len(names) != 1 or not self._is_trained(names[0]) or self.base_weight.requires_grad:
+        if len(names) != 1 or not self.is_trained(names[0]) or self.base_weight.requires_grad:
             return None
         if self._configs[names[0]].estimator != "straight_through":
             return None
         self._built = None
-        return self._spread(names[0], self.adaprune_scores[names[0]]), self.mask(names[0])
+        return self.spread(names[0], self.adaprune_scores[names[0]]), self.mask(names[0])
+
+    def is_trained(self, adapter_name: str) -> bool:
+        """Return whether the adapter has scores here that receive a gradient."""
+        return adapter_name in self.adaprune_scores and self.adaprune_scores[adapter_name].requires_grad
 
     def _active_masks(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.adaprune_mask]
@@ -319,29 +276,6 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
     def _masked(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
         for name in names:
             weight = apply_mask(weight, self.mask(name))
-        return weight
-
-    def _is_trained(self, adapter_name: str) -> bool:
-        return adapter_name in self.adaprune_scores and self.adaprune_scores[adapter_name].requires_grad
-
-    def _trained_weight(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
-        for name in names:
-            mask = self.mask(name)
-            if not self._is_trained(name):
-                weight = apply_mask(weight, mask)
-                continue
-            config, scores = self._configs[name], self._spread(name, self.adaprune_scores[name])
-            if config.estimator == "straight_through":
-                weight = straight_through(weight, scores, mask)
-            else:
-                weight = sigmoid_relaxation(
-                    weight,
-                    scores,
-                    mask,
-                    backward_temperature=config.backward_temperature,
-                    forward_temperature=config.forward_temperature if self.training else None,
-                    score_scale=config.score_lr_ratio,
-                )
         return weight
 
     def _build_weight(self, weight: torch.Tensor, names: list[str]) -> BuiltWeight:
@@ -367,7 +301,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             return
         if self.adaprune_scores[adapter_name].is_meta:
             # The mask has just been loaded, under `low_cpu_mem_usage`: an optimizer needs real scores.
-            self.match_scores_to_mask(adapter_name)
+            match_scores_to_mask(self, adapter_name)
         else:
             self.adaprune_scores[adapter_name].data = self.adaprune_scores[adapter_name].data.to(device)
             self.adaprune_growth[adapter_name] = self.adaprune_growth[adapter_name].to(device)
@@ -403,32 +337,3 @@ def decode_loaded(layer: Any, incompatible_keys: Any = None) -> None:
     for name, stored in layer.adaprune_mask.items():
         if not (stored.is_meta or layer.base_weight.is_meta):
             layer.packed(name)
-
-
-def module_counts(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, int]]:
-    """Return how many weights an adapter prunes in each module, and how many it has, by the module's name.
-
-    Where groups are masked, that is every module that a group has weights in.
-    """
-    counts: dict[str, tuple[int, int]] = {}
-    for name, layer in adaprune_layers(model, adapter_name):
-        groups = layer.groups(adapter_name)
-        if groups is None:
-            counts[name] = layer.count(adapter_name)
-            continue
-        prefix = name.removesuffix(groups.unit.consumer)
-        num_pruned = int((~layer.entries(adapter_name)).count_nonzero())
-        counts |= {f"{prefix}{key}": count for key, count in groups.counts(num_pruned).items()}
-    return counts
-
-
-def adaprune_layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, AdaPruneLayer]]:
-    """Yield the names and masked layers of a model, all or those that have an adapter of the given name."""
-    for name, module in model.named_modules():
-        if isinstance(module, AdaPruneLayer) and (adapter_name is None or adapter_name in module.adaprune_mask):
-            yield name, module
-
-
-def has_masks(model: nn.Module) -> bool:
-    """Return whether a model has masked layers, of whatever adapter."""
-    return any(isinstance(module, AdaPruneLayer) for module in model.modules())

@@ -33,9 +33,14 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     return (padded << torch.arange(8, device=flat.device, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
+def packed_size(num_entries: int) -> int:
+    """Return how many bytes the packed mask of so many entries takes."""
+    return -(-num_entries // 8)
+
+
 def packed_ones(num_entries: int) -> torch.Tensor:
     """Return the packed mask that keeps everything, in memory: `uint8`, of shape `(ceil(num_entries / 8),)`."""
-    packed = torch.full((-(-num_entries // 8),), 255, dtype=torch.uint8, device="cpu")
+    packed = torch.full((packed_size(num_entries),), 255, dtype=torch.uint8, device="cpu")
     packed[num_entries // 8 :] = (1 << num_entries % 8) - 1
     return packed
 
@@ -53,9 +58,9 @@ def unpack_mask(packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     Raises:
         ValueError: If `packed` has not one bit for each entry.
     """
-    if packed.numel() != -(-shape.numel() // 8):
+    if packed.numel() != packed_size(shape.numel()):
         raise ValueError(
-            f"A mask of {shape.numel()} entries takes {-(-shape.numel() // 8)} bytes, got {packed.numel()}."
+            f"A mask of {shape.numel()} entries takes {packed_size(shape.numel())} bytes, got {packed.numel()}."
         )
     if _on_cpu(packed):
         bits = torch.from_numpy(np.unpackbits(packed.numpy(), count=shape.numel(), bitorder="little"))

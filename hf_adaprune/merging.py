@@ -10,7 +10,7 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 from .errors import NotPrunedError
-from .layer import adaprune_layers, has_masks
+from .masked_layers import adaprune_layers, has_masks
 from .model import AdaPruneModel
 
 

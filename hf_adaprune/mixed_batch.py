@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from .active import active_head, active_only
 from .errors import MixedBatchError
-from .layer import adaprune_layers
+from .masked_layers import adaprune_layers
 
 
 BASE = "__base__"

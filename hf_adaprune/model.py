@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from .active import ActiveHead, active_head, check_one_head, keep_in_step, unfollowed
+from .active import ActiveHead, active_head, attach, check_one_head, detached_labels
 from .adapter_files import forget_check, load_checked, save_weights_first
 from .adapter_state import check_loaded, head_shapes, masks_to_store
 from .checks import CheckOnce, check_base, run_checks
@@ -27,15 +27,16 @@ from .errors import ConfigError, MergeError, NoMatchingModuleError
 from .fingerprint import fingerprints_are_checked
 from .groups import Groups
 from .head import check_architecture, check_modules_to_save, fitting_head, plan_head
-from .layer import AdaPruneLayer, adaprune_layers
+from .layer import AdaPruneLayer
 from .layer_average import refuse_to_save
 from .maskable import Embedding, wrap
+from .masked_layers import adaprune_layers
 from .mixed_batch import mixed_batch
 from .publish import push_with_card
 from .selection import check_reachable
 from .structure import check_patterns, plan_units
 from .targets import check_targets, linear_endings, no_match, resolve_targets, unmaskable
-from .unattended import attend, watch
+from .unattended import stop_watching, watch
 
 
 class AdaPruneModel(BaseTuner):
@@ -103,7 +104,7 @@ class AdaPruneModel(BaseTuner):
         keeper = (active_head(model) or ActiveHead(model)) if isinstance(model, PreTrainedModel) else None
         num_labels = None if keeper is None else keeper.base_num_labels
         try:
-            with fitting_head(model, config, num_labels), unfollowed(keeper):
+            with fitting_head(model, config, num_labels), detached_labels(keeper):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except NoMatchingPeftModuleError as error:
             message = no_match(config.target_modules, linear_endings(model))
@@ -111,7 +112,7 @@ class AdaPruneModel(BaseTuner):
         # PEFT shortens long lists, and a bare `embed_tokens` means "save the embeddings whole" to it.
         config.target_modules = targets
         if isinstance(model, PreTrainedModel) and keeper is not None:
-            keep_in_step(model, keeper, self.peft_config)
+            attach(model, keeper, self.peft_config)
             model.save_pretrained = functools.partial(save_weights_first, model)
             vars(model).pop("push_to_hub", None)  # of a model that was made smaller, with its card
             if config.is_stored:
@@ -127,11 +128,11 @@ class AdaPruneModel(BaseTuner):
         """Write into the configuration which modules have masks, and find the groups that these are of."""
         everywhere = config.target_modules in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND)
         resolve_targets(model, config)
-        units = plan_units(model, config, self._check_target_module_exists, everywhere)
+        units = plan_units(model, config, everywhere)
         self._groups = {name: Groups.of(unit, model) for name, unit in units.items()}
         check_reachable(self._groups, config)
-        check_patterns(model, config, self._check_target_module_exists)
-        check_targets(model, config, self._check_target_module_exists)
+        check_patterns(model, config)
+        check_targets(model, config)
 
     def _create_and_replace(
         self,
@@ -205,7 +206,7 @@ class AdaPruneModel(BaseTuner):
         for hook in list(self.model._forward_pre_hooks.values()):
             if isinstance(hook, (ActiveHead, CheckOnce)):
                 hook.handle.remove()
-        attend(self.model)
+        stop_watching(self.model)
         plain = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         restore_dropout(plain)
         for name in ("save_pretrained", "set_adapter", "_load_pretrained_model", "_upload_modified_files"):

@@ -33,17 +33,23 @@ _PIPELINES = {
     "FEATURE_EXTRACTION": "feature-extraction",
 }
 _OPTIONS = (
-    *(
-        "final_sparsity",
-        "granularity",
-        "selection",
-        "scope",
-        "pruning_start",
-        "pruning_end",
-        "score_init",
-        "estimator",
-    ),
-    *("score_lr_ratio", "head_lr_ratio", "dropout", "settle", "drift", "mask_embeddings", "head"),
+    "final_sparsity",
+    "granularity",
+    "selection",
+    "scope",
+    "pruning_start",
+    "pruning_end",
+    "score_init",
+    "estimator",
+    "forward_temperature",
+    "backward_temperature",
+    "score_lr_ratio",
+    "head_lr_ratio",
+    "dropout",
+    "settle",
+    "drift",
+    "mask_embeddings",
+    "head",
 )
 
 

@@ -14,14 +14,14 @@ from .config import AdaPruneConfig
 from .dropout import restore_dropout, set_dropout
 from .errors import NonFiniteError, NotPrunedError
 from .head_steps import HeadSteps
-from .layer import adaprune_layers
+from .masked_layers import adaprune_layers
 from .masks import pack_mask, unpack_mask
 from .replicas import check_same_masks
 from .schedule import cubic_sparsity, settling
-from .selection import protect_best, prune_groups, share_threshold, threshold_mask
+from .score_state import calibrate_scores, grow_scores, match_scores_to_mask
+from .selection import protect_best, prune_groups, threshold_mask, threshold_scopes, topk_masks
 from .sharding import check_sharding, is_sharded, whole
-from .thresholds import topk_masks
-from .unattended import attend
+from .unattended import stop_watching
 
 
 logger = logging.get_logger(__name__)
@@ -74,14 +74,14 @@ class Pruner:
                 f"Adapter {adapter_name!r} is not active, so what is trained would be another one: call "
                 f"`model.set_adapter({adapter_name!r})` first."
             )
-        attend(model, adapter_name)
+        stop_watching(model, adapter_name)
         self.config: AdaPruneConfig = next(iter(self.layers.values())).config(adapter_name)
         check_sharding(self._scores(), self.config.granularity)
         for scores in self._scores().values():
             # Whoever casts the model casts them too, and in half precision they would stand still under small steps.
             if scores.dtype != torch.float32 and not is_sharded([scores]):
                 scores.data = scores.data.float()
-        if sum(layer.match_scores_to_mask(adapter_name) for layer in self.layers.values()):
+        if sum(match_scores_to_mask(layer, adapter_name) for layer in self.layers.values()):
             warnings.warn(
                 "The scores behind the loaded masks are not stored: training goes on from the masks.", stacklevel=2
             )
@@ -199,7 +199,7 @@ class Pruner:
         self._close_inputs()
         restore_dropout(self.model)
         for layer in self.layers.values():
-            layer.grow_scores(self.adapter_name, 1.0)  # another run may follow
+            grow_scores(layer, self.adapter_name, 1.0)  # another run may follow
         self._prune_to_target()
         self.check_masks()
 
@@ -272,7 +272,7 @@ class Pruner:
                 "`Pruner` before the forward pass of that step."
             )
         for name, moments in seen.items():
-            self.layers[name].calibrate_scores(self.adapter_name, moments)
+            calibrate_scores(self.layers[name], self.adapter_name, moments)
         self._inputs = None
 
     def _close_inputs(self) -> None:
@@ -285,14 +285,14 @@ class Pruner:
         if self.config.settles:
             progress = min(self.num_steps, self.total_steps - 1) / self.total_steps
             for layer in self.layers.values():
-                layer.grow_scores(self.adapter_name, 1 / settling(progress, self.config.pruning_end))
+                grow_scores(layer, self.adapter_name, 1 / settling(progress, self.config.pruning_end))
 
     def _group_masks(self, sparsity: float) -> dict[str, torch.Tensor]:
         layers, adapter, scores = self.layers, self.adapter_name, self._scores()
         masks: dict[str, torch.Tensor] = {}
         if not self._measures:
-            self._measures = {name: layer.measure(adapter) for name, layer in layers.items()}
-        for names in share_threshold(layers, self.config.scope):
+            self._measures = {name: layer.magnitudes(adapter) for name, layer in layers.items()}
+        for names in threshold_scopes(layers, self.config.scope):
             measures = [self._measures[name] for name in names]
             sizes = [layers[name].count(adapter)[1] // len(scores[name]) for name in names]
             chosen = prune_groups([scores[name] for name in names], measures, sizes, sparsity)
@@ -305,7 +305,7 @@ class Pruner:
         scores, weights = self._scores(), {name: layer.base_weight for name, layer in self.layers.items()}
         if self.config.n_of_m is not None:
             scores = {name: self._protected(name, score) for name, score in scores.items()}
-        groups = share_threshold(self.layers, self.config.scope)
+        groups = threshold_scopes(self.layers, self.config.scope)
         num_kept, seen, pruned = [], 0, 0
         for names in groups:
             # Rounding the running total, and not each group, makes the whole exact.

@@ -31,8 +31,8 @@ def register() -> None:
         register_peft_method(name="adaprune", config_cls=AdaPruneConfig, model_cls=AdaPruneModel)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ImportError(
-            f"hf_adaprune cannot enter its method in the tables of peft {installed}; it is known to work with peft "
-            f"{MIN_PEFT_VERSION} to 0.21. Please report this with both versions."
+            f"hf_adaprune cannot enter its method in the tables of peft {installed}: peft has changed since "
+            f"{MIN_PEFT_VERSION}, which works. Please report this with both versions."
         ) from error
 
 

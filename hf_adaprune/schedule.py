@@ -24,10 +24,10 @@ def cubic_sparsity(progress: float, final_sparsity: float, start: float = 0.0, e
 
 
 def settling(progress: float, start: float) -> float:
-    """Return what is left of the scores' steps: all until `start`, and from there linearly less, down to nothing.
+    """Return the factor of the scores' steps: 1 until `start`, and from there linearly down to 0.
 
-    A score then ends where the mean of its path from `start` on would be, had all its steps been whole: averaging
-    without a copy of the scores to average into.
+    A score then ends where the mean of its path from `start` on would be, had no step been shortened: an average that
+    needs no copy of the scores.
 
     Args:
         progress (`float`): The share of training that is done, in [0, 1].

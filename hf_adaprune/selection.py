@@ -1,10 +1,10 @@
-"""Which entries go when whole groups are pruned, or n of every m weights are kept."""
+"""Which entries of the scores are kept: single weights, n of every m, or whole groups, under shared thresholds."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,9 +12,11 @@ import torch
 from .config import AdaPruneConfig
 from .errors import ConfigError
 from .groups import Groups
+from .masks import topk_mask
+from .sharding import is_sharded, sharded_topk_masks
 
 
-def share_threshold(names: Iterable[str], scope: str) -> list[list[str]]:
+def threshold_scopes(names: Iterable[str], scope: str) -> list[list[str]]:
     """Put together the modules that share one threshold.
 
     Args:
@@ -42,7 +44,7 @@ def check_reachable(groups: Mapping[str, Groups], config: AdaPruneConfig) -> Non
         ConfigError: If a block would lose its last group, or nothing would be pruned.
     """
     sparsity = config.final_sparsity
-    for names in share_threshold(groups, config.scope):
+    for names in threshold_scopes(groups, config.scope):
         units, sizes = [groups[name].unit for name in names], [groups[name].size for name in names]
         total = sum(unit.num_groups * size for unit, size in zip(units, sizes, strict=True))
         most = total - sum(sizes)
@@ -58,6 +60,33 @@ def check_reachable(groups: Mapping[str, Groups], config: AdaPruneConfig) -> Non
             raise ConfigError(
                 f"`final_sparsity={sparsity}` is less than half a group: nothing of {there} would be pruned. {advice}"
             )
+
+
+def topk_masks(
+    scores: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+    groups: Sequence[Sequence[str]],
+    num_kept: Sequence[int],
+) -> dict[str, torch.Tensor]:
+    """Keep, in each group of layers, exactly as many entries of highest score as are asked for.
+
+    Args:
+        scores (`Mapping[str, torch.Tensor]`): Finite scores of each layer, whole or sharded over processes.
+        weights (`Mapping[str, torch.Tensor]`): The layers' weights, by which ties are broken as in `topk_mask`.
+        groups (`Sequence[Sequence[str]]`): The layers that share a threshold; each is in one group.
+        num_kept (`Sequence[int]`): How many entries of each group to keep.
+
+    Returns:
+        `dict[str, torch.Tensor]`: A boolean mask for each layer, of the shape of its scores; whole in every process.
+    """
+    if is_sharded(scores.values()):
+        return sharded_topk_masks(scores, weights, groups, num_kept)
+    masks = {}
+    for names, count in zip(groups, num_kept, strict=True):
+        mask = topk_mask(_flat([scores[name] for name in names]), count, _flat([weights[name] for name in names]))
+        parts = mask.split([scores[name].numel() for name in names])
+        masks.update({name: part.view(scores[name].shape) for name, part in zip(names, parts, strict=True)})
+    return masks
 
 
 def threshold_mask(scores: torch.Tensor, keeps_best: bool) -> torch.Tensor:
@@ -144,3 +173,7 @@ def prune_groups(
         waiting = waiting[size[waiting] <= budget]
     parts = torch.from_numpy(kept).split(lengths)
     return [part.to(score.device) for part, score in zip(parts, scores, strict=True)]
+
+
+def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0].reshape(-1) if len(tensors) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors])

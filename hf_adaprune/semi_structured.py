@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from .adapter_files import plain_name
 from .errors import HardwareError, NotPrunedError
-from .layer import adaprune_layers
+from .masked_layers import adaprune_layers
 from .merging import merged
 
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import AdaPruneConfig
 from .errors import NoMatchingModuleError, StructureError
-from .example_inputs import dummy_inputs, twin
+from .example_inputs import dummy_inputs, tensor_sharing_copy
 from .head import body_name
 from .targets import maskable
 
@@ -54,15 +55,12 @@ class Unit:
         return (*self.producers, self.consumer)
 
 
-def plan_units(
-    model: Any, config: AdaPruneConfig, matches: Callable[[AdaPruneConfig, str], object], everywhere: bool
-) -> dict[str, Unit]:
+def plan_units(model: Any, config: AdaPruneConfig, everywhere: bool) -> dict[str, Unit]:
     """Find what an adapter of structured granularity masks, and name its layers in the configuration.
 
     Args:
         model (`torch.nn.Module`): The model; not changed.
         config (`AdaPruneConfig`): The adapter's configuration; `target_modules` becomes the names of the consumers.
-        matches (`Callable`): Whether a configuration targets the module of a name.
         everywhere (`bool`): Whether every layer of the model is to have what the granularity names.
 
     Returns:
@@ -82,7 +80,7 @@ def plan_units(
         missing = set(config.group_kinds) - {unit.kind for unit in found if unit in units}
         if missing and everywhere:
             raise StructureError(_not_found(model, layer, config, missing))
-    chosen = [unit for unit in units if _is_chosen(unit, config, matches)]
+    chosen = [unit for unit in units if _is_chosen(unit, config)]
     if not chosen:
         endings = sorted({name.rpartition(".")[2] for unit in units for name in unit.modules})
         raise NoMatchingModuleError(
@@ -101,7 +99,7 @@ def stored_units(model: Any, config: AdaPruneConfig) -> dict[str, Unit]:
     return {unit.consumer: unit for unit in units if unit.consumer in config.group_counts}
 
 
-def check_patterns(model: nn.Module, config: AdaPruneConfig, matches: Callable[[AdaPruneConfig, str], object]) -> None:
+def check_patterns(model: nn.Module, config: AdaPruneConfig) -> None:
     """Raise if an n:m mask does not fit the inputs of a layer that it is for.
 
     Raises:
@@ -109,7 +107,7 @@ def check_patterns(model: nn.Module, config: AdaPruneConfig, matches: Callable[[
     """
     if config.n_of_m is None:
         return
-    chosen = {name: module for name, module in model.named_modules() if matches(config, name)}
+    chosen = {name: module for name, module in model.named_modules() if check_target_module_exists(config, name)}
     offenders = {name: features(module)[0] for name, module in maskable(model) if name in chosen}
     offenders = {name: inputs for name, inputs in offenders.items() if inputs % config.n_of_m[1]}
     embeddings = [
@@ -200,12 +198,12 @@ def _block(
     return Unit(kind, consumer, tuple(name for name, _ in producers), num_groups, hidden // num_groups)
 
 
-def _is_chosen(unit: Unit, config: AdaPruneConfig, matches: Callable[[AdaPruneConfig, str], object]) -> bool:
+def _is_chosen(unit: Unit, config: AdaPruneConfig) -> bool:
     """Return whether a module of the block is targeted, and none is excluded."""
     all_named = copy.copy(config)
     all_named.target_modules = set(unit.modules)
-    return any(matches(config, name) for name in unit.modules) and all(
-        matches(all_named, name) for name in unit.modules
+    return any(check_target_module_exists(config, name) for name in unit.modules) and all(
+        check_target_module_exists(all_named, name) for name in unit.modules
     )
 
 
@@ -237,7 +235,7 @@ def verified(model: Any, units: list[Unit]) -> list[Unit]:
         )
     produced: dict[str, list[torch.Tensor]] = defaultdict(list)
     read: list[torch.Tensor] = []
-    tried = twin(model)
+    tried = tensor_sharing_copy(model)
     _watch(tried, units, produced, read)
     with torch.enable_grad():
         tried.base_model(**dummy_inputs(model))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from difflib import get_close_matches
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
@@ -82,7 +82,7 @@ def _unmatched(names: Collection[str], modules: Collection[str]) -> list[str]:
     return sorted(name for name in names if not any(_ends_with(module, name) for module in modules))
 
 
-def check_targets(model: nn.Module, config: AdaPruneConfig, matches: Callable[[AdaPruneConfig, str], object]) -> None:
+def check_targets(model: nn.Module, config: AdaPruneConfig) -> None:
     """Raise if a configuration targets what cannot be masked.
 
     Raises:
@@ -93,7 +93,7 @@ def check_targets(model: nn.Module, config: AdaPruneConfig, matches: Callable[[A
     for name, module in model.named_modules():
         is_other = isinstance(module, BaseTunerLayer) and not isinstance(module, AdaPruneLayer)
         inside = any(target.startswith(f"{name}.") for target in targets)
-        if is_other and (inside or matches(config, name)):
+        if is_other and (inside or check_target_module_exists(config, name)):
             raise ConfigError(
                 f"{name!r} has an adapter of another method around it, a {type(module).__module__} layer: put "
                 "masks on the model first, and the other adapter on afterwards; or name in `target_modules` "
@@ -101,7 +101,7 @@ def check_targets(model: nn.Module, config: AdaPruneConfig, matches: Callable[[A
             )
     for name, module in model.named_modules():
         can_be = isinstance(module, BaseTunerLayer) or masked_class(module)
-        if not can_be and matches(config, name):
+        if not can_be and check_target_module_exists(config, name):
             raise unmaskable(name, module)
 
 

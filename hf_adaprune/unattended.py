@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .layer import adaprune_layers
+from .masked_layers import adaprune_layers
 
 
 logger = logging.get_logger(__name__)
@@ -47,7 +47,7 @@ def watch(model: nn.Module, adapter_name: str) -> None:
     unattended.handle = model.register_forward_pre_hook(unattended)
 
 
-def attend(model: nn.Module, adapter_name: str | None = None) -> None:
+def stop_watching(model: nn.Module, adapter_name: str | None = None) -> None:
     """Count no more: there is a `Pruner` for the adapter, or none is left (`None`: of whatever name)."""
     for module in model.modules():
         for hook in list(module._forward_pre_hooks.values()):

@@ -20,7 +20,7 @@ from .choices import (
 )
 from .fingerprint import fingerprints_are_checked
 from .labels import labels_fingerprint, problems_of_labels
-from .masks import PACKED_BITS, SHORTEST
+from .masks import PACKED_BITS, SHORTEST, packed_size
 
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def problems_of_storage(config: AdaPruneConfig) -> list[str]:
         for name, counts in (getattr(config, field) or {}).items()
         if not _are_counts(counts)
     ]
-    packed = {name: -(-length // 8) for name, length in config.mask_lengths.items()} if not problems else {}
+    packed = {name: packed_size(length) for name, length in config.mask_lengths.items()} if not problems else {}
     problems += [
         f"`mask_bytes` must be of masks that take less than one bit a weight, got {name!r}: {size}. "
         "Fetch the adapter again."

@@ -33,9 +33,9 @@ from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner
 from hf_adaprune.calibration import InputMoments
 from hf_adaprune.demo.reviews import make_reviews
 from hf_adaprune.errors import DivergenceError, UnsupportedShardingError
-from hf_adaprune.layer import adaprune_layers
+from hf_adaprune.masked_layers import adaprune_layers
 from hf_adaprune.masks import pack_mask
-from hf_adaprune.thresholds import topk_masks
+from hf_adaprune.selection import topk_masks
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

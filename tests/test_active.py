@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 from hf_adaprune import AdaPruneConfig
 from hf_adaprune.active import active_head
 from hf_adaprune.errors import ConfigError
-from hf_adaprune.layer import adaprune_layers
+from hf_adaprune.masked_layers import adaprune_layers
 
 
 pytestmark = pytest.mark.filterwarnings(

@@ -11,7 +11,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, sparsity_report
 from hf_adaprune.baselines import LoraCallback, RandomMaskCallback
 from hf_adaprune.errors import ConfigError, NonFiniteError, NotPrunedError
-from hf_adaprune.layer import adaprune_layers
+from hf_adaprune.masked_layers import adaprune_layers
 
 
 DATA = [

@@ -19,7 +19,7 @@ from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner, combine_adapte
 from hf_adaprune.analysis import load_masks
 from hf_adaprune.cli import app
 from hf_adaprune.errors import AdapterFileError, AdapterNotFoundError, ConfigError
-from hf_adaprune.layer import adaprune_layers
+from hf_adaprune.masked_layers import adaprune_layers
 from hf_adaprune.stored_adapter import read_adapter
 
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from hf_adaprune import AdaPruneConfig, Pruner, compact, sparsity_report
 from hf_adaprune.errors import BaseMismatchError, CompactionError, NotPrunedError
-from hf_adaprune.layer import adaprune_layers
+from hf_adaprune.masked_layers import adaprune_layers
 from hf_adaprune.merging import merged
 
 

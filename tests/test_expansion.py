@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, compact, expand, sparsity_report
 from hf_adaprune.errors import BaseMismatchError, CompactionError, ConfigError, NotPrunedError
-from hf_adaprune.layer import adaprune_layers
+from hf_adaprune.masked_layers import adaprune_layers
 from hf_adaprune.merging import unmasked
 from hf_adaprune.speed import measure_speed
 

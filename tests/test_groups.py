@@ -17,7 +17,7 @@ from tiny import HEADS, logits_of, loss_of, make_batch, make_model, train_masks
 
 from hf_adaprune import AdaPruneConfig, Pruner, sparsity_report
 from hf_adaprune.analysis import load_masks, model_masks
-from hf_adaprune.layer import adaprune_layers
+from hf_adaprune.masked_layers import adaprune_layers
 from hf_adaprune.masks import topk_mask
 from hf_adaprune.selection import protect_best, prune_groups
 
@@ -355,7 +355,7 @@ def test_masks_of_groups_pick_the_highest_scores_of_their_block() -> None:
     train_masks(model)
     for _, layer in adaprune_layers(model):
         scores = layer.adaprune_scores["default"].detach()
-        assert torch.equal(layer.entries("default"), topk_mask(scores, 30, layer.measure("default")))
+        assert torch.equal(layer.entries("default"), topk_mask(scores, 30, layer.magnitudes("default")))
 
 
 def test_masks_of_groups_are_read_without_their_base_as_masks_of_all_their_weights(trained: Trained) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_adaprune import AdaPruneConfig, Pruner
 from hf_adaprune.errors import NonFiniteError, NotPrunedError, UnsupportedShardingError
-from hf_adaprune.layer import adaprune_layers
+from hf_adaprune.masked_layers import adaprune_layers
 from hf_adaprune.masks import topk_mask
 from hf_adaprune.scores import wanda_ranks
 

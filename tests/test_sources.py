@@ -14,7 +14,7 @@ from torch import nn
 from hf_adaprune import AdaPruneConfig, compact
 from hf_adaprune.analysis import load_masks, model_masks, model_weights, neuron_degrees, sparsity_report
 from hf_adaprune.errors import AdapterFileError, NoMatchingModuleError, NotPrunedError
-from hf_adaprune.layer import adaprune_layers
+from hf_adaprune.masked_layers import adaprune_layers
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -13,7 +13,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForSequenceClassification
 
 from hf_adaprune import AdaPruneConfig
 from hf_adaprune.errors import ConfigError, NoMatchingModuleError, StructureError
-from hf_adaprune.layer import adaprune_layers
+from hf_adaprune.masked_layers import adaprune_layers
 from hf_adaprune.structure import Unit, plan_units, verified
 
 
@@ -79,8 +79,8 @@ def test_finding_them_leaves_the_model_as_it_was() -> None:
     model.bert.encoder.layer[0].eval()
     modes = [module.training for module in model.modules()]
     state = torch.random.get_rng_state()
-    config = AdaPruneConfig(granularity="head")
-    assert len(plan_units(model, config, lambda config, name: True, everywhere=True)) == 2
+    config = AdaPruneConfig(granularity="head", target_modules=["query"])
+    assert len(plan_units(model, config, everywhere=False)) == 2
     assert [module.training for module in model.modules()] == modes
     assert [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks] == []
     assert [parameter for parameter in model.parameters() if parameter.grad is not None] == []

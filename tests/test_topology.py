@@ -32,7 +32,7 @@ from hf_adaprune.analysis import (
     plot_spectrum,
     sparsity_report,
 )
-from hf_adaprune.layer import adaprune_layers
+from hf_adaprune.masked_layers import adaprune_layers
 
 
 QUERY, DENSE = "encoder.layer.{}.attention.self.query", "encoder.layer.{}.output.dense"

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ..choices import SCOPES
-from ..selection import share_threshold
-from ..thresholds import topk_masks
+from ..selection import threshold_scopes, topk_masks
 from .sources import Masks
 
 
@@ -39,5 +38,5 @@ def magnitude_masks(
     if scope not in SCOPES:
         raise ValueError(f"`scope` must be one of {list(SCOPES)}, got {scope!r}.")
     sizes = {name: weights[name].abs() for name in masks}
-    groups = share_threshold(masks, scope)
+    groups = threshold_scopes(masks, scope)
     return topk_masks(sizes, sizes, groups, [sum(int(masks[name].sum()) for name in group) for group in groups])

@@ -18,7 +18,8 @@ from ..compact_model import MODEL_TYPE, config_class, model_class
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, NoMatchingModuleError, NotPrunedError
 from ..groups import Groups
-from ..layer import AdaPruneLayer, adaprune_layers
+from ..layer import AdaPruneLayer
+from ..masked_layers import adaprune_layers
 from ..masks import unpack_mask
 from ..stored_adapter import read_adapter
 from ..structure import stored_units

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import Trainer
 
 from ..errors import NotPrunedError
-from ..layer import AdaPruneLayer, adaprune_layers
+from ..layer import AdaPruneLayer
+from ..masked_layers import adaprune_layers
 from .fixed import FixedMaskCallback
 
 

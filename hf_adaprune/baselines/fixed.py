@@ -11,7 +11,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ..callback import AdaPruneCallback
 from ..config import AdaPruneConfig
 from ..dropout import restore_dropout
-from ..layer import adaprune_layers
+from ..masked_layers import adaprune_layers
 from ..pruner import Pruner
 
 

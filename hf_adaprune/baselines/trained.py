@@ -14,8 +14,8 @@ from ..callback import AdaPruneCallback
 from ..config import AdaPruneConfig
 from ..errors import NotPrunedError
 from ..head import head_modules
-from ..layer import adaprune_layers
 from ..maskable import wrap
+from ..masked_layers import adaprune_layers
 from ..targets import resolve_targets
 
 

@@ -1,0 +1,38 @@
+"""The masked layers of a model, and how much of each is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from .layer import AdaPruneLayer
+
+
+def module_counts(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, int]]:
+    """Return how many weights an adapter prunes in each module, and how many it has, by the module's name.
+
+    Where groups are masked, that is every module that a group has weights in.
+    """
+    counts: dict[str, tuple[int, int]] = {}
+    for name, layer in adaprune_layers(model, adapter_name):
+        groups = layer.groups(adapter_name)
+        if groups is None:
+            counts[name] = layer.count(adapter_name)
+            continue
+        prefix = name.removesuffix(groups.unit.consumer)
+        num_pruned = int((~layer.entries(adapter_name)).count_nonzero())
+        counts |= {f"{prefix}{key}": count for key, count in groups.counts(num_pruned).items()}
+    return counts
+
+
+def adaprune_layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, AdaPruneLayer]]:
+    """Yield the names and masked layers of a model, all or those that have an adapter of the given name."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdaPruneLayer) and (adapter_name is None or adapter_name in module.adaprune_mask):
+            yield name, module
+
+
+def has_masks(model: nn.Module) -> bool:
+    """Return whether a model has masked layers, of whatever adapter."""
+    return any(isinstance(module, AdaPruneLayer) for module in model.modules())

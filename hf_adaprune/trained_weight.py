@@ -1,0 +1,45 @@
+"""The masked weight of a layer whose masks are trained: it carries the gradient to their scores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .binarize import sigmoid_relaxation, straight_through
+from .masks import apply_mask
+
+
+if TYPE_CHECKING:
+    from .layer import AdaPruneLayer
+
+
+def trained_weight(layer: AdaPruneLayer, weight: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+    """Return a layer's weight times the masks of some adapters, of which one at least is trained.
+
+    Args:
+        layer (`AdaPruneLayer`): The layer; in training, Eq. 4 may be soft forwards too (`forward_temperature`).
+        weight (`torch.Tensor`): The base's own weight.
+        adapter_names (`list[str]`): Whose masks.
+
+    Returns:
+        `torch.Tensor`: Of the weight's shape.
+    """
+    for name in adapter_names:
+        mask = layer.mask(name)
+        if not layer.is_trained(name):
+            weight = apply_mask(weight, mask)
+            continue
+        config, scores = layer.config(name), layer.spread(name, layer.adaprune_scores[name])
+        if config.estimator == "straight_through":
+            weight = straight_through(weight, scores, mask)
+        else:
+            weight = sigmoid_relaxation(
+                weight,
+                scores,
+                mask,
+                backward_temperature=config.backward_temperature,
+                forward_temperature=config.forward_temperature if layer.training else None,
+                score_scale=config.score_lr_ratio,
+            )
+    return weight
