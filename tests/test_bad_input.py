@@ -70,29 +70,6 @@ def assert_untouched(model: Any, before: tuple[dict[str, torch.Tensor], set[str]
 # What is asked for
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"final_sparsity": 1.0}, r"`final_sparsity` must be in \[0, 1\), got 1.0"),
-        ({"final_sparsity": -0.1}, r"`final_sparsity` must be in \[0, 1\), got -0.1"),
-        ({"final_sparsity": math.nan}, r"`final_sparsity` must be in \[0, 1\), got nan"),
-        ({"final_sparsity": "half"}, "`final_sparsity` must be of type number, got 'half'"),
-        ({"selection": "best"}, r"`selection` must be one of \['topk', 'threshold'\], got 'best'"),
-        ({"scope": "layer"}, r"`scope` must be one of \['module', 'kind', 'global'\], got 'layer'"),
-        ({"score_init": "zero"}, "`score_init` must be one of .*, got 'zero'"),
-        ({"estimator": "ste"}, "`estimator` must be one of .*, got 'ste'"),
-        ({"head": "mlp"}, "`head` must be one of .*, got 'mlp'"),
-        ({"pruning_end": 1.5}, "fractions of training.*got 0.0 and 1.5"),
-        ({"pruning_start": 0.6, "pruning_end": 0.6}, "0 <= pruning_start < pruning_end <= 1"),
-    ],
-    ids=str,
-)
-def test_a_configuration_that_cannot_be_is_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said) as error:
-        AdaPruneConfig(**options)
-    assert isinstance(error.value, ValueError)
-
-
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
 def test_what_was_refused_may_be_asked_for_again_rightly() -> None:
     model = make_model()

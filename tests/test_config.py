@@ -19,6 +19,7 @@ from hf_adaprune.errors import AdaPruneError, ConfigError
         ("final_sparsity", True, "must be of type number, got True"),
         ("pruning_end", 1.2, "0 <= pruning_start < pruning_end <= 1, got 0.0 and 1.2"),
         ("pruning_start", 0.7, "0 <= pruning_start < pruning_end <= 1, got 0.7 and 0.6"),
+        ("pruning_start", 0.6, "0 <= pruning_start < pruning_end <= 1, got 0.6 and 0.6"),
         ("scope", "layer", r"`scope` must be one of \['module', 'kind', 'global'\], got 'layer'"),
         ("estimator", "gumbel", "`estimator` must be one of"),
         ("score_init", "zero", "`score_init` must be one of"),
