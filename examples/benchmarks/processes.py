@@ -17,10 +17,9 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
-from hf_adaprune.masks import unpack_mask
+from hf_adaprune.analysis import load_masks
 
 
 EXAMPLES = Path(__file__).parents[1]
@@ -43,17 +42,6 @@ def run(config: str, num_processes: int, global_batch: int, folder: Path, flags:
     return float(found[1])
 
 
-def load_masks(folder: Path) -> torch.Tensor:
-    """Return all masks of an adapter as one, True = kept."""
-    counts = json.loads((folder / "adapter_config.json").read_text())["module_counts"]
-    packed = load_file(folder / "adapter_model.safetensors")
-    masks = [
-        unpack_mask(packed[f"base_model.model.{module}.adaprune_mask"], torch.Size([total]))
-        for module, (_, total) in sorted(counts.items())
-    ]
-    return torch.cat(masks)
-
-
 def main() -> None:
     """Run, compare and print."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
@@ -66,7 +54,7 @@ def main() -> None:
         for number in tqdm(args.num_processes, unit="run"):
             path = Path(folder, str(number))
             accuracy = run(args.config, number, args.global_batch, path, flags)
-            masks = load_masks(path)
+            masks = torch.cat([mask.reshape(-1) for mask in load_masks(path).values()])
             reference = masks if reference is None else reference
             row = {"config": args.config, "num_processes": number, "accuracy": accuracy}
             row["sparsity"] = 1 - masks.count_nonzero().item() / masks.numel()

@@ -46,8 +46,8 @@ ORDER = sorted(
 
 HEAD = """# Results
 
-Written by `python examples/study/report.py` from [`results.jsonl`](results.jsonl). How they were come by, and what
-they say, is in the [README](../../README.md#measurements) and in [`findings.md`](findings.md). STS-B: mean of Pearson
+Written by `python examples/study/report.py` from [`results.jsonl`](results.jsonl). How they were
+measured is in [`README.md`](README.md), what they say in [`findings.md`](findings.md). STS-B: mean of Pearson
 and Spearman; MRPC: mean of accuracy and F1; CoLA: Matthews' correlation; the others: accuracy; all on the dev sets.
 What is not pruned has one score for all sparsities.
 """

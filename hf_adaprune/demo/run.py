@@ -17,12 +17,14 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 from transformers.utils import logging
 
 from ..analysis import sparsity_report
+from ..baselines import FeatureExtractionCallback
 from ..callback import AdaPruneCallback
 from ..model_card import write_model_card
 from .base import packaged_base
@@ -30,8 +32,12 @@ from .reviews import make_reviews
 
 
 EPOCHS = 3
-LEARNING_RATES = {"fine-tuning": 1e-4, "frozen encoder": 1e-3, "pruned, 50 %": 5e-5}
 PRUNED = "pruned, 50 %"
+METHODS: dict[str, tuple[float, list[type[TrainerCallback]]]] = {  # learning rates, and what does it
+    "fine-tuning": (1e-4, []),
+    "frozen encoder": (1e-3, [FeatureExtractionCallback]),
+    PRUNED: (5e-5, [AdaPruneCallback]),
+}
 
 _RELOAD = """
 import json, sys, hf_adaprune, torch
@@ -66,9 +72,9 @@ def run_demo(output_dir: Path, seed: int = 0) -> dict[str, dict[str, float]]:
     logging.set_verbosity_error()
     output_dir.mkdir(parents=True, exist_ok=True)
     rows: dict[str, dict[str, float]] = {}
-    for method, learning_rate in LEARNING_RATES.items():
+    for method, (learning_rate, callbacks) in METHODS.items():
         console.print(f"\n[bold]{method}[/bold]")
-        trainer = _trainer(base, method, learning_rate, tokens, tokenizer, output_dir, seed)
+        trainer = _trainer(base, learning_rate, callbacks, tokens, tokenizer, output_dir, seed)
         trainer.train()
         accuracy = trainer.evaluate()["eval_accuracy"]
         rows[method] = {"accuracy": accuracy, "pruned": 0.0, "bytes": _full_bytes(trainer.model)}
@@ -87,14 +93,17 @@ def run_demo(output_dir: Path, seed: int = 0) -> dict[str, dict[str, float]]:
 
 
 def _trainer(
-    base: str, method: str, learning_rate: float, tokens: DatasetDict, tokenizer: Any, output_dir: Path, seed: int
+    base: str,
+    learning_rate: float,
+    callbacks: list[type[TrainerCallback]],
+    tokens: DatasetDict,
+    tokenizer: Any,
+    output_dir: Path,
+    seed: int,
 ) -> Trainer:
     set_seed(seed)
     names = tokens["train"].features["label"].names
     model = AutoModelForSequenceClassification.from_pretrained(base, id2label=dict(enumerate(names)))
-    if method == "frozen encoder":
-        model.base_model.requires_grad_(False)
-        model.base_model.pooler.requires_grad_(True)
     args = TrainingArguments(
         str(output_dir),
         num_train_epochs=EPOCHS,
@@ -115,7 +124,7 @@ def _trainer(
         eval_dataset=tokens["validation"],
         processing_class=tokenizer,
         compute_metrics=_accuracy,
-        callbacks=[AdaPruneCallback] if method == PRUNED else [],
+        callbacks=list(callbacks),
     )
 
 
