@@ -19,6 +19,10 @@ from .layer import AdaPruneLayer
 from .masked_layers import adaprune_layers
 
 
+# What transformers switches adapters by, besides `set_adapter`.
+SWITCHES = ("enable_adapters", "disable_adapters", "delete_adapter")
+
+
 class ActiveHead:
     """Keep a model's head, and the labels in its configuration, those of the adapter whose masks are active.
 
@@ -125,6 +129,8 @@ def attach(model: PreTrainedModel, keeper: ActiveHead, configs: Mapping[str, Any
     if keeper.handle is None:
         keeper.handle = model.register_forward_pre_hook(keeper)
         model.set_adapter = functools.partial(_set_adapter, model, keeper)
+        for name in SWITCHES:
+            setattr(model, name, functools.partial(_switch, name, model, keeper))
     keeper.layers = [layer for _, layer in adaprune_layers(model)]
     keeper.heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     # What the model's configuration tells now may be meant for the new adapter alone.
@@ -162,6 +168,15 @@ def check_one_head(heads: Iterable[ModulesToSaveWrapper], names: str | Sequence[
             f"The adapters {own} have each a head of their own, and only one can compute. Make one adapter of them, "
             "with the head that you choose: `combine_adapters`."
         )
+
+
+def _switch(name: str, model: Any, keeper: ActiveHead, *args: Any, **kwargs: Any) -> None:
+    """Do what transformers does, and let head and labels follow at once: a loss may be waiting for its gradients."""
+    getattr(type(model), name)(model, *args, **kwargs)
+    left = [adapter for adapter in keeper.layers[0].active_adapters if adapter in getattr(model, "peft_config", {})]
+    if name == "delete_adapter" and left:
+        _set_adapter(model, keeper, left)  # each layer has chosen another by itself
+    keeper(model)
 
 
 def _set_adapter(model: Any, keeper: ActiveHead, adapter_name: str | list[str]) -> None:

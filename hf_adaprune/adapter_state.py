@@ -40,9 +40,6 @@ def masks_to_store(
     if keeper is not None and keeper.shown is config:
         keeper.record(base)
     layers = dict(adaprune_layers(model, adapter_name))
-    for key in [key for name in layers for key in state_dict if key.startswith(f"{name}.base_layer.")]:
-        # PEFT saves the weight of an embedding that is targeted. The base has it.
-        del state_dict[key]
     keys = {name: f"{name}.adaprune_mask.{adapter_name}" for name in layers}
     masks = {key: layers[name].decode(adapter_name, state_dict[key]) for name, key in keys.items()}
     config.module_counts = {
@@ -51,6 +48,7 @@ def masks_to_store(
     config.group_counts = _group_counts(layers, adapter_name)
     _report_unpruned(config, any(adapter_name in layer.adaprune_scores for layer in layers.values()))
     head = {_stored_key(key, adapter_name): state_dict[key] for key in head_keys(model, adapter_name)}
+    _leave_out_embeddings(model, state_dict)
     config.head_tensors = list(head)
     config.adapter_fingerprint = fingerprint([*masks.values(), *head.values()])
     stored = _shortest(masks, layers, adapter_name, config)
@@ -98,6 +96,16 @@ def head_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...
     """Return the shapes of the tensors of an adapter's head, by their names in its file."""
     state = model.state_dict()
     return {_stored_key(key, adapter_name): tuple(state[key].shape) for key in head_keys(model, adapter_name)}
+
+
+def _leave_out_embeddings(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
+    """Take embeddings, which PEFT saves if they are targeted or were resized, out of a state: the base has them."""
+    getters = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
+    embeddings = [getter() for getter in getters if getter is not None]
+    names = [name for name, module in model.named_modules() if any(module is found for found in embeddings)]
+    for key in [key for name in names for key in state_dict if key.startswith(f"{name}.")]:
+        if ".modules_to_save." not in key:
+            del state_dict[key]
 
 
 def _stored_key(key: str, adapter_name: str) -> str:

@@ -28,7 +28,7 @@ class InputMoments:
         for name, layer in self._layers.items():
             shape = [layer.in_features] * (1 if layer.groups(adapter_name) is None else 2)
             self._totals[name] = torch.zeros(shape, device=layer.base_weight.device)
-            hooks.append(layer.register_forward_pre_hook(self._watch(self._totals[name])))
+            hooks.append(layer.register_forward_pre_hook(self._watch(layer, self._totals[name])))
         # A run that is broken off in its first step leaves nothing behind either.
         self.close = weakref.finalize(self, _remove, hooks)
 
@@ -49,9 +49,9 @@ class InputMoments:
         return {name: total for name, total in totals.items() if total.any()}
 
     @staticmethod
-    def _watch(total: torch.Tensor) -> Any:
+    def _watch(watched: AdaPruneLayer, total: torch.Tensor) -> Any:
         def hook(layer: AdaPruneLayer, args: tuple[Any, ...]) -> None:
-            if torch.is_grad_enabled() and args:
+            if layer is watched and torch.is_grad_enabled() and args:  # and not a copy that was made of it
                 inputs = args[0].detach().reshape(-1, len(total)).float()
                 # Autocast would multiply in half precision.
                 with torch.autocast(inputs.device.type, enabled=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from huggingface_hub import HfApi
@@ -23,7 +24,7 @@ from .checkpoints import (
 from .checks import run_checks
 from .config import AdaPruneConfig
 from .errors import ConfigError, NotPrunedError
-from .masked_layers import has_masks
+from .masked_layers import adaprune_layers, has_masks
 from .model_card import CARD, write_model_card
 from .pruner import Pruner
 from .publish import fetch_card
@@ -34,6 +35,9 @@ logger = logging.get_logger(__name__)
 
 # Beyond this a score crosses the whole range of its matrix in a few dozen steps, and masks are noise.
 _MAX_SCORE_STEP = 0.05
+
+# A sparsity that cannot have been rounded away.
+_NOTICEABLE = 0.05
 
 
 class AdaPruneCallback(TrainerCallback):
@@ -56,6 +60,11 @@ class AdaPruneCallback(TrainerCallback):
     pruner_cls: type[Pruner] = Pruner
 
     def __init__(self, config: AdaPruneConfig | None = None, adapter_name: str = "default") -> None:
+        if not isinstance(config, (AdaPruneConfig, NoneType)):
+            raise ConfigError(
+                f"`AdaPruneCallback` takes an `AdaPruneConfig`, got {config!r}: as in "
+                "`AdaPruneCallback(AdaPruneConfig(final_sparsity=0.8))`."
+            )
         self.config, self.adapter_name = config, adapter_name
         self.pruner: Pruner | None = None
         # The adapter's card as it was before a push, and the name that it is pushed under.
@@ -71,13 +80,8 @@ class AdaPruneCallback(TrainerCallback):
         # `Trainer.push_to_hub` writes a card of its own over the adapter's, and then has the model complete it.
         model.create_or_update_model_card = self._complete_card  # type: ignore[assignment]
         run_checks(model)  # now: FSDP is about to shard it
-        wrapped = isinstance(model, PeftModel) or has_masks(model)
-        if wrapped:
-            if self.config is not None:
-                raise ConfigError(
-                    "The model already has an adapter, with its own configuration: pass `AdaPruneCallback()` without "
-                    "one, or a plain model."
-                )
+        if isinstance(model, PeftModel) or has_masks(model):
+            self._add_to(model)
             return
         # A model of sentence-transformers is several modules, of which one is a transformers model.
         model = getattr(model, "transformers_model", None) or model
@@ -87,6 +91,28 @@ class AdaPruneCallback(TrainerCallback):
                 "`peft.get_peft_model(model, AdaPruneConfig(target_modules=...))`."
             )
         model.add_adapter(self.config or AdaPruneConfig(), self.adapter_name)
+
+    def _add_to(self, model: Any) -> None:
+        """See that a model that has adapters has the one that is to be trained, and has it once."""
+        names = list(dict.fromkeys(name for _, layer in adaprune_layers(model) for name in layer.adaprune_mask))
+        if self.adapter_name in names and self.config is not None:
+            raise ConfigError(
+                f"The model already has an adapter {self.adapter_name!r}, with its own configuration. To train that "
+                "one further, pass `AdaPruneCallback()` without one; to train another, give it a name of its own, "
+                "with `adapter_name=`; to begin anew, load the model anew."
+            )
+        if self.adapter_name in names or not has_masks(model):
+            return
+        if self.config is None:
+            raise ConfigError(
+                f"The model has no adapter {self.adapter_name!r}, but {names}: name with `adapter_name=` the one to "
+                "train; or pass an `AdaPruneConfig`, which adds one."
+            )
+        if isinstance(model, PeftModel):
+            model.add_adapter(self.adapter_name, self.config)
+            model.set_adapter(self.adapter_name)
+        else:
+            getattr(model, "transformers_model", model).add_adapter(self.config, self.adapter_name)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -104,7 +130,13 @@ class AdaPruneCallback(TrainerCallback):
             )
         self.pruner = self.pruner_cls(model, state.max_steps, self.adapter_name)
         _check_optimizer(model, kwargs.get("optimizer"))
+        if self.pruner_cls is Pruner and not self.pruner.trains_scores:
+            logger.warning(
+                f"The scores of adapter {self.adapter_name!r} are frozen: the head alone learns, and where scores "
+                "start chooses the masks. Leave `requires_grad` of the model's parameters as the adapter has set it."
+            )
         self.pruner.load_state_dict({"num_steps": state.global_step})
+        _check_resumed(self.pruner)
         score_step = self.pruner.config.score_lr_ratio * args.learning_rate
         if score_step > _MAX_SCORE_STEP and self.pruner.trains_scores:
             logger.warning(
@@ -172,6 +204,8 @@ class AdaPruneCallback(TrainerCallback):
     ) -> None:
         """End at exactly the sparsity that was asked for."""
         save_state_no_more(self._running.model)
+        if args.load_best_model_at_end and state.best_global_step and self._running.config.training:
+            self._running.config.training["num_steps"] = state.best_global_step
         self._running.finalize()
 
     @property
@@ -198,13 +232,25 @@ def _settings(args: TrainingArguments, state: TrainerState, data: Any) -> dict[s
     dataset: Any = getattr(data, "dataset", None)
     return {
         "num_steps": state.global_step,
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "batch_size": (state.train_batch_size or args.train_batch_size)
+        * args.gradient_accumulation_steps
+        * args.world_size,
         "num_examples": len(dataset) if hasattr(dataset, "__len__") else None,
         "learning_rate": args.learning_rate,
         "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "optim": str(getattr(args.optim, "value", args.optim)),
         "seed": args.seed,
     }
+
+
+def _check_resumed(pruner: Pruner) -> None:
+    """Raise if a run goes on in the middle of its schedule with masks that prune nothing: they did not arrive."""
+    if pruner.num_steps and pruner.trains_scores and not pruner.sparsity and pruner.target_sparsity > _NOTICEABLE:
+        raise NotPrunedError(
+            f"After {pruner.num_steps} of {pruner.total_steps} steps about {pruner.target_sparsity:.0%} should be "
+            "pruned, and nothing is: the checkpoint has no masks under the names that they have in this model. Resume "
+            "with the same form of model (wrapped by `get_peft_model` or not) and the same `adapter_name`."
+        )
 
 
 def _check_optimizer(model: nn.Module, optimizer: Any) -> None:

@@ -44,6 +44,8 @@ def save_state_with_checkpoints(model: Any, num_processes: int, resumable: bool)
         resumable (`bool`): Whether the Trainer saves its optimizer; if not, scores are not saved either.
     """
     save_state_no_more(model)
+    if not hasattr(model, "save_pretrained"):
+        return  # of somebody's own class: the Trainer saves all of it, masks and scores too
     model.save_pretrained = functools.partial(_save, model.save_pretrained, model, num_processes, resumable)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from .config import AdaPruneConfig
 from .errors import AdapterFileError, BaseMismatchError
 from .fingerprint import fingerprint, fingerprints_are_checked, matches
-from .head import body_name, head_modules
+from .head import PEFT_HEADS, body_name, head_modules
 from .masked_layers import adaprune_layers
 from .sharding import is_sharded
 
@@ -38,7 +38,7 @@ def check_base(model: nn.Module, adapter_name: str, config: AdaPruneConfig) -> N
             "and has them no more. Fetch it again; or, to open it unchecked, do so inside "
             "`hf_adaprune.skip_fingerprint_check()`."
         )
-    weights = _body_weights(model)
+    weights = _body_weights(model, config)
     if any(weight.is_meta for weight in weights):
         return
     if config.base_fingerprint is None:
@@ -54,9 +54,10 @@ def check_base(model: nn.Module, adapter_name: str, config: AdaPruneConfig) -> N
         )
     if fits is False and fingerprints_are_checked():
         raise BaseMismatchError(
-            f"The masks of adapter {adapter_name!r} were made for other weights: those of "
-            f"{config.base_model_name_or_path!r} have the fingerprint {config.base_fingerprint}, the model's have "
-            f"{fingerprint(weights)}. Load the adapter's own base, in any precision; or, to open it here all the "
+            f"The masks of adapter {adapter_name!r} were made for other weights: for some with the fingerprint "
+            f"{config.base_fingerprint}; the model's have {fingerprint(weights)}. Load the adapter's own base, in any "
+            f"precision: by its configuration {config.base_model_name_or_path!r}, or, where that was resized, merged "
+            "or made smaller before there were masks, what was saved of it then. Or, to open the adapter here all the "
             "same, do so inside `hf_adaprune.skip_fingerprint_check()`."
         )
 
@@ -95,7 +96,7 @@ class CheckOnce:
 
 def base_fits(model: nn.Module, config: AdaPruneConfig) -> bool | None:
     """Return whether a model holds the weights that an adapter was made for; `None` if it cannot be told."""
-    return matches(_body_weights(model), config.base_fingerprint or "")
+    return matches(_body_weights(model, config), config.base_fingerprint or "")
 
 
 def run_checks(model: nn.Module) -> None:
@@ -120,9 +121,11 @@ def head_keys(model: nn.Module, adapter_name: str) -> list[str]:
     ]
 
 
-def _body_weights(model: nn.Module) -> list[torch.Tensor]:
-    """Return what every door takes from the base's checkpoint: all but the task head, and what adapters have added."""
-    head = tuple(f"{name}." for name in head_modules(model))
+def _body_weights(model: nn.Module, config: AdaPruneConfig) -> list[torch.Tensor]:
+    """Return what every door takes from the base's checkpoint: all but what this adapter holds, or others added."""
+    own = tuple(set(config.modules_to_save or ()) - PEFT_HEADS)  # names or their endings, as PEFT takes them
+    saved = [name for name, _ in model.named_modules() if own and name.endswith(own)]
+    head = tuple(f"{name}." for name in (*head_modules(model), *saved))
     if not body_name(model):
         # The pooler of a model without a head, which many checkpoints lack.
         head += ("pooler.",)

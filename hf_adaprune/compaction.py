@@ -170,9 +170,12 @@ def _is_stock(dense: Any, shapes: dict[str, tuple[int, int]], widths: dict[str, 
             if value != old or isinstance(value, bool):
                 continue
             config = copy.deepcopy(dense.config)
-            setattr(config, field, new)
-            with torch.device("meta"):
-                built = type(dense)._from_config(config)
+            try:
+                setattr(config, field, new)
+                with torch.device("meta"):
+                    built = type(dense)._from_config(config)
+            except Exception:  # another field of the same value, that cannot have this one
+                continue
             if {name: tensor.shape for name, tensor in built.state_dict().items()} == wanted:
                 setattr(dense.config, field, new)
                 return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -91,6 +92,13 @@ def plan_head(model: nn.Module, config: AdaPruneConfig) -> None:
         )
     if isinstance(model, PreTrainedModel) and config.model_config is None:
         _record(model, config)
+    loose = [name for name, _ in model.named_parameters(recurse=False)] if body_name(model) else []
+    if loose and not config.is_stored:
+        warnings.warn(
+            f"{loose} of {type(model).__name__} belong to no module, and so not to the head: they are neither trained "
+            "nor saved. Put them into a module of their own if they are to be.",
+            stacklevel=2,
+        )
     head = ["classifier"] if config.head == "layer_average" else head_modules(model)
     config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *head])) or None
 

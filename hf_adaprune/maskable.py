@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -73,11 +74,14 @@ class Embedding(AdaPruneLayer):
 
 def masked_class(module: nn.Module) -> type[AdaPruneLayer] | None:
     """Return the class of masked layer that computes what a module does, or `None` if there is none."""
-    for base_cls, layer_cls in ((nn.Linear, Linear), (Conv1D, Conv1DLinear)):
-        # A linear layer with a forward pass of its own may compute anything.
-        if isinstance(module, base_cls) and type(module).forward is base_cls.forward:
+    # With a forward pass of its own, or a weight that is computed, a layer may compute anything.
+    if "forward" in vars(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return None
+    for base_cls, layer_cls in ((nn.Linear, Linear), (Conv1D, Conv1DLinear), (nn.Embedding, Embedding)):
+        scales = base_cls is nn.Embedding and hasattr(module, "embed_scale")
+        if isinstance(module, base_cls) and (type(module).forward is base_cls.forward or scales):
             return layer_cls
-    return Embedding if isinstance(module, nn.Embedding) else None
+    return None
 
 
 def wrap(
@@ -89,4 +93,10 @@ def wrap(
 ) -> AdaPruneLayer | None:
     """Return the masked layer for a module, or `None` if there is none for its type."""
     layer_cls = masked_class(module)
+    if layer_cls is not None and (module._forward_hooks or module._forward_pre_hooks):
+        warnings.warn(
+            f"A {type(module).__name__} with hooks is being masked, and they are called no more: register them on the "
+            "masked layer, afterwards.",
+            stacklevel=2,
+        )
     return None if layer_cls is None else layer_cls(module, adapter_name, config, groups, mask_bytes)

@@ -55,6 +55,7 @@ def _tuner_of_copy(model: Any) -> AdaPruneModel:
 
 def _cleared(plain: Any) -> PreTrainedModel:
     """Take off a model what transformers leaves of an adapter: a card, a flag, and how its keys are renamed."""
-    for name in ("create_or_update_model_card", "_hf_peft_config_loaded", "_weight_conversions"):
-        vars(plain).pop(name, None)
+    for module in plain.modules():  # of sentence-transformers' model the one inside
+        for name in ("create_or_update_model_card", "_hf_peft_config_loaded", "_weight_conversions"):
+            vars(module).pop(name, None)
     return plain.eval()

@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from .active import ActiveHead, active_head, attach, check_one_head, detached_labels
+from .active import SWITCHES, ActiveHead, active_head, attach, check_one_head, detached_labels
 from .adapter_files import forget_check, load_checked, save_weights_first
 from .adapter_state import check_loaded, head_shapes, masks_to_store
 from .checks import CheckOnce, check_base, run_checks
@@ -29,7 +29,7 @@ from .groups import Groups
 from .head import check_architecture, check_modules_to_save, fitting_head, plan_head
 from .layer import AdaPruneLayer
 from .layer_average import refuse_to_save
-from .maskable import Embedding, wrap
+from .maskable import wrap
 from .masked_layers import adaprune_layers
 from .mixed_batch import mixed_batch
 from .publish import push_with_card
@@ -37,6 +37,10 @@ from .selection import check_reachable
 from .structure import check_patterns, plan_units
 from .targets import check_targets, linear_endings, no_match, resolve_targets, unmaskable
 from .unattended import stop_watching, watch
+
+
+# What a model with masks has functions of its own for.
+_OVERRIDES = ("save_pretrained", "set_adapter", *SWITCHES, "_load_pretrained_model", "_upload_modified_files")
 
 
 class AdaPruneModel(BaseTuner):
@@ -130,7 +134,8 @@ class AdaPruneModel(BaseTuner):
         resolve_targets(model, config)
         units = plan_units(model, config, everywhere)
         self._groups = {name: Groups.of(unit, model) for name, unit in units.items()}
-        check_reachable(self._groups, config)
+        if not config.inference_mode:
+            check_reachable(self._groups, config)
         check_patterns(model, config)
         check_targets(model, config)
 
@@ -153,6 +158,8 @@ class AdaPruneModel(BaseTuner):
             raise unmaskable(current_key, target)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
+        others = [other for _, other in adaprune_layers(self.model)]
+        layer._disable_adapters = bool(others) and others[0].disable_adapters
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -194,11 +201,15 @@ class AdaPruneModel(BaseTuner):
         super().delete_adapter(adapter_name)
         for _, layer in adaprune_layers(self.model, adapter_name):
             layer.delete_adapter(adapter_name)
+        if names := [name for name in self.active_adapters if name in self.peft_config]:
+            # Each layer has chosen another by itself.
+            self.set_adapter(names, all(self.peft_config[name].inference_mode for name in names))
         self._follow()
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             run_checks(self.model)
+            self._enable_adapter_layers()  # weights, head and labels are of one adapter, or of none
             if kwargs.get("adapter_names"):
                 # With the masks go their head and labels.
                 self.set_adapter(kwargs["adapter_names"])
@@ -209,8 +220,9 @@ class AdaPruneModel(BaseTuner):
         stop_watching(self.model)
         plain = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         restore_dropout(plain)
-        for name in ("save_pretrained", "set_adapter", "_load_pretrained_model", "_upload_modified_files"):
-            vars(plain).pop(name, None)
+        for module in plain.modules():
+            for name in _OVERRIDES if isinstance(module, PreTrainedModel) else ():
+                vars(module).pop(name, None)
         refuse_to_save(plain)
         return plain
 
@@ -228,9 +240,9 @@ class AdaPruneModel(BaseTuner):
                 for key, parameter in self.model.named_parameters(remove_duplicate=False)
                 if parameter is layer.base_weight and not key.startswith(f"{name}.")
             ]
-            if isinstance(layer, Embedding) and shared:
+            if shared:
                 raise MergeError(
-                    f"{name!r} shares its weight with {shared}, which is not masked: merging would prune both. "
+                    f"{name!r} shares its weight with {shared}, under no mask or another: merging would prune both. "
                     "Load the base with `tie_word_embeddings=False` and copy the weight, or leave the masks unmerged."
                 )
 

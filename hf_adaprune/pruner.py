@@ -10,9 +10,10 @@ from torch import nn
 from transformers.utils import logging
 
 from .calibration import InputMoments
+from .checks import run_checks
 from .config import AdaPruneConfig
 from .dropout import restore_dropout, set_dropout
-from .errors import NonFiniteError, NotPrunedError
+from .errors import MergeError, NonFiniteError, NotPrunedError
 from .head_steps import HeadSteps
 from .masked_layers import adaprune_layers
 from .masks import pack_mask, unpack_mask
@@ -43,6 +44,8 @@ class Pruner:
 
     Raises:
         NotPrunedError: If the model has no trainable masks under that name.
+        MergeError: If they are merged, or disabled.
+        AdapterFileError: If what was loaded is not what was saved.
         UnsupportedShardingError: If it is trained under DeepSpeed or FSDP1.
         ValueError: If `total_steps` is not positive.
 
@@ -74,6 +77,12 @@ class Pruner:
                 f"Adapter {adapter_name!r} is not active, so what is trained would be another one: call "
                 f"`model.set_adapter({adapter_name!r})` first."
             )
+        if any(layer.merged or layer.disable_adapters for layer in self.layers.values()):
+            raise MergeError(
+                f"Adapter {adapter_name!r} is merged into the weights, or disabled: its masks would not be trained. "
+                "First call `unmerge_adapter()`, or `enable_adapters()` (leave `disable_adapter()` of a `PeftModel`)."
+            )
+        run_checks(model)  # before the masks change
         stop_watching(model, adapter_name)
         self.config: AdaPruneConfig = next(iter(self.layers.values())).config(adapter_name)
         check_sharding(self._scores(), self.config.granularity)

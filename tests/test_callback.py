@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from tiny import make_batch, make_model
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -269,3 +269,46 @@ def test_a_failed_injection_leaves_the_model_as_it_was(tmp_path: Path) -> None:
         trainer(model, tmp_path, AdaPruneCallback(AdaPruneConfig(target_modules=["qurey"])))
     trainer(model, tmp_path, AdaPruneCallback).train()
     assert sparsity_report(model).sparsity == 0.5
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_callback_adds_the_adapter_of_another_task_to_a_model(wrapped: bool, tmp_path: Path) -> None:
+    model = fresh(wrapped)
+    if not wrapped:
+        model.add_adapter(AdaPruneConfig())
+    callback = AdaPruneCallback(AdaPruneConfig(final_sparsity=0.75), adapter_name="second")
+    trainer(model, tmp_path, callback).train()
+    assert sparsity_report(model).sparsity == pytest.approx(0.75, abs=1e-3)
+    assert sparsity_report(model, "default").sparsity == 0
+    with pytest.raises(NotPrunedError, match=r"'third', but of \['default', 'second'\]"):
+        sparsity_report(model, "third")
+
+
+def test_a_callback_without_a_configuration_names_the_adapters_that_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no adapter 'other', but \['default'\]: name with `adapter_name=`"):
+        trainer(fresh(wrapped=True), tmp_path, AdaPruneCallback(adapter_name="other"))
+
+
+@pytest.mark.parametrize("given", [0.8, AdaPruneConfig, LoraConfig()])
+def test_a_callback_takes_a_configuration_of_its_own_kind(given: Any) -> None:
+    with pytest.raises(ConfigError, match="`AdaPruneCallback` takes an `AdaPruneConfig`, got"):
+        AdaPruneCallback(given)
+
+
+def test_a_checkpoint_of_another_form_of_model_is_refused(tmp_path: Path) -> None:
+    trainer(fresh(), tmp_path, AdaPruneCallback).train()
+    with pytest.raises(NotPrunedError, match=r"After 10 of 16 steps about 50% should be pruned, and nothing is"):
+        trainer(fresh(wrapped=True), tmp_path, AdaPruneCallback).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-10")
+        )
+
+
+def test_frozen_scores_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("hf_adaprune.callback.logger.warning", said.append)
+    model = fresh()
+    model.add_adapter(AdaPruneConfig())
+    model.bert.requires_grad_(False)
+    trainer(model, tmp_path, AdaPruneCallback).train()
+    assert [message.split(":")[0] for message in said] == ["The scores of adapter 'default' are frozen"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -111,11 +111,11 @@ def check_matrices(masks: Masks) -> None:
         )
 
 
-def plot_degrees(found: Iterable[Degrees]) -> Figure:
+def plot_degrees(found: Mapping[str, Degrees] | Iterable[Degrees]) -> Figure:
     """Draw the distributions of the degrees of each component, all layers together, beside those of random masks.
 
     Args:
-        found (`Iterable[Degrees]`): What `neuron_degrees` returns, its values.
+        found (`Mapping[str, Degrees]` or `Iterable[Degrees]`): What `neuron_degrees` returns, or its values.
 
     Returns:
         `matplotlib.figure.Figure`: A figure that belongs to no window; save it with `savefig`.
@@ -123,7 +123,7 @@ def plot_degrees(found: Iterable[Degrees]) -> Figure:
     from matplotlib.figure import Figure
 
     components: dict[str, list[Degrees]] = defaultdict(list)
-    for module in found:
+    for module in found.values() if isinstance(found, Mapping) else found:
         components[component_of(module.name)].append(module)
     figure = Figure(figsize=(7.2, 0.6 + 1.25 * len(components)), layout="constrained")
     grid = figure.subplots(len(components), 2, squeeze=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import AdaPruneConfig
 from ..errors import NotPrunedError
-from ..masked_layers import module_counts
+from ..masked_layers import adaprune_layers, module_counts
 from .heat_map import draw_heat_map
 from .names import component_of, in_order, layer_of
 
@@ -103,14 +103,14 @@ class SparsityReport:
         }
 
 
-def sparsity_report(model: Any, adapter_name: str = "default") -> SparsityReport:
+def sparsity_report(model: Any, adapter_name: str | None = None) -> SparsityReport:
     """Count what is pruned.
 
     Args:
         model (`torch.nn.Module` or `AdaPruneConfig`):
             A model with an AdaPrune adapter, or the configuration of a saved adapter: that one is enough, and no
             weight needs to be loaded.
-        adapter_name (`str`): Which adapter of the model.
+        adapter_name (`str`, *optional*): Which adapter of the model; by default the active one.
 
     Returns:
         `SparsityReport`: The counts.
@@ -126,10 +126,17 @@ def sparsity_report(model: Any, adapter_name: str = "default") -> SparsityReport
         stored = model.module_counts or {}
         counts, num_parameters = {name: stored[name] for name in in_order(list(stored))}, model.num_parameters or 0
     else:
+        layers = [layer for _, layer in adaprune_layers(model)]
+        names = list(dict.fromkeys(name for layer in layers for name in layer.adaprune_mask))
+        active = [name for name in names if name in layers[0].active_adapters]
+        adapter_name = adapter_name or next(iter([*active, *names]), "default")
+        if adapter_name not in names:
+            raise NotPrunedError(f"There are no masks under the adapter name {adapter_name!r}, but of {names}.")
         counts = {name: list(count) for name, count in module_counts(model, adapter_name).items()}
-        num_parameters = model.peft_config[adapter_name].num_parameters if counts else 0
+        config = next(adaprune_layers(model, adapter_name))[1].config(adapter_name)
+        num_parameters = config.num_parameters or 0
     if not counts:
-        raise NotPrunedError(f"There are no masks to count under the adapter name {adapter_name!r}.")
+        raise NotPrunedError("There are no masks to count: the configuration was never saved with an adapter.")
     modules = tuple(ModuleSparsity(name, total, pruned) for name, (pruned, total) in counts.items())
     return SparsityReport(modules, num_parameters)
 

@@ -6,9 +6,9 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import Trainer
 
 from ..errors import NotPrunedError
@@ -107,13 +107,18 @@ def _head_trainer(trainer: Trainer, learning_rate: float, adapter_name: str) -> 
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
+def _restored(model: Any) -> Iterator[None]:
     """Put back, at the end of the block, what it changes in a model."""
     state = copy.deepcopy(model.state_dict())
+    told = {name: copy.copy(config.training) for name, config in model.peft_config.items()}
+    complete_card = vars(model).get("create_or_update_model_card")
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         yield
     finally:
         model.load_state_dict(state)
+        for name, training in told.items():
+            model.peft_config[name].training = training
+        model.create_or_update_model_card = complete_card
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])

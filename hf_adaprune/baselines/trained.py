@@ -15,7 +15,7 @@ from ..config import AdaPruneConfig
 from ..errors import NotPrunedError
 from ..head import head_modules
 from ..maskable import wrap
-from ..masked_layers import adaprune_layers
+from ..masked_layers import adaprune_layers, has_masks
 from ..targets import resolve_targets
 
 
@@ -43,10 +43,11 @@ class TrainedWeightsCallback(AdaPruneCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Put masks on the Trainer's model, before its optimizer is made; remember the weights."""
-        if not isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
+        adapted = hasattr(model, "peft_config") or has_masks(model)
+        if not isinstance(model, PreTrainedModel) or adapted:
             raise NotPrunedError(
                 f"`{type(self).__name__}` trains the weights of a plain transformers model, got a "
-                f"{type(model).__name__}{' with an adapter' * hasattr(model, 'peft_config')}. Give the Trainer the "
+                f"{type(model).__name__}{' with masks or an adapter' * adapted}. Give the Trainer the "
                 "model as `from_pretrained` loads it."
             )
         self._initial = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
