@@ -513,7 +513,7 @@ def test_weights_are_trained_of_plain_models_only(tmp_path: Path) -> None:
         make_trainer(wrapped, tmp_path, MovementCallback())
     adapted = make_model()
     adapted.add_adapter(AdaPruneConfig())
-    with pytest.raises(NotPrunedError, match="got a BertForSequenceClassification with an adapter"):
+    with pytest.raises(NotPrunedError, match="got a BertForSequenceClassification with masks or an adapter"):
         make_trainer(adapted, tmp_path, MagnitudeCallback())
 
 

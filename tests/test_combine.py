@@ -181,3 +181,17 @@ def test_what_cannot_be_combined_is_refused(tmp_path: Path) -> None:
         layer.set_mask("task 1", ~layer.mask("task 0"))
     with pytest.raises(CombineError, match="keeps nothing"):
         combine_adapters(empty, ["task 0", "task 1"], "intersection", "new")
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+def test_group_masks_with_little_in_common_have_a_union() -> None:
+    model: Any = get_peft_model(make_model(head="none"), AdaPruneConfig(granularity="neuron"), "x")
+    model.add_adapter("y", AdaPruneConfig(granularity="neuron"))
+    for start, name in enumerate("xy"):
+        for number, (_, layer) in enumerate(adaprune_layers(model, name)):
+            mask = torch.ones(40, dtype=torch.bool)
+            mask[start : start + 2] = number > 0  # one neuron of the first block in common
+            layer.set_mask(name, mask)
+    combine_adapters(model, ["x", "y"], "union", "both")
+    pruned = [int((~layer.entries("both")).sum()) for _, layer in adaprune_layers(model, "both")]
+    assert pruned == [1, 0]

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from hf_adaprune import AdaPruneConfig, Pruner, compact, sparsity_report
 from hf_adaprune.errors import BaseMismatchError, CompactionError, NotPrunedError
 from hf_adaprune.masked_layers import adaprune_layers
+from hf_adaprune.masks import pack_mask
 from hf_adaprune.merging import merged
 
 
@@ -233,6 +234,14 @@ def test_masks_of_single_weights_have_nothing_to_remove(granularity: str) -> Non
     model = get_peft_model(make_model(), AdaPruneConfig(granularity=granularity))
     with pytest.raises(CompactionError, match="nothing to remove"):
         compact(model)
+
+
+def test_another_field_of_the_same_value_as_the_width_is_passed_over() -> None:
+    model = make_model(intermediate_size=32)  # and so is `hidden_size`
+    model.add_adapter(AdaPruneConfig(granularity="neuron", inference_mode=True))
+    for _, layer in adaprune_layers(model):
+        layer.adaprune_mask["default"].copy_(pack_mask(torch.arange(32) < 21))
+    assert compact(model).config.intermediate_size == 21
 
 
 def test_what_cannot_be_made_smaller_is_refused() -> None:

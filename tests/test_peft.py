@@ -981,6 +981,65 @@ def test_masked_tied_embeddings_refuse_to_merge_and_name_what_shares_them() -> N
         model.merge_and_unload()
 
 
+@pytest.mark.parametrize("kind", ["output", "linear"])
+def test_a_masked_layer_that_shares_its_weight_is_not_merged(kind: str) -> None:
+    model = make_model(head="masked_lm")
+    layers = model.bert.encoder.layer
+    layers[1].intermediate.dense.weight = layers[0].intermediate.dense.weight
+    target = {"output": "predictions.decoder", "linear": "0.intermediate.dense"}[kind]
+    tuned = get_peft_model(model, AdaPruneConfig(target_modules=[target]))
+    with pytest.raises(MergeError, match="shares its weight with"):
+        tuned.merge_adapter()
+
+
+def test_what_computes_something_else_is_not_taken_for_a_lookup_or_a_product() -> None:
+    class Shifted(nn.Embedding):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x + 2)
+
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    patched = nn.Linear(4, 4)
+    vars(patched)["forward"] = lambda x: x
+    for module in (Shifted(8, 4), normed, patched):
+        with pytest.raises(NoMatchingModuleError, match="can be masked"):
+            get_peft_model(nn.Sequential(module), AdaPruneConfig(target_modules=["0"]))
+
+
+def test_hooks_that_are_called_no_more_are_warned_of() -> None:
+    linear = nn.Linear(4, 4)
+    linear.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.warns(UserWarning, match="A Linear with hooks is being masked, and they are called no more"):
+        get_peft_model(nn.Sequential(linear), AdaPruneConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+@pytest.mark.filterwarnings("ignore:Adapter third was active which is now deleted:UserWarning")
+def test_once_the_active_adapter_is_deleted_all_layers_have_the_same_one(plain: bool) -> None:
+    configs = {"first": ["query"], "second": ["key"], "third": None}
+    model: Any = make_model()
+    for number, (name, targets) in enumerate(configs.items()):
+        config = AdaPruneConfig(target_modules=targets)
+        if plain:
+            model.add_adapter(config, name)
+        elif number == 0:
+            model = get_peft_model(model, config, name)
+        else:
+            model.add_adapter(name, config)
+    model.set_adapter("third")
+    model.delete_adapter("third")
+    assert {tuple(layer.active_adapters) for _, layer in adaprune_layers(model)} == {("first",)}
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+def test_an_adapter_that_is_added_while_adapters_are_disabled_is_too() -> None:
+    model: Any = get_peft_model(make_model(), AdaPruneConfig(target_modules=["query"]), "second")
+    model.base_model.disable_adapter_layers()
+    model.add_adapter("third", AdaPruneConfig())
+    model.base_model.set_adapter("third")
+    assert len({layer.disable_adapters for _, layer in adaprune_layers(model)}) == 1
+
+
 def test_no_adapter_is_saved_as_a_pickle_and_the_former_one_is_not_lost(saved: Saved, tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(saved.load_base(), saved.path)
     model.save_pretrained(tmp_path)

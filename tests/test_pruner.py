@@ -1,5 +1,6 @@
 import copy
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,10 +8,11 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model
+from tiny import make_batch, make_model, train_masks
 from torch import nn
 
-from hf_adaprune import AdaPruneConfig, Pruner
-from hf_adaprune.errors import NonFiniteError, NotPrunedError, UnsupportedShardingError
+from hf_adaprune import AdaPruneConfig, Pruner, sparsity_report
+from hf_adaprune.errors import MergeError, NonFiniteError, NotPrunedError, UnsupportedShardingError
 from hf_adaprune.masked_layers import adaprune_layers
 from hf_adaprune.masks import topk_mask
 from hf_adaprune.scores import wanda_ranks
@@ -356,3 +358,32 @@ def test_deepspeed_is_refused_before_the_first_step(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("hf_adaprune.sharding.AcceleratorState", lambda: state)
     with pytest.raises(UnsupportedShardingError, match="DeepSpeed steps copies of the parameters"):
         Pruner(make(), total_steps=5)
+
+
+def test_masks_that_are_merged_or_disabled_are_not_trained() -> None:
+    model: Any = get_peft_model(make_model(), AdaPruneConfig())
+    with model.disable_adapter(), pytest.raises(MergeError, match="its masks would not be trained"):
+        Pruner(model, 4)
+    model.merge_adapter()
+    with pytest.raises(MergeError, match="call `unmerge_adapter\\(\\)`"):
+        Pruner(model, 4)
+
+
+def test_masks_may_move_before_the_first_forward_pass(tmp_path: Path) -> None:
+    model: Any = get_peft_model(make_model(), AdaPruneConfig())
+    train_masks(model)
+    model.save_pretrained(str(tmp_path))
+    opened: Any = PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True)
+    with pytest.warns(UserWarning, match="scores behind the loaded masks are not stored"):
+        pruner = Pruner(opened, 4)
+    pruner.prune_to(0.9)
+    opened(**make_batch())
+    assert sparsity_report(opened).sparsity == pytest.approx(0.9, abs=1e-3)
+
+
+def test_a_copy_of_a_model_in_its_first_step_adds_nothing_to_what_is_seen() -> None:
+    model: Any = get_peft_model(make_model(), AdaPruneConfig())
+    pruner = Pruner(model.train(), 4)
+    copy.deepcopy(model)(**make_batch())
+    assert pruner._inputs is not None
+    assert not any(total.any() for total in pruner._inputs._totals.values())

@@ -68,7 +68,7 @@ def test_the_adapters_own_card_is_pushed(push: Push, adapter_path: Path, tmp_pat
     card: Any = ModelCard(card_of(online))
     assert f'from_pretrained("{NAME}")' in card.text
     assert f"\n# {NAME}\n" in card.text
-    assert "| attention.self.query | 0.500 |" in card.text
+    assert "50.0 % of each of the 12 masked matrices." in card.text
     assert "[More Information Needed]" not in card.text
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-classification")
     assert str(tmp_path.parent) not in card_of(online), "nobody's folders are made known"
@@ -278,7 +278,7 @@ def test_the_trainers_last_push_has_one_card_with_what_the_trainer_tells(
         card: Any = ModelCard(card_of(online))
         assert f'from_pretrained("{NAME}")' in card.text
         assert f"\n# {NAME}\n" in card.text
-        assert "| attention.self.query | 0.500 |" in card.text
+        assert "50.0 % of each of the 12 masked matrices." in card.text
         assert f"- learning_rate: {learning_rate}" in card.text
         assert "More information needed" not in card.text
         assert card.text.count(BEGIN) == card.text.count("## Training procedure") == 1

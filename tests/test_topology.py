@@ -10,8 +10,9 @@ from doors import load_base, make_trainer
 from peft import PeftConfig, get_peft_model
 from sklearn.metrics import cohen_kappa_score, jaccard_score
 from tiny import logits_of, make_model, train_masks
+from transformers import T5Config
 
-from hf_adaprune import AdaPruneCallback, AdaPruneConfig
+from hf_adaprune import AdaPruneCallback, AdaPruneConfig, compact
 from hf_adaprune.analysis import (
     Recovery,
     RecoveryCallback,
@@ -32,7 +33,9 @@ from hf_adaprune.analysis import (
     plot_spectrum,
     sparsity_report,
 )
+from hf_adaprune.analysis.names import layer_of
 from hf_adaprune.masked_layers import adaprune_layers
+from hf_adaprune.masks import pack_mask
 
 
 QUERY, DENSE = "encoder.layer.{}.attention.self.query", "encoder.layer.{}.output.dense"
@@ -115,6 +118,38 @@ def test_the_picture_of_overlaps_shows_each_pair_once_with_its_chance_level() ->
     assert texts(plot_overlap(pairs, "jaccard"))[0] == f"{whole.jaccard:.2f}\n({whole.chance_jaccard:.2f})"
     with pytest.raises(ValueError, match="`measure` must be 'kappa', 'jaccard' or 'agreement', got 'dice'"):
         plot_overlap(pairs, "dice")
+
+
+def test_the_layers_of_two_stacks_are_told_apart() -> None:
+    names = ["encoder.layers.0.self_attn.v_proj", "decoder.layers.0.self_attn.v_proj", "bert.encoder.layer.0.output"]
+    assert [layer_of(name) for name in names] == ["0", "decoder 0", "0"]
+    masks = {
+        f"{stack}.block.0.layer.{place}.{kind}.{part}": torch.ones(4, 4, dtype=torch.bool)
+        for stack, place, kind in (
+            ("encoder", 0, "SelfAttention"),
+            ("decoder", 0, "SelfAttention"),
+            ("decoder", 1, "EncDecAttention"),
+        )
+        for part in "qkvo"
+    }
+    found = attention_heads(masks, T5Config(num_heads=2))
+    assert [heads.layer for heads in found] == ["0", "decoder 0", "decoder 0 (cross)"]
+    assert {tuple(heads.kept) for heads in found} == {("query", "key", "value", "output")}
+
+
+def test_the_heads_of_a_smaller_model_are_those_that_it_has() -> None:
+    model: Any = make_model(num_attention_heads=4)
+    model.add_adapter(AdaPruneConfig(granularity="head", inference_mode=True))
+    for _, layer in adaprune_layers(model):
+        layer.adaprune_mask["default"].copy_(pack_mask(torch.tensor([True, False, False, True])))
+    small: Any = compact(model)
+    small.add_adapter(AdaPruneConfig(inference_mode=True))
+    masks = model_masks(small)
+    for name, mask in masks.items():
+        if name.endswith(("query", "key", "value")):
+            mask[:8] = False
+    assert [heads.share_kept.round(2).tolist()[0] for heads in attention_heads(masks, small.config)] == [0.25, 0.25]
+    assert {len(heads.share_kept) for heads in attention_heads(masks, small.config)} == {2}
 
 
 # --- neurons

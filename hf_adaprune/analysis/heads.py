@@ -82,19 +82,24 @@ def attention_heads(masks: Masks, config: PretrainedConfig | AdaPruneConfig) -> 
     """
     check_matrices(masks)
     config = transformers_config(config)
-    num_heads = config.num_attention_heads
-    sharing = num_heads // (getattr(config, "num_key_value_heads", None) or num_heads)
+    sharing = config.num_attention_heads // (
+        getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    )
+    compacted = getattr(config, "compact_heads", None) or {}
+    left = {layer_of(f".{name}"): len(head["kept"]) for name, head in compacted.items()}
     layers: dict[str, dict[str, NDArray[np.float64]]] = defaultdict(dict)
     for name, mask in masks.items():
         part = _part(component_of(name))
         if part is None:
             continue
+        num_heads = left.get(layer_of(name), config.num_attention_heads)
         rows = mask.T if part == "output" else mask
         groups = num_heads // sharing if part in ("key", "value") else num_heads
         if rows.shape[0] % groups:
             raise ValueError(f"{name!r} must have a multiple of {groups} heads' rows, got {rows.shape[0]}.")
         share = rows.reshape(groups, -1).mean(1, dtype=torch.float64).cpu().numpy()
-        layers[layer_of(name)][part] = np.repeat(share, num_heads // groups)
+        attention = layer_of(name) + " (cross)" * _is_cross(component_of(name))
+        layers[attention][part] = np.repeat(share, num_heads // groups)
     if not layers:
         raise ValueError(
             f"No matrix of attention is known among {sorted({component_of(name) for name in masks})}; known are "
@@ -108,7 +113,11 @@ def _part(component: str) -> str | None:
     for part, names in _INPUTS.items():
         if last in names:
             return part
-    return "output" if last in _OUTPUTS and any("att" in step for step in path) else None
+    return "output" if last in _OUTPUTS and any("att" in step.lower() for step in path) else None
+
+
+def _is_cross(component: str) -> bool:
+    return any(kind in component.lower() for kind in ("crossatt", "cross_att", "encdecatt", "encoder_att"))
 
 
 def plot_heads(found: list[Heads]) -> Figure:

@@ -6,9 +6,11 @@ import re
 
 
 def layer_of(name: str) -> str:
-    """Return the number of the layer that a module is in, or `"embeddings"` outside of the numbered layers."""
+    """Return the number of the layer that a module is in (`"decoder 3"` in a decoder), or else `"embeddings"`."""
     number = re.search(r"\.(\d+)\.", name)
-    return number[1] if number else "embeddings"
+    if number is None:
+        return "embeddings"
+    return f"decoder {number[1]}" if "decoder" in name[: number.start()].split(".") else number[1]
 
 
 def component_of(name: str) -> str:
