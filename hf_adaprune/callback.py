@@ -204,8 +204,11 @@ class AdaPruneCallback(TrainerCallback):
     ) -> None:
         """End at exactly the sparsity that was asked for."""
         save_state_no_more(self._running.model)
-        if args.load_best_model_at_end and state.best_global_step and self._running.config.training:
-            self._running.config.training["num_steps"] = state.best_global_step
+        if args.load_best_model_at_end and state.best_global_step:
+            _complete_best(kwargs["model"], Path(str(state.best_model_checkpoint)))
+            self._running.config.training = (self._running.config.training or {}) | {
+                "num_steps": state.best_global_step
+            }
         self._running.finalize()
 
     @property
@@ -241,6 +244,13 @@ def _settings(args: TrainingArguments, state: TrainerState, data: Any) -> dict[s
         "optim": str(getattr(args.optim, "value", args.optim)),
         "seed": args.seed,
     }
+
+
+def _complete_best(model: nn.Module, checkpoint: Path) -> None:
+    """Load the best state of an adapter that the Trainer has not found: PEFT has one with a name in a subfolder."""
+    path = checkpoint / SAFE_WEIGHTS_NAME
+    if isinstance(model, PeftModel) and not (checkpoint / CONFIG_NAME).is_file() and path.is_file():
+        model.load_state_dict(load_file(path), strict=False)
 
 
 def _check_resumed(pruner: Pruner) -> None:

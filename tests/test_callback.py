@@ -151,6 +151,19 @@ def test_where_sparsity_follows_no_ramp_the_best_is_a_model_as_sparse_as_asked(k
     assert sparsity_report(model).sparsity >= 0.5
 
 
+@pytest.mark.parametrize("name", ["default", "another"])
+def test_the_best_of_an_adapter_of_any_name_is_loaded(name: str, tmp_path: Path) -> None:
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "learning_rate": 5e-4}
+    # The loss falls: were a high one better, the best would be long past.
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    model = get_peft_model(fresh(), AdaPruneConfig(), name)
+    run = trainer(model, tmp_path, AdaPruneCallback(adapter_name=name), **steps, **best)
+    run.train()
+    assert 0.6 * STEPS <= run.state.best_global_step < STEPS
+    assert run.evaluate()["eval_loss"] == run.state.best_metric
+    assert model.peft_config[name].training["num_steps"] == run.state.best_global_step
+
+
 def test_the_best_of_a_lora_run_is_loaded(tmp_path: Path) -> None:
     options = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
     run = trainer(fresh(), tmp_path, LoraCallback(), learning_rate=0.3, **options)
