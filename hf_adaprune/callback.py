@@ -16,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .checkpoints import (
     folder_of_step,
+    load_best_state,
     put_state_in_place,
     save_state_no_more,
     save_state_with_checkpoints,
@@ -28,7 +29,7 @@ from .masked_layers import adaprune_layers, has_masks
 from .model_card import CARD, write_model_card
 from .pruner import Pruner
 from .publish import fetch_card
-from .trainer_card import complete_trainer_card
+from .trainer_card import complete_trainer_card, training_settings
 
 
 logger = logging.get_logger(__name__)
@@ -161,7 +162,7 @@ class AdaPruneCallback(TrainerCallback):
         # Before the evaluation of this step: what was found in the steps before it was of a model not yet pruned.
         self._forget_best(state)
         self._running.step()
-        self._running.config.training = _settings(args, state, kwargs.get("train_dataloader"))
+        self._running.config.training = training_settings(args, state, kwargs.get("train_dataloader"))
         if self._running.finished:
             control.should_training_stop = True
 
@@ -205,10 +206,9 @@ class AdaPruneCallback(TrainerCallback):
         """End at exactly the sparsity that was asked for."""
         save_state_no_more(self._running.model)
         if args.load_best_model_at_end and state.best_global_step:
-            _complete_best(kwargs["model"], Path(str(state.best_model_checkpoint)))
-            self._running.config.training = (self._running.config.training or {}) | {
-                "num_steps": state.best_global_step
-            }
+            load_best_state(kwargs["model"], Path(str(state.best_model_checkpoint)))
+            told = self._running.config.training or {}
+            self._running.config.training = told | {"num_steps": state.best_global_step}
         self._running.finalize()
 
     @property
@@ -228,29 +228,6 @@ class AdaPruneCallback(TrainerCallback):
         # A model that is not pruned as asked is no candidate for `load_best_model_at_end`.
         if not self._running.at_target:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-
-
-def _settings(args: TrainingArguments, state: TrainerState, data: Any) -> dict[str, Any]:
-    """Return how an adapter is trained, for those who open it."""
-    dataset: Any = getattr(data, "dataset", None)
-    return {
-        "num_steps": state.global_step,
-        "batch_size": (state.train_batch_size or args.train_batch_size)
-        * args.gradient_accumulation_steps
-        * args.world_size,
-        "num_examples": len(dataset) if hasattr(dataset, "__len__") else None,
-        "learning_rate": args.learning_rate,
-        "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-        "optim": str(getattr(args.optim, "value", args.optim)),
-        "seed": args.seed,
-    }
-
-
-def _complete_best(model: nn.Module, checkpoint: Path) -> None:
-    """Load the best state of an adapter that the Trainer has not found: PEFT has one with a name in a subfolder."""
-    path = checkpoint / SAFE_WEIGHTS_NAME
-    if isinstance(model, PeftModel) and not (checkpoint / CONFIG_NAME).is_file() and path.is_file():
-        model.load_state_dict(load_file(path), strict=False)
 
 
 def _check_resumed(pruner: Pruner) -> None:

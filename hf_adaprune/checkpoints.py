@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -123,6 +124,13 @@ def put_state_in_place(checkpoint: Path) -> None:
         aside = path.with_suffix(".tmp")
         shutil.copyfile(state, aside)
         os.replace(aside, path)
+
+
+def load_best_state(model: nn.Module, checkpoint: Path) -> None:
+    """Load the best state of an adapter that the Trainer has not found: PEFT has one with a name in a subfolder."""
+    path = checkpoint / SAFE_WEIGHTS_NAME
+    if isinstance(model, PeftModel) and not (checkpoint / ADAPTER_CONFIG).is_file() and path.is_file():
+        model.load_state_dict(load_file(path), strict=False)
 
 
 def set_torn_aside(folder: str | Path) -> None:

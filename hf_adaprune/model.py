@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -158,8 +159,7 @@ class AdaPruneModel(BaseTuner):
             raise unmaskable(current_key, target)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
-        others = [other for _, other in adaprune_layers(self.model)]
-        layer._disable_adapters = bool(others) and others[0].disable_adapters
+        layer._disable_adapters = any(other.disable_adapters for _, other in islice(adaprune_layers(self.model), 1))
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -242,7 +242,7 @@ class AdaPruneModel(BaseTuner):
             ]
             if shared:
                 raise MergeError(
-                    f"{name!r} shares its weight with {shared}, under no mask or another: merging would prune both. "
+                    f"{name!r} shares its weight with {shared}, under another mask or none: merging prunes both. "
                     "Load the base with `tie_word_embeddings=False` and copy the weight, or leave the masks unmerged."
                 )
 
