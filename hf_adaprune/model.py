@@ -97,11 +97,11 @@ class AdaPruneModel(BaseTuner):
                 "call `unmerge_adapter()` first."
             )
         check_architecture(model, config)
+        plan_head(model, config)
+        check_modules_to_save(model, config)
         check_base(model, adapter_name, config)
         if config.num_parameters is None:
             config.num_parameters = _count_parameters(model)
-        plan_head(model, config)
-        check_modules_to_save(model, config)
         if state_dict is not None:
             config.target_modules = {key.rpartition(f".{self.prefix}")[0] for key in state_dict if self.prefix in key}
         self._plan(model, config)

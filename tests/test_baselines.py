@@ -11,7 +11,14 @@ from doors import load_base, logits_of, make_trainer
 from peft import get_peft_model
 from tiny import make_batch, make_model
 from torch import nn
-from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner, sparsity_report
 from hf_adaprune.baselines import (
@@ -377,7 +384,7 @@ def test_the_penalty_is_in_the_loss_of_training_alone(tmp_path: Path) -> None:
     evaluated = model(**make_batch()).loss.item()
     assert trained - evaluated == pytest.approx(callback.penalty().item(), rel=1e-4)
     pruner.prune_to(0.5)
-    callback.on_train_end(None, None, None)
+    callback.on_train_end(TrainingArguments(str(tmp_path)), TrainerState(), TrainerControl(), model=model)
     ended = [model.train(training)(**make_batch()).loss.item() for training in (False, True)]
     assert ended[0] == pytest.approx(ended[1])
 
