@@ -15,6 +15,18 @@ from ..masked_layers import adaprune_layers
 from ..pruner import Pruner
 
 
+def global_masks(final_sparsity: float) -> AdaPruneConfig:
+    """Return the configuration of masks under one threshold whose scores no optimizer moves."""
+    return AdaPruneConfig(
+        final_sparsity=final_sparsity,
+        scope="global",
+        score_init="constant",
+        score_lr_ratio=1.0,
+        dropout=None,
+        settle=False,
+    )
+
+
 class FixedMaskPruner(Pruner):
     """Count steps, and leave the masks as they are."""
 
@@ -59,15 +71,7 @@ class RandomMaskCallback(FixedMaskCallback):
     """
 
     def __init__(self, final_sparsity: float = 0.5) -> None:
-        config = AdaPruneConfig(
-            final_sparsity=final_sparsity,
-            scope="global",
-            score_init="constant",
-            score_lr_ratio=1.0,
-            dropout=None,
-            settle=False,
-        )
-        super().__init__(config)
+        super().__init__(global_masks(final_sparsity))
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any

@@ -11,7 +11,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ..config import AdaPruneConfig
 from ..errors import ConfigError
 from ..pruner import Pruner
-from .fixed import FixedMaskPruner
+from .fixed import FixedMaskPruner, global_masks
 from .trained import TrainedWeightsCallback
 
 
@@ -93,15 +93,7 @@ class IterativeMagnitudeCallback(TrainedWeightsCallback):
     trains_scores = False
 
     def __init__(self, final_sparsity: float = 0.5, rate: float = 0.2) -> None:
-        config = AdaPruneConfig(
-            final_sparsity=final_sparsity,
-            scope="global",
-            score_init="constant",
-            score_lr_ratio=1.0,
-            dropout=None,
-            settle=False,
-        )
-        super().__init__(config)
+        super().__init__(global_masks(final_sparsity))
         if not 0 < rate < 1:
             raise ConfigError(f"`rate` must be in (0, 1), got {rate}.")
         self._sparsities = [0.0]
