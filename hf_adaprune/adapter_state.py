@@ -8,7 +8,6 @@ from torch import nn
 from transformers.utils import logging
 
 from .active import active_head
-from .adapter_files import PREFIX, check_head, plain_name, unwrapped_name
 from .checks import head_keys
 from .config import AdaPruneConfig
 from .errors import AdapterFileError
@@ -16,6 +15,8 @@ from .fingerprint import fingerprint
 from .layer import AdaPruneLayer
 from .masked_layers import adaprune_layers, module_counts
 from .masks import SHORTEST
+from .tensor_names import PREFIX, plain_name, stored_name, unwrapped_name
+from .weights_file import check_head
 
 
 logger = logging.get_logger(__name__)
@@ -47,7 +48,7 @@ def masks_to_store(
     }
     config.group_counts = _group_counts(layers, adapter_name)
     _report_unpruned(config, any(adapter_name in layer.adaprune_scores for layer in layers.values()))
-    head = {_stored_key(key, adapter_name): state_dict[key] for key in head_keys(model, adapter_name)}
+    head = {stored_name(key, adapter_name): state_dict[key] for key in head_keys(model, adapter_name)}
     _leave_out_embeddings(model, state_dict)
     config.head_tensors = list(head)
     config.adapter_fingerprint = fingerprint([*masks.values(), *head.values()])
@@ -86,7 +87,7 @@ def check_loaded(
             "Fetch the adapter again, or open it on the base that it was made for."
         )
     if config.is_stored:
-        shapes = {f"{PREFIX}{_stored_key(key, adapter_name)}": tuple(tensor.shape) for key, tensor in state.items()}
+        shapes = {f"{PREFIX}{stored_name(key, adapter_name)}": tuple(tensor.shape) for key, tensor in state.items()}
         check_head("The adapter's file", shapes, head_shapes(model, adapter_name))
     config.is_filled = True
     return state
@@ -95,7 +96,7 @@ def check_loaded(
 def head_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors of an adapter's head, by their names in its file."""
     state = model.state_dict()
-    return {_stored_key(key, adapter_name): tuple(state[key].shape) for key in head_keys(model, adapter_name)}
+    return {stored_name(key, adapter_name): tuple(state[key].shape) for key in head_keys(model, adapter_name)}
 
 
 def _leave_out_embeddings(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
@@ -106,10 +107,6 @@ def _leave_out_embeddings(model: nn.Module, state_dict: dict[str, torch.Tensor])
     for key in [key for name in names for key in state_dict if key.startswith(f"{name}.")]:
         if ".modules_to_save." not in key:
             del state_dict[key]
-
-
-def _stored_key(key: str, adapter_name: str) -> str:
-    return plain_name(key.replace(f".modules_to_save.{adapter_name}.", "."))
 
 
 def _group_counts(layers: dict[str, AdaPruneLayer], adapter_name: str) -> dict[str, list[int]] | None:

@@ -10,10 +10,10 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from .adapter_files import PUSH_OPTIONS
 from .advice import COMPACT_ADVICE
 from .config import AdaPruneConfig
 from .model_card import BEGIN, CARD, END, auto_class, describe_base, pipeline_of, put_card
+from .publish import PUSH_OPTIONS
 
 
 _TEMPLATE = Path(__file__).parent / "templates" / "compact_card.md"

@@ -15,12 +15,13 @@ import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
-from .adapter_files import check_not_pickled, check_weights_file, put_in_place
 from .choices import AUTO, FORMAT_VERSION, PRESETS
 from .errors import ConfigError
 from .labels import is_regression, labels_fingerprint
 from .masks import PACKED_BITS, packed_size, sparsity_of
 from .validation import mistyped, problems_of_storage, problems_of_values
+from .weights_file import check_not_pickled, check_weights_file
+from .write_order import put_in_place
 
 
 @dataclass

@@ -18,7 +18,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .active import SWITCHES, ActiveHead, active_head, attach, check_one_head, detached_labels
-from .adapter_files import forget_check, load_checked, save_weights_first
 from .adapter_state import check_loaded, head_shapes, masks_to_store
 from .checks import CheckOnce, check_base, run_checks
 from .combine import combine_adapters
@@ -33,6 +32,7 @@ from .layer_average import refuse_to_save
 from .maskable import wrap
 from .masked_layers import adaprune_layers
 from .mixed_batch import mixed_batch
+from .model_files import forget_check, load_checked, save_weights_first
 from .publish import push_with_card
 from .selection import check_reachable
 from .structure import check_patterns, plan_units

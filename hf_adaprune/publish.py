@@ -23,6 +23,9 @@ from .stored_adapter import read_adapter
 
 logger = logging.get_logger(__name__)
 
+# What `save_pretrained(push_to_hub=True)` hands on to the push.
+PUSH_OPTIONS = ("commit_message", "create_pr", "private", "repo_id", "revision")
+
 # What a Trainer leaves beside an adapter: pickles, results, and what it resumes from.
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 _LEFT_OUT = (*_PICKLES, "*/*", ".*", "*.tmp", "*_results.json", TRAINER_STATE_NAME, SAFE_WEIGHTS_NAME, STATE_NAME)

@@ -10,10 +10,10 @@ from torch.sparse import to_sparse_semi_structured
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .adapter_files import plain_name
 from .errors import HardwareError, NotPrunedError
 from .masked_layers import adaprune_layers
 from .merging import merged
+from .tensor_names import plain_name
 
 
 logger = logging.get_logger(__name__)

@@ -17,12 +17,12 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from .adapter_files import check_shapes, read_shapes
 from .checks import run_checks
 from .compact_model import MODEL_TYPE, config_class, model_class
 from .config import AdaPruneConfig
 from .errors import AdapterFileError, AdapterNotFoundError, BaseMismatchError, ConfigError
 from .fingerprint import same_origin
+from .weights_file import check_shapes, read_shapes
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..adapter_files import plain_name, read_masks
 from ..compact_model import MODEL_TYPE, config_class, model_class
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, NoMatchingModuleError, NotPrunedError
@@ -23,6 +22,8 @@ from ..masked_layers import adaprune_layers
 from ..masks import unpack_mask
 from ..stored_adapter import read_adapter
 from ..structure import stored_units
+from ..tensor_names import plain_name
+from ..weights_file import read_masks
 from .names import in_order
 
 
