@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from peft import PeftModel
 from torch import nn
@@ -16,6 +18,7 @@ from .layer import AdaPruneLayer
 from .masked_layers import adaprune_layers, module_counts
 from .masks import SHORTEST
 from .tensor_names import PREFIX, plain_name, stored_name, unwrapped_name
+from .unattended import is_watched
 from .weights_file import check_head
 
 
@@ -47,7 +50,8 @@ def masks_to_store(
         plain_name(name): list(count) for name, count in module_counts(model, adapter_name).items()
     }
     config.group_counts = _group_counts(layers, adapter_name)
-    _report_unpruned(config, any(adapter_name in layer.adaprune_scores for layer in layers.values()))
+    if is_watched(model, adapter_name):
+        _report_unpruned(config)
     head = {stored_name(key, adapter_name): state_dict[key] for key in head_keys(model, adapter_name)}
     _leave_out_embeddings(model, state_dict)
     config.head_tensors = list(head)
@@ -101,8 +105,11 @@ def head_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...
 
 def _leave_out_embeddings(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
     """Take embeddings, which PEFT saves if they are targeted or were resized, out of a state: the base has them."""
-    getters = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
-    embeddings = [getter() for getter in getters if getter is not None]
+    embeddings = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        # A model of sounds, say, has neither.
+        with suppress(AttributeError, NotImplementedError):
+            embeddings.append(getattr(model, name)())
     names = [name for name, module in model.named_modules() if any(module is found for found in embeddings)]
     for key in [key for name in names for key in state_dict if key.startswith(f"{name}.")]:
         if ".modules_to_save." not in key:
@@ -131,10 +138,10 @@ def _shortest(
     return stored
 
 
-def _report_unpruned(config: AdaPruneConfig, is_trained: bool) -> None:
-    """Log, once, that an adapter in training is saved before anything is pruned: perhaps nothing ever will be."""
+def _report_unpruned(config: AdaPruneConfig) -> None:
+    """Log, once, that an adapter that no `Pruner` has trained is saved with nothing pruned: perhaps none ever will."""
     pruned = sum(count for count, _ in (config.module_counts or {}).values())
-    if is_trained and config.final_sparsity and not pruned:
+    if config.final_sparsity and not pruned:
         logger.warning_once(
             "The adapter is saved with nothing pruned: training has not begun, or nothing prunes. A Trainer prunes "
             "with `callbacks=[AdaPruneCallback]`, your own loop with `Pruner.step()` and, at its end, "

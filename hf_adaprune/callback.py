@@ -37,9 +37,6 @@ logger = logging.get_logger(__name__)
 # Beyond this a score crosses the whole range of its matrix in a few dozen steps, and masks are noise.
 _MAX_SCORE_STEP = 0.05
 
-# A sparsity that cannot have been rounded away.
-_NOTICEABLE = 0.05
-
 
 class AdaPruneCallback(TrainerCallback):
     """Adapt the model of a `Trainer` by pruning alone.
@@ -231,12 +228,12 @@ class AdaPruneCallback(TrainerCallback):
 
 
 def _check_resumed(pruner: Pruner) -> None:
-    """Raise if a run goes on in the middle of its schedule with masks that prune nothing: they did not arrive."""
-    if pruner.num_steps and pruner.trains_scores and not pruner.sparsity and pruner.target_sparsity > _NOTICEABLE:
+    """Raise if a run goes on in the middle of its schedule with masks of its beginning: its own did not arrive."""
+    if pruner.num_steps and pruner.trains_scores and not pruner.config.is_filled:
         raise NotPrunedError(
-            f"After {pruner.num_steps} of {pruner.total_steps} steps about {pruner.target_sparsity:.0%} should be "
-            "pruned, and nothing is: the checkpoint has no masks under the names that they have in this model. Resume "
-            "with the same form of model (wrapped by `get_peft_model` or not) and the same `adapter_name`."
+            f"The run goes on after {pruner.num_steps} of {pruner.total_steps} steps, and its checkpoint has no masks "
+            "under the names that they have in this model. Resume with the same form of model (wrapped by "
+            "`get_peft_model` or not) and the same `adapter_name`."
         )
 
 

@@ -237,6 +237,7 @@ class AdaPruneConfig(PeftConfig):
         """
         config = copy.deepcopy(self)
         config.granularity, config.target_modules = "weight", set(masks)
+        config.scope = "global"  # one that is trained on keeps its own sparsity in each matrix
         config.final_sparsity = sparsity_of(masks.values())
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         # What is written when an adapter is made or saved is written anew.

@@ -15,7 +15,7 @@ from .codec import decode_mask, encode_mask, is_coded
 from .config import AdaPruneConfig
 from .groups import Groups
 from .masks import SHORTEST, apply_mask, pack_mask, packed_ones, packed_size, unpack_mask
-from .score_state import match_scores_to_mask
+from .score_state import remake_scores
 from .scores import initial_scores
 from .sharding import is_sharded, whole
 from .trained_weight import trained_weight
@@ -301,7 +301,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             return
         if self.adaprune_scores[adapter_name].is_meta:
             # The mask has just been loaded, under `low_cpu_mem_usage`: an optimizer needs real scores.
-            match_scores_to_mask(self, adapter_name)
+            remake_scores(self, adapter_name)
         else:
             self.adaprune_scores[adapter_name].data = self.adaprune_scores[adapter_name].data.to(device)
             self.adaprune_growth[adapter_name] = self.adaprune_growth[adapter_name].to(device)
@@ -321,12 +321,13 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
                 self.adaprune_mask[name] = torch.empty_like(stored, device=self.adaprune_mask[name].device)
             self._unpacked.pop(name, None)
             self._built = None
+            self._configs[name].is_filled = True
             scores_key = f"{prefix}adaprune_scores.{name}"
             if scores_key in state_dict:
                 # A state of training: no longer what was saved.
                 self._configs[name].adapter_fingerprint = None
             elif name in self.adaprune_scores:
-                # An adapter's file has no scores; those at hand stay until `match_scores_to_mask` is called.
+                # An adapter's file has no scores; those at hand stay until a `Pruner` is made.
                 state_dict[scores_key] = self.adaprune_scores[name]
                 state_dict[f"{prefix}adaprune_growth.{name}"] = self.adaprune_growth[name]
         super()._load_from_state_dict(state_dict, prefix, *args)

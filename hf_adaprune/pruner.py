@@ -15,12 +15,12 @@ from .config import AdaPruneConfig
 from .dropout import restore_dropout, set_dropout
 from .errors import MergeError, NonFiniteError, NotPrunedError
 from .head_steps import HeadSteps
+from .mask_selector import MaskSelector
 from .masked_layers import adaprune_layers
 from .masks import pack_mask, unpack_mask
 from .replicas import check_same_masks
 from .schedule import cubic_sparsity, settling
-from .score_state import calibrate_scores, grow_scores, match_scores_to_mask
-from .selection import protect_best, prune_groups, threshold_mask, threshold_scopes, topk_masks
+from .score_state import calibrate_scores, grow_scores, remake_scores
 from .sharding import check_sharding, is_sharded, whole
 from .unattended import stop_watching
 
@@ -85,22 +85,22 @@ class Pruner:
         run_checks(model)  # before the masks change
         stop_watching(model, adapter_name)
         self.config: AdaPruneConfig = next(iter(self.layers.values())).config(adapter_name)
-        check_sharding(self._scores(), self.config.granularity)
-        for scores in self._scores().values():
+        self._selector = MaskSelector(self.layers, adapter_name, self.config)
+        check_sharding(self._selector.scores(), self.config.granularity)
+        for scores in self._selector.scores().values():
             # Whoever casts the model casts them too, and in half precision they would stand still under small steps.
             if scores.dtype != torch.float32 and not is_sharded([scores]):
                 scores.data = scores.data.float()
-        if sum(match_scores_to_mask(layer, adapter_name) for layer in self.layers.values()):
-            warnings.warn(
-                "The scores behind the loaded masks are not stored: training goes on from the masks.", stacklevel=2
-            )
+        self._match_scores_to_masks()
         restore_dropout(model)  # a run may have been broken off
         if self.config.training_dropout is not None:
             set_dropout(model, self.config.training_dropout)
         self._head = HeadSteps(model, adapter_name, self.config.head_lr_ratio)
-        self._measures: dict[str, torch.Tensor] = {}
         self._reference: dict[str, torch.Tensor] = {}
         self._remember()
+        if self.trains_scores:
+            # What was said of the masks when they were made is not true of them for long.
+            self.config.combination = self.config.whole_groups = None
         # An adapter that is trained on starts from its mask, and not from the schedule's beginning.
         self._start_sparsity = min(self.sparsity, self.config.final_sparsity)
         num_weights = sum(layer.count(adapter_name)[1] for layer in self.layers.values())
@@ -138,7 +138,7 @@ class Pruner:
     @property
     def trains_scores(self) -> bool:
         """Whether an optimizer may move the scores: of a mask that is fixed it may not."""
-        return any(scores.requires_grad for scores in self._scores().values())
+        return any(scores.requires_grad for scores in self._selector.scores().values())
 
     def check_gradients(self) -> None:
         """Raise before a step that would ruin the model.
@@ -148,7 +148,7 @@ class Pruner:
         Raises:
             NonFiniteError: If a gradient of the scores or of the head is NaN or infinite.
         """
-        gradients = [p.grad for p in (*self._scores().values(), *self._head.parameters) if p.grad is not None]
+        gradients = [p.grad for p in (*self._selector.scores().values(), *self._head.parameters) if p.grad is not None]
         if gradients and not torch.isfinite(whole(nn.utils.get_total_norm(gradients))):
             raise NonFiniteError(
                 f"A gradient is NaN or infinite after step {self.num_steps} of {self.total_steps}; the model is as it "
@@ -163,11 +163,18 @@ class Pruner:
             NonFiniteError: If a score is NaN or infinite; the masks are then those of the step before.
             DivergenceError: If the processes have come to different masks (looked for every 100 steps).
         """
+        if self.finished:  # a run that is resumed where it ended
+            return
+        if self.num_steps == self.total_steps:
+            logger.warning_once(
+                f"`Pruner.step` has been called more often than `total_steps={self.total_steps}`. Call it once after "
+                "each step of the optimizer; where gradients are accumulated that is not once a batch."
+            )
         self.num_steps += 1
         self._head.carry_on()
         self._calibrate()
         self._settle()
-        scores = self._scores()
+        scores = self._selector.scores()
         drift = self.config.drift / self.total_steps / self.config.score_lr_ratio
         for name, score in scores.items():
             if drift:
@@ -177,12 +184,8 @@ class Pruner:
                     f"The scores of {name!r} are NaN or infinite at step {self.num_steps} of {self.total_steps}; its "
                     "masks are as they were after the step before. Lower the learning rate."
                 )
-        if self.config.selection == "threshold":
-            keeps_best = bool(self.config.group_kinds)
-            masks = {name: whole(threshold_mask(score, keeps_best)) for name, score in scores.items()}
-        else:
-            masks = self._topk_masks(self.target_sparsity)
-        self._set(masks)
+        by_sign = self.config.selection == "threshold"
+        self._set(self._selector.by_sign() if by_sign else self._selector.at_sparsity(self.target_sparsity))
         if self.num_steps % _CHECK_INTERVAL == 0:
             self.check_masks()
 
@@ -192,7 +195,7 @@ class Pruner:
         Raises:
             DivergenceError: If they have.
         """
-        check_same_masks(self._masks(), self.num_steps)
+        check_same_masks(self._selector.masks(), self.num_steps)
 
     @torch.no_grad()
     def finalize(self) -> None:
@@ -213,7 +216,7 @@ class Pruner:
         self.check_masks()
 
     def _prune_to_target(self) -> None:
-        before, sparsity, target = self._masks(), self.sparsity, self.config.final_sparsity
+        before, sparsity, target = self._selector.masks(), self.sparsity, self.config.final_sparsity
         self.prune_to(target)
         if self.sparsity <= sparsity:
             self._set(before)
@@ -231,11 +234,11 @@ class Pruner:
 
         Of whole groups, as many go as come nearest to that.
         """
-        self._set(self._topk_masks(sparsity))
+        self._set(self._selector.at_sparsity(sparsity))
 
     def pop_flip_rate(self) -> float:
         """Return the share of mask entries that changed since the last call, in [0, 1]."""
-        masks, flipped = self._masks(), 0
+        masks, flipped = self._selector.masks(), 0
         for name, mask in masks.items():
             flipped += int((mask ^ unpack_mask(self._reference[name], mask.shape)).count_nonzero())
             self._reference[name] = pack_mask(mask)
@@ -253,18 +256,12 @@ class Pruner:
             self._close_inputs()
         self._remember()
 
-    def _masks(self) -> dict[str, torch.Tensor]:
-        return {name: layer.entries(self.adapter_name) for name, layer in self.layers.items()}
-
-    def _scores(self) -> dict[str, torch.Tensor]:
-        return {name: layer.adaprune_scores[self.adapter_name] for name, layer in self.layers.items()}
-
     def _set(self, masks: dict[str, torch.Tensor]) -> None:
         for name, mask in masks.items():
             self.layers[name].set_mask(self.adapter_name, mask)
 
     def _remember(self) -> None:
-        masks = self._masks()
+        masks = self._selector.masks()
         # Packed: in training memory is scarce, and logs are rare.
         self._reference = {name: pack_mask(mask) for name, mask in masks.items()}
         # Unpacked from the first step on: a compiled model would be compiled anew where that changes.
@@ -296,36 +293,16 @@ class Pruner:
             for layer in self.layers.values():
                 grow_scores(layer, self.adapter_name, 1 / settling(progress, self.config.pruning_end))
 
-    def _group_masks(self, sparsity: float) -> dict[str, torch.Tensor]:
-        layers, adapter, scores = self.layers, self.adapter_name, self._scores()
-        masks: dict[str, torch.Tensor] = {}
-        if not self._measures:
-            self._measures = {name: layer.magnitudes(adapter) for name, layer in layers.items()}
-        for names in threshold_scopes(layers, self.config.scope):
-            measures = [self._measures[name] for name in names]
-            sizes = [layers[name].count(adapter)[1] // len(scores[name]) for name in names]
-            chosen = prune_groups([scores[name] for name in names], measures, sizes, sparsity)
-            masks.update(zip(names, chosen, strict=True))
-        return masks
-
-    def _topk_masks(self, sparsity: float) -> dict[str, torch.Tensor]:
-        if self.config.group_kinds:
-            return self._group_masks(sparsity)
-        scores, weights = self._scores(), {name: layer.base_weight for name, layer in self.layers.items()}
-        if self.config.n_of_m is not None:
-            scores = {name: self._protected(name, score) for name, score in scores.items()}
-        groups = threshold_scopes(self.layers, self.config.scope)
-        num_kept, seen, pruned = [], 0, 0
-        for names in groups:
-            # Rounding the running total, and not each group, makes the whole exact.
-            size = sum(scores[name].numel() for name in names)
-            seen += size
-            to_prune, pruned = round(sparsity * seen) - pruned, round(sparsity * seen)
-            num_kept.append(size - to_prune)
-        return topk_masks(scores, weights, groups, num_kept)
-
-    def _protected(self, name: str, scores: torch.Tensor) -> torch.Tensor:
-        layer, pattern = self.layers[name], self.config.n_of_m
-        assert pattern is not None
-        assert layer.input_dim is not None
-        return protect_best(scores, layer.base_weight, *pattern, layer.input_dim)
+    @torch.no_grad()
+    def _match_scores_to_masks(self) -> None:
+        """Make scores that stand for the masks where those at hand do not: in all layers, which share thresholds."""
+        if self._selector.agrees():
+            return
+        for layer in self.layers.values():
+            remake_scores(layer, self.adapter_name)
+        warnings.warn(
+            "The scores behind the loaded masks are not stored with an adapter: training goes on from the masks. A "
+            "checkpoint has them, in `model.safetensors`; a run that is resumed without them ends otherwise than it "
+            "would have.",
+            stacklevel=3,
+        )

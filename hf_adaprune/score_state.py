@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .config import AdaPruneConfig
-from .masks import topk_mask
 from .scores import elimination_ranks, scores_from_mask, wanda_ranks
-from .selection import protect_best, threshold_mask
 from .sharding import copy_whole, whole
 
 
@@ -39,31 +36,16 @@ def grow_scores(layer: AdaPruneLayer, adapter_name: str, growth: float) -> None:
         layer.adaprune_scores[adapter_name] *= after / before
 
 
-def match_scores_to_mask(layer: AdaPruneLayer, adapter_name: str) -> bool:
-    """Make scores that stand for the adapter's mask where its own do not; return whether they were made anew.
+def remake_scores(layer: AdaPruneLayer, adapter_name: str) -> None:
+    """Make scores that stand for the adapter's mask.
 
     The scores of an adapter are not saved with it. One that is loaded to be trained on has a mask, and the scores
-    of a fresh adapter.
+    of a fresh adapter, or none.
     """
-    mask, measure = layer.entries(adapter_name), layer.magnitudes(adapter_name)
-    scores, config = layer.adaprune_scores[adapter_name], layer.config(adapter_name)
-    if not scores.is_meta and torch.equal(_mask_of(layer, whole(scores.detach()), mask, measure, config), mask):
-        return False
-    made = scores_from_mask(measure, mask, config)
+    scores = layer.adaprune_scores[adapter_name]
+    made = scores_from_mask(layer.magnitudes(adapter_name), layer.entries(adapter_name), layer.config(adapter_name))
     if scores.is_meta:
         layer.adaprune_scores[adapter_name] = nn.Parameter(made, requires_grad=scores.requires_grad)
     else:
         copy_whole(scores.data, made)
     layer.adaprune_growth[adapter_name] = torch.ones((), device=made.device)
-    return True
-
-
-def _mask_of(
-    layer: AdaPruneLayer, scores: torch.Tensor, mask: torch.Tensor, measure: torch.Tensor, config: AdaPruneConfig
-) -> torch.Tensor:
-    """Return what the scores select, of as many entries as the mask keeps."""
-    if config.selection == "threshold":
-        return threshold_mask(scores, keeps_best=bool(config.group_kinds))
-    if config.n_of_m is not None and layer.input_dim is not None:
-        scores = protect_best(scores, measure, *config.n_of_m, layer.input_dim)
-    return topk_mask(scores, int(mask.count_nonzero()), measure)

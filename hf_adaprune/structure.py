@@ -233,6 +233,11 @@ def verified(model: Any, units: list[Unit]) -> list[Unit]:
             f"Neurons and heads are looked for in a transformers model, got a {type(model).__name__}. Use "
             '`granularity="weight"`.'
         )
+    if model.main_input_name != "input_ids":
+        raise StructureError(
+            "Neurons and heads are found by a forward pass over tokens, and what "
+            f'{type(model).__name__} takes is `{model.main_input_name}`. Use `granularity="weight"`.'
+        )
     produced: dict[str, list[torch.Tensor]] = defaultdict(list)
     read: list[torch.Tensor] = []
     tried = tensor_sharing_copy(model)

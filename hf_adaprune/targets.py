@@ -41,8 +41,13 @@ def resolve_targets(model: Any, config: AdaPruneConfig) -> None:
         names = names | {embeddings} if isinstance(names, set) else f"(?:{names})|{re.escape(embeddings)}"
     if isinstance(names, set):
         unmatched = _unmatched(names, [name for name, _ in model.named_modules()])
-        if unmatched or not names:
+        if unmatched or config.target_modules == set():
             raise NoMatchingModuleError(no_match(unmatched, linear_endings(model)))
+        if not names:
+            raise NoMatchingModuleError(
+                f"{type(model).__name__} has no linear layer in its body, and nothing else is masked unless it is "
+                "named in `target_modules`: `torch.nn.Linear`, `torch.nn.Embedding` and transformers' `Conv1D` can be."
+            )
     config.target_modules = names
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
 from test_compaction import difference, trained
-from tiny import logits_of, make_batch, make_model, save_model, train_masks
+from tiny import HEADS, logits_of, make_batch, make_model, save_model, train_masks
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from hf_adaprune import AdaPruneCallback, AdaPruneConfig, compact, expand, sparsity_report
+from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner, compact, expand, sparsity_report
 from hf_adaprune.errors import BaseMismatchError, CompactionError, ConfigError, NotPrunedError
 from hf_adaprune.masked_layers import adaprune_layers
 from hf_adaprune.merging import unmasked
@@ -67,6 +67,22 @@ def test_it_is_stored_and_opened_like_any_other_and_made_smaller_again(tmp_path:
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "removes the pruned neurons and heads" in " ".join(card.split())
     assert "intersection of masks of neurons and heads" in " ".join(card.split())
+
+
+@pytest.mark.filterwarnings("ignore:The scores behind the loaded masks are not stored:UserWarning")
+def test_one_that_is_trained_on_keeps_the_sparsity_of_each_matrix(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base")
+    whole = get_peft_model(HEADS["sequence"].from_pretrained(base), AdaPruneConfig(granularity="neuron+head"))
+    train_masks(whole, steps=2)
+    expand(over_smaller(whole, scope="global"), whole).save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(HEADS["sequence"].from_pretrained(base), tmp_path / "adapter", is_trainable=True)
+    assert "intersection" in str(model.peft_config["default"].combination)
+    pruner = Pruner(model.train(), total_steps=2)
+    assert model.peft_config["default"].combination is None
+    before = {name: layer.count("default") for name, layer in pruner.layers.items()}
+    pruner.step()
+    assert {name: layer.count("default") for name, layer in pruner.layers.items()} == before
+    assert len({pruned / total for pruned, total in before.values()}) > 2
 
 
 def test_head_and_labels_are_those_of_the_smaller_model() -> None:

@@ -11,7 +11,7 @@ import transformers
 from peft import AutoPeftModel, AutoPeftModelForQuestionAnswering, PeftModel, get_peft_model
 from tiny import ARCHITECTURES, VOCAB, make_batch, make_model, train_masks
 
-from hf_adaprune import AdaPruneConfig, compact, sparsity_report
+from hf_adaprune import AdaPruneConfig, Pruner, compact, sparsity_report
 from hf_adaprune.errors import CompactionError, MergeError, NoMatchingModuleError, StructureError
 from hf_adaprune.example_inputs import example_inputs, longest_input
 from hf_adaprune.export import OnnxModel, export_onnx
@@ -158,3 +158,22 @@ def test_models_of_multiple_choice_are_run_and_exported(tmp_path: Path) -> None:
     exported = OnnxModel(export_onnx(model, tmp_path))
     torch.testing.assert_close(exported(**inputs)[0], expected.detach(), atol=1e-5, rtol=1e-4)
     assert exported.session.get_inputs()[0].shape == ["batch", "choices", "length"]
+
+
+def test_a_model_of_sounds_has_no_embeddings_to_leave_out(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
+    convolutions = {"conv_dim": [8], "conv_kernel": [4], "conv_stride": [2], "num_feat_extract_layers": 1}
+    config = transformers.Wav2Vec2Config(
+        **sizes, **convolutions, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2
+    )
+    torch.manual_seed(0)
+    base = transformers.Wav2Vec2ForSequenceClassification(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    sound = torch.randn(2, 400)
+    model = type(base).from_pretrained(tmp_path / "base")
+    model.add_adapter(AdaPruneConfig())
+    Pruner(model, 1).prune_to(0.5)
+    model.save_pretrained(tmp_path / "adapter")
+    opened: Any = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    with torch.no_grad():
+        assert torch.equal(opened.get_base_model()(sound).logits, model(sound).logits)

@@ -275,10 +275,10 @@ def test_a_score_ends_at_the_mean_of_its_path_since_the_ramp(settle: bool) -> No
 def test_scores_whose_size_counts_do_not_settle(options: dict[str, Any]) -> None:
     model = make(pruning_end=0.2, **({"score_init": "magnitude"} | options))
     pruner = Pruner(model, total_steps=5)
-    before = [score.detach().clone() for score in pruner._scores().values()]
+    before = [score.detach().clone() for score in pruner._selector.scores().values()]
     for _ in range(5):
         pruner.step()
-    assert all(map(torch.equal, pruner._scores().values(), before))
+    assert all(map(torch.equal, pruner._selector.scores().values(), before))
 
 
 def test_scores_that_are_lost_settle_as_far_as_the_run_has_come() -> None:
@@ -286,13 +286,13 @@ def test_scores_that_are_lost_settle_as_far_as_the_run_has_come() -> None:
     first = Pruner(model, total_steps=10)
     for _ in range(8):
         first.step()
-    before = {name: score.detach().clone() for name, score in first._scores().items()}
+    before = {name: score.detach().clone() for name, score in first._selector.scores().items()}
     for layer in first.layers.values():
         layer.adaprune_scores["default"].data.neg_()
     with pytest.warns(UserWarning, match="training goes on from the masks"):
         second = Pruner(model, total_steps=10)
     second.load_state_dict(first.state_dict())
-    for name, score in second._scores().items():
+    for name, score in second._selector.scores().items():
         # Half of what comes after the ramp is done: steps are half as long, scores twice as large.
         assert score.max().item() == pytest.approx(before[name].max().item(), rel=0.1)
 
@@ -307,6 +307,52 @@ def test_a_run_that_was_broken_off_leaves_the_next_one_scores_in_their_unit() ->
     second.step()
     for name, layer in adaprune_layers(model):
         torch.testing.assert_close(layer.adaprune_scores["default"].detach(), before[name])
+
+
+def test_scores_that_share_a_threshold_are_made_anew_together(tmp_path: Path) -> None:
+    model = make(scope="global", score_init="constant")
+    masks = {name: layer.entries("default").clone() for name, layer in adaprune_layers(model)}
+    for name, layer in adaprune_layers(model):
+        if not name.endswith("first"):  # which keeps all: any scores would do for it alone
+            masks[name][:, ::2] = False
+        layer.set_mask("default", masks[name])
+    model.peft_config["default"].final_sparsity = sum(int((~mask).sum()) for mask in masks.values()) / 85
+    model.save_pretrained(str(tmp_path))
+    torch.manual_seed(0)
+    opened: Any = PeftModel.from_pretrained(Net(), tmp_path, is_trainable=True)
+    with pytest.warns(UserWarning, match="training goes on from the masks"):
+        pruner = Pruner(opened, 4)
+    pruner.step()
+    for name, layer in adaprune_layers(opened):
+        assert torch.equal(layer.entries("default"), masks[name]), name
+
+
+def test_a_run_that_has_ended_itself_prunes_no_further() -> None:
+    model = make(selection="threshold", score_init="normal", final_sparsity=0.1)
+    pruner = Pruner(model, total_steps=10)
+    for layer in pruner.layers.values():
+        layer.adaprune_scores["default"].data[0] = -1
+    pruner.step()
+    assert pruner.finished
+    before = pruner.sparsity
+    for layer in pruner.layers.values():
+        layer.adaprune_scores["default"].data.fill_(-1)
+    pruner.step()
+    assert (pruner.sparsity, pruner.num_steps) == (before, 1)
+
+
+def test_more_steps_than_there_are_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("hf_adaprune.pruner.logger.warning_once", said.append)
+    model = make()
+    model(torch.ones(1, 7))
+    pruner = Pruner(model, total_steps=2)
+    for _ in range(2):
+        model(torch.ones(1, 7))
+        pruner.step()
+    assert not said
+    pruner.step()
+    assert said[0].startswith("`Pruner.step` has been called more often than `total_steps=2`")
 
 
 def test_drift_lowers_every_score_alike_over_the_run() -> None:

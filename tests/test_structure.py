@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 from tiny import VOCAB, make_model
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForSequenceClassification
+from transformers import AutoConfig, AutoModel, GPTNeoXConfig, GPTNeoXForSequenceClassification
 
 from hf_adaprune import AdaPruneConfig
 from hf_adaprune.errors import ConfigError, NoMatchingModuleError, StructureError
@@ -115,6 +115,13 @@ def test_a_model_without_what_is_asked_for_is_refused_with_its_layers() -> None:
     assert len(units_of(make_model("llama", num_key_value_heads=1), "neuron")) == 2
     with pytest.raises(StructureError, match="no numbered layers"):
         units_of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False), "neuron")
+
+
+def test_a_model_that_takes_no_tokens_is_refused() -> None:
+    config = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
+    model = AutoModel.from_config(AutoConfig.for_model("vit", **config, image_size=16, patch_size=8))
+    with pytest.raises(StructureError, match=r"over tokens, and what ViTModel takes is `pixel_values`"):
+        units_of(model, "neuron")
 
 
 def test_layers_that_only_look_like_attention_are_not_taken_for_it() -> None:

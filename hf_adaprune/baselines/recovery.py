@@ -29,12 +29,12 @@ class NoRecoveryPruner(Pruner):
     @torch.no_grad()
     def step(self) -> None:
         """Make the next masks, from the weights that are left."""
-        before = self._masks()
+        before = self._selector.masks()
         for name, mask in before.items():
             self.layers[name].adaprune_scores[self.adapter_name].masked_fill_(~mask, _GONE)
         super().step()
         # So that all matrices together are pruned exactly, what one of them has to lose may shrink by one weight.
-        self._set({name: mask & before[name] for name, mask in self._masks().items()})
+        self._set({name: mask & before[name] for name, mask in self._selector.masks().items()})
 
 
 class NoRecoveryCallback(AdaPruneCallback):
