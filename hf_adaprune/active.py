@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,7 @@ class ActiveHead:
         self.layers: list[AdaPruneLayer] = []
         self.heads: list[ModulesToSaveWrapper] = []
         self.shown: AdaPruneConfig | None = None
+        self.take_off: Callable[[Any], object] = lambda model: None
         self.handle: Any = None
 
     def __call__(self, model: Any, args: Any = ()) -> None:
@@ -118,15 +119,19 @@ def active_only(model: nn.Module, adapter_name: str | None) -> Iterator[None]:
             keeper(model)
 
 
-def attach(model: PreTrainedModel, keeper: ActiveHead, configs: Mapping[str, Any]) -> None:
+def attach(
+    model: PreTrainedModel, keeper: ActiveHead, configs: Mapping[str, Any], take_off: Callable[[Any], object]
+) -> None:
     """Keep head and labels in step with the masks from here on, those of a new adapter too.
 
     Args:
         model (`transformers.PreTrainedModel`): A model that has just got an adapter.
         keeper (`ActiveHead`): What the model has for that already, or one that was made before the adapter.
         configs (`Mapping[str, Any]`): The configuration of each of its adapters.
+        take_off (`Callable`): What takes the masked layers off a model that has no adapter any more.
     """
     if keeper.handle is None:
+        keeper.take_off = take_off
         keeper.handle = model.register_forward_pre_hook(keeper)
         model.set_adapter = functools.partial(_set_adapter, model, keeper)
         for name in SWITCHES:
@@ -177,6 +182,8 @@ def _switch(name: str, model: Any, keeper: ActiveHead, *args: Any, **kwargs: Any
     if name == "delete_adapter" and left:
         _set_adapter(model, keeper, left)  # each layer has chosen another by itself
     keeper(model)
+    if not getattr(model, "peft_config", {}):
+        keeper.take_off(model)
 
 
 def _set_adapter(model: Any, keeper: ActiveHead, adapter_name: str | list[str]) -> None:
@@ -187,10 +194,11 @@ def _set_adapter(model: Any, keeper: ActiveHead, adapter_name: str | list[str]) 
     if missing:
         raise ValueError(f"The model has no adapter {missing}, but {sorted(configs)}.")
     check_one_head(keeper.heads, names)
-    inference_mode = all(configs[name].inference_mode for name in names)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.set_adapter(adapter_name)
         elif isinstance(module, ModulesToSaveWrapper):
-            module.set_adapter([name for name in names if name in module.modules_to_save], inference_mode)
+            own = [name for name in names if name in module.modules_to_save]
+            # Whether others that are active are being trained is nothing to this head.
+            module.set_adapter(own, all(configs[name].inference_mode for name in own))
     keeper(model)

@@ -18,7 +18,6 @@ from .layer import AdaPruneLayer
 from .masked_layers import adaprune_layers, module_counts
 from .masks import SHORTEST
 from .tensor_names import PREFIX, plain_name, stored_name, unwrapped_name
-from .unattended import is_watched
 from .weights_file import check_head
 
 
@@ -50,7 +49,7 @@ def masks_to_store(
         plain_name(name): list(count) for name, count in module_counts(model, adapter_name).items()
     }
     config.group_counts = _group_counts(layers, adapter_name)
-    if is_watched(model, adapter_name):
+    if not config.is_attended and any(adapter_name in layer.adaprune_scores for layer in layers.values()):
         _report_unpruned(config)
     head = {stored_name(key, adapter_name): state_dict[key] for key in head_keys(model, adapter_name)}
     _leave_out_embeddings(model, state_dict)
@@ -139,7 +138,7 @@ def _shortest(
 
 
 def _report_unpruned(config: AdaPruneConfig) -> None:
-    """Log, once, that an adapter that no `Pruner` has trained is saved with nothing pruned: perhaps none ever will."""
+    """Log, once, that an adapter in training that no `Pruner` has touched is saved with nothing pruned."""
     pruned = sum(count for count, _ in (config.module_counts or {}).values())
     if config.final_sparsity and not pruned:
         logger.warning_once(

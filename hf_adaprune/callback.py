@@ -12,6 +12,7 @@ from peft.utils import CONFIG_NAME
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.training_args import OptimizerNames
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .checkpoints import (
@@ -92,6 +93,11 @@ class AdaPruneCallback(TrainerCallback):
 
     def _add_to(self, model: Any) -> None:
         """See that a model that has adapters has the one that is to be trained, and has it once."""
+        if not has_masks(model):
+            raise NotPrunedError(
+                f"The Trainer's model is a {type(model).__name__} without masks: give it the plain model, or one that "
+                "`peft.get_peft_model(model, AdaPruneConfig())` returns."
+            )
         names = list(dict.fromkeys(name for _, layer in adaprune_layers(model) for name in layer.adaprune_mask))
         if self.adapter_name in names and self.config is not None:
             raise ConfigError(
@@ -99,7 +105,9 @@ class AdaPruneCallback(TrainerCallback):
                 "one further, pass `AdaPruneCallback()` without one; to train another, give it a name of its own, "
                 "with `adapter_name=`; to begin anew, load the model anew."
             )
-        if self.adapter_name in names or not has_masks(model):
+        if self.adapter_name in names:
+            for _, layer in adaprune_layers(model, self.adapter_name):
+                layer.config(self.adapter_name).is_filled = False  # until a checkpoint is loaded: see `_check_resumed`
             return
         if self.config is None:
             raise ConfigError(
@@ -128,26 +136,40 @@ class AdaPruneCallback(TrainerCallback):
             )
         self.pruner = self.pruner_cls(model, state.max_steps, self.adapter_name)
         _check_optimizer(model, kwargs.get("optimizer"))
-        if self.pruner_cls is Pruner and not self.pruner.trains_scores:
-            logger.warning(
-                f"The scores of adapter {self.adapter_name!r} are frozen: the head alone learns, and where scores "
-                "start chooses the masks. Leave `requires_grad` of the model's parameters as the adapter has set it."
-            )
+        _check_resumed(self.pruner, state.global_step)
         self.pruner.load_state_dict({"num_steps": state.global_step})
-        _check_resumed(self.pruner)
-        score_step = self.pruner.config.score_lr_ratio * args.learning_rate
-        if score_step > _MAX_SCORE_STEP and self.pruner.trains_scores:
+        self._warn_of_score_steps(args)
+        self._forget_best(state)
+        save_state_with_checkpoints(model, args.world_size, resumable=not args.save_only_model)
+
+    def _warn_of_score_steps(self, args: TrainingArguments) -> None:
+        pruner = self._running
+        if not pruner.trains_scores:
+            if self.pruner_cls is Pruner:
+                logger.warning(
+                    f"The scores of adapter {self.adapter_name!r} are frozen: the head alone learns, and where scores "
+                    "start chooses the masks. Leave `requires_grad` of the model's parameters as the adapter has set "
+                    "it."
+                )
+            return
+        score_step = pruner.config.score_lr_ratio * args.learning_rate
+        if score_step > _MAX_SCORE_STEP:
             logger.warning(
                 f"`learning_rate={args.learning_rate}` moves a score by {score_step:.2g} a step, of a range of 2: "
                 "expect a poor mask. 5e-5, the Trainer's default, is right for AdaPrune."
             )
-        self._forget_best(state)
-        save_state_with_checkpoints(model, args.world_size, resumable=not args.save_only_model)
+        if args.optim == OptimizerNames.SGD:
+            logger.warning(
+                "SGD moves scores in proportion to their gradients, at such learning rates next to not at all: masks "
+                "stay about where they start. Train with AdamW, the Trainer's default, or Adafactor."
+            )
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop before a step that would ruin the model."""
+        if self._running.finished:
+            kwargs["optimizer"].zero_grad()  # a run that is resumed where it ended moves nothing
         # Under a gradient scaler an overflow is ordinary: it skips the step by itself.
         if not args.fp16:
             self._running.check_gradients()
@@ -227,11 +249,11 @@ class AdaPruneCallback(TrainerCallback):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
-def _check_resumed(pruner: Pruner) -> None:
+def _check_resumed(pruner: Pruner, num_steps: int) -> None:
     """Raise if a run goes on in the middle of its schedule with masks of its beginning: its own did not arrive."""
-    if pruner.num_steps and pruner.trains_scores and not pruner.config.is_filled:
+    if num_steps and pruner.trains_scores and not pruner.config.is_filled:
         raise NotPrunedError(
-            f"The run goes on after {pruner.num_steps} of {pruner.total_steps} steps, and its checkpoint has no masks "
+            f"The run goes on after {num_steps} of {pruner.total_steps} steps, and its checkpoint has no masks "
             "under the names that they have in this model. Resume with the same form of model (wrapped by "
             "`get_peft_model` or not) and the same `adapter_name`."
         )

@@ -10,9 +10,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
 
 from .config import AdaPruneConfig
-from .errors import AdapterFileError, BaseMismatchError
+from .errors import AdapterFileError, BaseMismatchError, ConfigError
 from .fingerprint import fingerprint, fingerprints_are_checked, matches
 from .head import PEFT_HEADS, body_name, head_modules
 from .masked_layers import adaprune_layers
@@ -57,9 +59,50 @@ def check_base(model: nn.Module, adapter_name: str, config: AdaPruneConfig) -> N
             f"The masks of adapter {adapter_name!r} were made for other weights: for some with the fingerprint "
             f"{config.base_fingerprint}; the model's have {fingerprint(weights)}. Load the adapter's own base, in any "
             f"precision: by its configuration {config.base_model_name_or_path!r}, or, where that was resized, merged "
-            "or made smaller before there were masks, what was saved of it then. Or, to open the adapter here all the "
-            "same, do so inside `hf_adaprune.skip_fingerprint_check()`."
+            "or made smaller before there were masks, what was saved of it then. (If transformers tells of weights "
+            "that are MISSING in that base, these are random each time it is loaded: save the model before masks are "
+            "put on it, and use that as the base.) Or, to open the adapter here all the same, do so inside "
+            "`hf_adaprune.skip_fingerprint_check()`."
         )
+
+
+def check_vocabulary(model: nn.Module, config: AdaPruneConfig) -> None:
+    """Raise if a model has other tokens than when masks were put on it: they would be stored nowhere.
+
+    Raises:
+        ConfigError: If it has.
+    """
+    sizes = {vocabulary_size(module) for module in model.modules()} - {None}
+    if sizes and config.vocab_size is not None and config.vocab_size not in sizes:
+        raise ConfigError(
+            f"The model has {sizes.pop()} tokens, and had {config.vocab_size} when masks were put on it: an adapter "
+            "holds no embeddings, and could be opened on no base. Call `resize_token_embeddings` before that, save "
+            "the model, and use what was saved as the base."
+        )
+
+
+def check_statistics(model: nn.Module) -> None:
+    """Raise if training changes a part of the base that no optimizer moves: means and variances of what it has seen.
+
+    Raises:
+        ConfigError: If it does.
+    """
+    kept_apart = {"modules_to_save", "original_module"}
+    changing = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats and not kept_apart & {*name.split(".")}
+    ]
+    if changing:
+        raise ConfigError(
+            f"The base would change while it is trained on: {changing} take means of every batch, frozen or not. "
+            "Name them in `modules_to_save`, and they are stored with the adapter."
+        )
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Return how many tokens a transformers model knows, `None` of others."""
+    return getattr(model.config, "vocab_size", None) if isinstance(model, PreTrainedModel) else None
 
 
 class CheckOnce:

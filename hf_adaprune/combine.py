@@ -62,6 +62,9 @@ def combine_adapters(
     _add(tuner, new_name, config)
     for name, layer in layers.items():
         layer.adaprune_mask[new_name].copy_(pack_mask(masks[name]))
+    pruned, total = zip(*(layer.count(new_name) for layer in layers.values()), strict=True)
+    stored = base.peft_config[new_name]
+    stored.final_sparsity, stored.is_filled = sum(pruned) / sum(total), True
     for wrapper in wrappers:
         if head in wrapper.modules_to_save:
             wrapper.modules_to_save[new_name].load_state_dict(wrapper.modules_to_save[head].state_dict())

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -21,7 +20,7 @@ from .example_inputs import dummy_inputs, tensor_sharing_copy
 from .groups import Groups
 from .layer import AdaPruneLayer
 from .layer_average import LayerAverageHead
-from .masked_layers import adaprune_layers
+from .masked_layers import adaprune_layers, foreign_layers
 from .merging import merged
 from .shrink import compose_heads, keep_heads, keep_inputs, keep_outputs
 from .structure import Unit, features, find_units
@@ -84,7 +83,7 @@ def base_of(model: Any) -> PreTrainedModel:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base, PreTrainedModel):
         raise CompactionError(f"A transformers model with an adapter is needed, got a {type(model).__name__}.")
-    if any(isinstance(module, BaseTunerLayer) and not isinstance(module, AdaPruneLayer) for module in base.modules()):
+    if foreign_layers(base):
         raise CompactionError("The model has an adapter of another method too: give one that has masks alone.")
     return base
 

@@ -165,6 +165,8 @@ class AdaPruneConfig(PeftConfig):
         # Whether this comes with a stored adapter: asked now, since what is written into it later is of one in memory.
         self.is_stored = self.module_counts is not None
         self.is_filled = False  # whether the stored masks are in place
+        self.is_attended = False  # whether a `Pruner` has made masks
+        self.vocab_size: int | None = None  # of the model that the masks are on
         problems = mistyped(self) or problems_of_storage(self) or problems_of_values(self)
         if problems:
             raise ConfigError("\n".join(problems))

@@ -63,6 +63,7 @@ def expand(small: Any, whole: Any) -> PreTrainedModel:
     base.add_adapter(config)
     for module, layer in adaprune_layers(base):
         layer.adaprune_mask["default"].copy_(pack_mask(masks[module]))
+    base.peft_config["default"].is_filled = True
     for module, state in (_trained_whole(whole) | _trained_whole(small)).items():
         trained: Any = base.get_submodule(module)
         trained.modules_to_save["default"].load_state_dict(state)

@@ -97,9 +97,8 @@ class MaskSelector:
         pattern = self.config.n_of_m
         if pattern is None:
             return scores
-        return {
-            name: scores[name]
-            if layer.input_dim is None
-            else protect_best(scores[name], layer.base_weight, *pattern, layer.input_dim)
-            for name, layer in self.layers.items()
-        }
+        protected = {}
+        for name, layer in self.layers.items():
+            assert layer.input_dim is not None  # an embedding has no such pattern
+            protected[name] = protect_best(scores[name], layer.base_weight, *pattern, layer.input_dim)
+        return protected

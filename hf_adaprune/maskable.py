@@ -78,6 +78,8 @@ def masked_class(module: nn.Module) -> type[AdaPruneLayer] | None:
     if "forward" in vars(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
         return None
     for base_cls, layer_cls in ((nn.Linear, Linear), (Conv1D, Conv1DLinear), (nn.Embedding, Embedding)):
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            return None  # a look-up changes the weight
         scales = base_cls is nn.Embedding and hasattr(module, "embed_scale")
         if isinstance(module, base_cls) and (type(module).forward is base_cls.forward or scales):
             return layer_cls

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .layer import AdaPruneLayer
@@ -31,6 +32,16 @@ def adaprune_layers(model: nn.Module, adapter_name: str | None = None) -> Iterat
     for name, module in model.named_modules():
         if isinstance(module, AdaPruneLayer) and (adapter_name is None or adapter_name in module.adaprune_mask):
             yield name, module
+
+
+def foreign_layers(model: nn.Module) -> list[str]:
+    """Return the names of the layers of a model that an adapter of another method is, or has been, in."""
+    modules = model.named_modules()
+    return [
+        name
+        for name, module in modules
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, AdaPruneLayer)
+    ]
 
 
 def has_masks(model: nn.Module) -> bool:

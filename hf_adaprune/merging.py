@@ -22,10 +22,11 @@ def merged(model: Any) -> PreTrainedModel:
             A model with an adapter, put on it by `peft` or by transformers itself.
 
     Returns:
-        `transformers.PreTrainedModel`: A plain copy, in evaluation mode.
+        `transformers.PreTrainedModel`: A plain copy, in evaluation mode, with all of its parameters trainable.
 
     Raises:
         NotPrunedError: If the model has no AdaPrune adapter.
+        MergeError: If it has one of another method around the masks.
     """
     return _cleared(_tuner_of_copy(model).merge_and_unload())
 
@@ -58,4 +59,4 @@ def _cleared(plain: Any) -> PreTrainedModel:
     for module in plain.modules():  # of sentence-transformers' model the one inside
         for name in ("create_or_update_model_card", "_hf_peft_config_loaded", "_weight_conversions"):
             vars(module).pop(name, None)
-    return plain.eval()
+    return plain.requires_grad_().eval()

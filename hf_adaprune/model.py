@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from .active import SWITCHES, ActiveHead, active_head, attach, check_one_head, detached_labels
 from .adapter_state import check_loaded, head_shapes, masks_to_store
-from .checks import CheckOnce, check_base, run_checks
+from .checks import CheckOnce, check_base, run_checks, vocabulary_size
 from .combine import combine_adapters
 from .config import AdaPruneConfig
 from .dropout import restore_dropout
@@ -30,7 +30,7 @@ from .head import check_architecture, check_modules_to_save, fitting_head, plan_
 from .layer import AdaPruneLayer
 from .layer_average import refuse_to_save
 from .maskable import wrap
-from .masked_layers import adaprune_layers
+from .masked_layers import adaprune_layers, foreign_layers
 from .mixed_batch import mixed_batch
 from .model_files import forget_check, load_checked, save_weights_first
 from .publish import push_with_card
@@ -70,7 +70,7 @@ class AdaPruneModel(BaseTuner):
         """Put an adapter on the model: PEFT's own injection, on a checked configuration and a checked base."""
         # What is written into it is of this adapter alone: the caller's own may be used again.
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
-        config.is_filled = False
+        config.is_filled, config.vocab_size = False, vocabulary_size(model)
         try:
             self._inject(model, adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
@@ -117,7 +117,7 @@ class AdaPruneModel(BaseTuner):
         # PEFT shortens long lists, and a bare `embed_tokens` means "save the embeddings whole" to it.
         config.target_modules = targets
         if isinstance(model, PreTrainedModel) and keeper is not None:
-            attach(model, keeper, self.peft_config)
+            attach(model, keeper, self.peft_config, _take_off)
             model.save_pretrained = functools.partial(save_weights_first, model)
             vars(model).pop("push_to_hub", None)  # of a model that was made smaller, with its card
             if config.is_stored:
@@ -207,12 +207,18 @@ class AdaPruneModel(BaseTuner):
         self._follow()
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if foreign_layers(self.model):
+            raise MergeError(
+                "There are, or were, layers of another method around the masked ones, which cannot be merged or taken "
+                "off alone: open the adapter with masks on its base anew, without the other."
+            )
         if merge:
             run_checks(self.model)
             self._enable_adapter_layers()  # weights, head and labels are of one adapter, or of none
             if kwargs.get("adapter_names"):
                 # With the masks go their head and labels.
                 self.set_adapter(kwargs["adapter_names"])
+            self._check_merge_allowed()  # before anything is zeroed
             self._zero_producers(kwargs.get("adapter_names"))
         for hook in list(self.model._forward_pre_hooks.values()):
             if isinstance(hook, (ActiveHead, CheckOnce)):
@@ -235,6 +241,8 @@ class AdaPruneModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         for name, layer in adaprune_layers(self.model):
+            if not {*layer.merged_adapters, *layer.active_adapters} & {*layer.adaprune_mask}:
+                continue  # its weight stays as it is
             shared = [
                 key
                 for key, parameter in self.model.named_parameters(remove_duplicate=False)
@@ -271,6 +279,12 @@ class AdaPruneModel(BaseTuner):
             )
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return check_loaded(model, config, adapter_name, remapped)
+
+
+def _take_off(model: PreTrainedModel) -> None:
+    """Put back the layers of a model whose last adapter was deleted: it is saved as what it was before the first."""
+    if not foreign_layers(model):
+        AdaPruneModel.around(model).unload()
 
 
 def _count_parameters(model: nn.Module) -> int:

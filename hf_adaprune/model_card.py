@@ -253,6 +253,7 @@ def _render(
         name=name,
         subfolder=subfolder,
         base=description,
+        has_base=bool(config.base_model_name_or_path),
         on_hub=base is not None,
         fingerprint=config.base_fingerprint,
         module="transformers" if opener else "peft",

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .calibration import InputMoments
-from .checks import run_checks
+from .checks import check_statistics, check_vocabulary, run_checks
 from .config import AdaPruneConfig
 from .dropout import restore_dropout, set_dropout
 from .errors import MergeError, NonFiniteError, NotPrunedError
@@ -46,6 +46,8 @@ class Pruner:
         NotPrunedError: If the model has no trainable masks under that name.
         MergeError: If they are merged, or disabled.
         AdapterFileError: If what was loaded is not what was saved.
+        ConfigError: If the model has got other tokens since masks were put on it, or has layers that change in any
+            forward pass of training.
         UnsupportedShardingError: If it is trained under DeepSpeed or FSDP1.
         ValueError: If `total_steps` is not positive.
 
@@ -85,6 +87,8 @@ class Pruner:
         run_checks(model)  # before the masks change
         stop_watching(model, adapter_name)
         self.config: AdaPruneConfig = next(iter(self.layers.values())).config(adapter_name)
+        check_vocabulary(model, self.config)
+        check_statistics(model)
         self._selector = MaskSelector(self.layers, adapter_name, self.config)
         check_sharding(self._selector.scores(), self.config.granularity)
         for scores in self._selector.scores().values():
@@ -103,8 +107,7 @@ class Pruner:
             self.config.combination = self.config.whole_groups = None
         # An adapter that is trained on starts from its mask, and not from the schedule's beginning.
         self._start_sparsity = min(self.sparsity, self.config.final_sparsity)
-        num_weights = sum(layer.count(adapter_name)[1] for layer in self.layers.values())
-        self._starts_at_target = round((self.config.final_sparsity - self._start_sparsity) * num_weights) == 0
+        self._num_weights = sum(layer.count(adapter_name)[1] for layer in self.layers.values())
         calibrates = self.config.score_init == "wanda" and self._start_sparsity == 0
         self._inputs = InputMoments(self.layers, adapter_name) if calibrates else None
 
@@ -133,7 +136,8 @@ class Pruner:
         """Whether the model is as sparse as it is to be: before that, no step of a run is its best."""
         if self.config.selection == "threshold":
             return self.finished
-        return self._starts_at_target or self.num_steps >= self.config.pruning_end * self.total_steps
+        # Counted, as masks are: so it comes at the same step in a resumed run, which begins at what was counted.
+        return round(self.target_sparsity * self._num_weights) == round(self.config.final_sparsity * self._num_weights)
 
     @property
     def trains_scores(self) -> bool:
@@ -160,17 +164,25 @@ class Pruner:
         """Make the next masks from the scores that the optimizer has just moved.
 
         Raises:
+            NotPrunedError: If more was pruned before the first step than ever should be.
             NonFiniteError: If a score is NaN or infinite; the masks are then those of the step before.
             DivergenceError: If the processes have come to different masks (looked for every 100 steps).
         """
-        if self.finished:  # a run that is resumed where it ended
-            return
+        if self.finished:
+            if not self.num_steps:
+                raise NotPrunedError(
+                    f"{self.sparsity:.4f} of the weights are pruned before the first step, more than "
+                    f"`final_sparsity={self.config.final_sparsity}`, at which Algorithm 1 ends: there is nothing to "
+                    "train. Put masks on the base anew."
+                )
+            return  # a run that is resumed where it ended
         if self.num_steps == self.total_steps:
             logger.warning_once(
                 f"`Pruner.step` has been called more often than `total_steps={self.total_steps}`. Call it once after "
                 "each step of the optimizer; where gradients are accumulated that is not once a batch."
             )
         self.num_steps += 1
+        self.config.is_attended = True
         self._head.carry_on()
         self._calibrate()
         self._settle()
@@ -212,7 +224,8 @@ class Pruner:
         restore_dropout(self.model)
         for layer in self.layers.values():
             grow_scores(layer, self.adapter_name, 1.0)  # another run may follow
-        self._prune_to_target()
+        if not self.at_target:
+            self._prune_to_target()
         self.check_masks()
 
     def _prune_to_target(self) -> None:
@@ -234,6 +247,7 @@ class Pruner:
 
         Of whole groups, as many go as come nearest to that.
         """
+        self.config.is_attended = True
         self._set(self._selector.at_sparsity(sparsity))
 
     def pop_flip_rate(self) -> float:
@@ -254,6 +268,12 @@ class Pruner:
         self._settle()
         if self.num_steps:
             self._close_inputs()
+            if self._has_new_scores:
+                warnings.warn(
+                    "The scores behind the masks are lost: an adapter is stored without them, a checkpoint has them "
+                    "in `model.safetensors`. Training goes on from the masks, and ends otherwise than it would have.",
+                    stacklevel=2,
+                )
         self._remember()
 
     def _set(self, masks: dict[str, torch.Tensor]) -> None:
@@ -296,13 +316,7 @@ class Pruner:
     @torch.no_grad()
     def _match_scores_to_masks(self) -> None:
         """Make scores that stand for the masks where those at hand do not: in all layers, which share thresholds."""
-        if self._selector.agrees():
-            return
-        for layer in self.layers.values():
-            remake_scores(layer, self.adapter_name)
-        warnings.warn(
-            "The scores behind the loaded masks are not stored with an adapter: training goes on from the masks. A "
-            "checkpoint has them, in `model.safetensors`; a run that is resumed without them ends otherwise than it "
-            "would have.",
-            stacklevel=3,
-        )
+        self._has_new_scores = not self._selector.agrees()
+        if self._has_new_scores:
+            for layer in self.layers.values():
+                remake_scores(layer, self.adapter_name)

@@ -49,16 +49,7 @@ def watch(model: nn.Module, adapter_name: str) -> None:
 
 def stop_watching(model: nn.Module, adapter_name: str | None = None) -> None:
     """Count no more: there is a `Pruner` for the adapter, or none is left (`None`: of whatever name)."""
-    for hook in _watching(model):
-        if adapter_name in (None, hook.adapter_name):
-            hook.handle.remove()
-
-
-def is_watched(model: nn.Module, adapter_name: str) -> bool:
-    """Return whether an adapter is new, and there has been no `Pruner` for it."""
-    return any(hook.adapter_name == adapter_name for hook in _watching(model))
-
-
-def _watching(model: nn.Module) -> list[Unattended]:
-    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
-    return [hook for hook in hooks if isinstance(hook, Unattended)]
+    for module in model.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, Unattended) and adapter_name in (None, hook.adapter_name):
+                hook.handle.remove()

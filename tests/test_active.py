@@ -17,9 +17,9 @@ from tiny import make_batch, make_model, train_masks
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from hf_adaprune import AdaPruneConfig
+from hf_adaprune import AdaPruneConfig, merged
 from hf_adaprune.active import active_head
-from hf_adaprune.errors import ConfigError
+from hf_adaprune.errors import ConfigError, MergeError
 from hf_adaprune.masked_layers import adaprune_layers
 
 
@@ -422,3 +422,39 @@ def test_a_model_without_labels_takes_many_adapters_too() -> None:
     plain.add_adapter("second", AdaPruneConfig(target_modules=["0"]))
     plain.set_adapter("second")
     assert plain(torch.ones(1, 3)).shape == (1, 3)
+
+
+def test_a_head_stays_as_it_was_while_another_adapter_is_trained_over_its_masks(tasks: dict[str, Task]) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(tasks["two"].path)
+    model.add_adapter(LoraConfig(r=2, target_modules=["query"]), "lora")
+    model.set_adapter(["default", "lora"])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all(".lora_" in name for name in trained)
+
+
+def test_a_model_whose_last_adapter_was_deleted_is_saved_as_its_base(base: Path, tmp_path: Path) -> None:
+    model = load_base(base, 5)
+    logits = logits_of(model)
+    for name in ("a", "b"):
+        model.add_adapter(AdaPruneConfig(), name)
+    train_masks(model, adapter_name="b")
+    model.delete_adapter(["a", "b"])
+    assert not list(adaprune_layers(model))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(type(model).from_pretrained(tmp_path)), logits)
+    model.add_adapter(AdaPruneConfig(), "c")
+    assert torch.equal(logits_of(model), logits)
+
+
+def test_masks_inside_of_another_adapters_layers_are_not_merged() -> None:
+    model = make_model()
+    model.add_adapter(AdaPruneConfig())
+    model.add_adapter(LoraConfig(r=2, target_modules=["query"]), "lora")
+    for name in ("default", ["default", "lora"]):
+        model.set_adapter(name)
+        with pytest.raises(MergeError, match="layers of another method around the masked ones"):
+            merged(model)
+    model.delete_adapter("lora")
+    with pytest.raises(MergeError, match="There are, or were, layers of another method"):
+        merged(model)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from doors import load_base, logits_of, make_trainer
-from peft import get_peft_model
-from tiny import make_batch, make_model
+from peft import PeftModel, get_peft_model
+from tiny import HEADS, make_batch, make_model, save_model
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -493,6 +493,32 @@ def test_masks_of_groups_are_ablated_too_and_dropout_is_put_back(tmp_path: Path)
     assert not changed(masks, masks_of(model))
     assert dropout_of(model) == rates
     assert 0.25 not in rates.values()
+
+
+def test_an_adapter_that_was_opened_is_ablated_and_saved_again(tmp_path: Path) -> None:
+    save_model(tmp_path / "base")
+    model: Any = get_peft_model(HEADS["sequence"].from_pretrained(tmp_path / "base"), AdaPruneConfig())
+    make_trainer(model, tmp_path, AdaPruneCallback).train()
+    model.save_pretrained(tmp_path / "adapter")
+    base = HEADS["sequence"].from_pretrained(tmp_path / "base")
+    opened = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    trainer = make_trainer(opened, tmp_path)
+    trainer.eval_dataset = trainer.train_dataset
+    masks = masks_of(opened)
+    ablate(trainer)
+    assert not changed(masks, masks_of(opened))
+    opened.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize("callback", [SMPCallback, MovementCallback])
+def test_steps_of_scores_must_be_positive(callback: Any, tmp_path: Path) -> None:
+    for wrong in (-1.0, 0.0, float("nan")):
+        with pytest.raises(ConfigError, match="`score_learning_rate` must be greater than 0"):
+            callback(score_learning_rate=wrong)
+    with pytest.raises(ConfigError, match=r"`learning_rate` must be greater than 0, got 0\.0"):
+        make_trainer(make_model(), tmp_path, callback(), learning_rate=0.0)
+    with pytest.raises(ConfigError, match="`max_penalty` must not be negative, got -5"):
+        SMPCallback(max_penalty=-5)
 
 
 def dropout_of(model: nn.Module) -> dict[str, float]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.data_loader import IterableDatasetShard
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import make_batch, make_model
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -282,6 +282,76 @@ def test_an_adapter_that_no_run_has_pruned_is_told_of_as_it_is_saved(
     assert said == []
     fresh(wrapped=True).save_pretrained(tmp_path / "forgotten")
     assert [message.split(":")[0] for message in said] == ["The adapter is saved with nothing pruned"]
+
+
+def test_an_optimizer_that_hardly_moves_scores_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("hf_adaprune.callback.logger.warning", said.append)
+    for optim in ("adamw_torch", "adafactor", "sgd"):
+        trainer(fresh(), tmp_path, AdaPruneCallback, optim=optim, max_steps=1).train()
+    assert [message[:16] for message in said] == ["SGD moves scores"]
+
+
+def test_a_model_with_another_adapter_and_no_masks_is_refused_at_once(tmp_path: Path) -> None:
+    model = get_peft_model(fresh(), LoraConfig(r=2, target_modules=["query"]))
+    with pytest.raises(NotPrunedError, match="is a PeftModel without masks: give it the plain model, or one that"):
+        trainer(model, tmp_path, AdaPruneCallback)
+
+
+def test_a_checkpoint_of_another_form_than_the_opened_adapter_is_refused(tmp_path: Path) -> None:
+    model = fresh()
+    model.save_pretrained(tmp_path / "base")
+    plain = type(model).from_pretrained(tmp_path / "base")
+    trainer(plain, tmp_path / "run", AdaPruneCallback).train()
+    plain.save_pretrained(tmp_path / "adapter")
+    opened = PeftModel.from_pretrained(model, str(tmp_path / "adapter"), is_trainable=True)
+    with pytest.raises(NotPrunedError, match=r"its checkpoint has no masks under the names"):
+        trainer(opened, tmp_path / "run", AdaPruneCallback).train(
+            resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-10")
+        )
+
+
+def test_the_best_masks_are_kept_where_no_whole_groups_come_to_the_target(tmp_path: Path) -> None:
+    class Shake(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            generator = torch.Generator().manual_seed(state.global_step)
+            for _, layer in adaprune_layers(model):
+                scores = layer.adaprune_scores["default"]
+                scores.data.copy_(torch.rand(scores.shape, generator=generator))
+
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+
+    class Watch(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            kept[state.global_step] = {name: layer.entries("default") for name, layer in adaprune_layers(model)}
+
+    config = AdaPruneConfig(granularity="neuron+head", scope="global", settle=False, score_init="magnitude")
+    model = get_peft_model(make_model("llama"), config)
+    every = {f"{what}_strategy": "steps" for what in ("eval", "save")} | {"eval_steps": 1, "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_accuracy"}
+    run = trainer(model, tmp_path, Shake, AdaPruneCallback, Watch, max_steps=8, **every, **best)
+    scores = iter([0.0] * 6 + [1.0, 0.0])
+    run.compute_metrics = lambda output: {"accuracy": next(scores)}
+    run.train()
+    now = {name: layer.entries("default") for name, layer in adaprune_layers(model)}
+    assert run.state.best_global_step == 7
+    assert all(torch.equal(now[name], mask) for name, mask in kept[7].items())
+    assert not all(torch.equal(now[name], mask) for name, mask in kept[8].items())
+
+
+def test_algorithm_one_resumed_where_it_ended_changes_nothing(tmp_path: Path) -> None:
+    def run(**kwargs: Any) -> dict[str, torch.Tensor]:
+        callback = AdaPruneCallback(AdaPruneConfig.from_preset("paper", final_sparsity=0.1))
+        made = trainer(fresh(), tmp_path, callback, save_steps=1, learning_rate=1e-4)
+        made.train(**kwargs)
+        steps.append(made.state.global_step)
+        return {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
+
+    steps: list[int] = []
+    whole = run()
+    assert 1 < steps[0] < STEPS
+    resumed = run(resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps[0]}"))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
 def test_an_optimizer_that_was_made_before_the_masks_is_refused(tmp_path: Path) -> None:

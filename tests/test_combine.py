@@ -15,8 +15,8 @@ from test_mixed_batch import prune_at_random, randomize_heads
 from tiny import HEADS, logits_of, make_model, save_model, train_masks
 from torch import nn
 
-from hf_adaprune import AdaPruneConfig, combine_adapters, compact, expand, sparsity_report
-from hf_adaprune.errors import CombineError
+from hf_adaprune import AdaPruneConfig, Pruner, combine_adapters, compact, expand, sparsity_report
+from hf_adaprune.errors import CombineError, ConfigError
 from hf_adaprune.masked_layers import adaprune_layers
 
 
@@ -195,3 +195,26 @@ def test_group_masks_with_little_in_common_have_a_union() -> None:
     combine_adapters(model, ["x", "y"], "union", "both")
     pruned = [int((~layer.entries("both")).sum()) for _, layer in adaprune_layers(model, "both")]
     assert pruned == [1, 0]
+
+
+def test_a_combination_of_groups_of_two_sizes_tells_how_many_weights_it_prunes(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", head="none", num_attention_heads=4)
+    config = AdaPruneConfig(granularity="neuron+head", scope="global")
+    model = get_peft_model(HEADS["none"].from_pretrained(base), config, "x")
+    model.add_adapter("y", config)
+    for name in "xy":
+        for _, layer in adaprune_layers(model, name):
+            mask = torch.ones_like(layer.entries(name))
+            mask[: 1 if len(mask) == 4 else 5] = False
+            layer.set_mask(name, mask)
+    combine_adapters(model, ["x", "y"], "union", "new")
+    actual = sparsity_report(model, "new").sparsity
+    assert model.peft_config["new"].final_sparsity == pytest.approx(actual, abs=1e-9)
+    model.save_pretrained(tmp_path / "saved", selected_adapters=["x", "new"])
+    opened = PeftModel.from_pretrained(
+        HEADS["none"].from_pretrained(base), tmp_path / "saved" / "new", is_trainable=True
+    )
+    Pruner(opened.train(), 2).step()
+    assert sparsity_report(opened).sparsity == actual
+    with pytest.raises(ConfigError, match="There is an adapter 'new' on the model already"):
+        model.load_adapter(tmp_path / "saved" / "x", "new")

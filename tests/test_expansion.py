@@ -69,7 +69,6 @@ def test_it_is_stored_and_opened_like_any_other_and_made_smaller_again(tmp_path:
     assert "intersection of masks of neurons and heads" in " ".join(card.split())
 
 
-@pytest.mark.filterwarnings("ignore:The scores behind the loaded masks are not stored:UserWarning")
 def test_one_that_is_trained_on_keeps_the_sparsity_of_each_matrix(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base")
     whole = get_peft_model(HEADS["sequence"].from_pretrained(base), AdaPruneConfig(granularity="neuron+head"))

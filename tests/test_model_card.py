@@ -134,3 +134,12 @@ def test_layers_are_told_in_order_also_when_there_are_more_than_ten(tmp_path: Pa
     AdaPruneConfig(module_counts=counts, num_parameters=24).save_pretrained(str(tmp_path))
     report = sparsity_report(PeftConfig.from_pretrained(str(tmp_path)))
     assert list(report.by_layer()) == [str(number) for number in range(12)]
+
+
+def test_a_card_of_an_adapter_that_names_no_base_says_how_to_open_it(tmp_path: Path) -> None:
+    model: Any = get_peft_model(make_model(), AdaPruneConfig())
+    train_masks(model)
+    model.save_pretrained(str(tmp_path))
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "The adapter names no base: open it over the model that it was trained on (fingerprint" in text
+    assert "```python" not in text

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, BertForSequenceClassification
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner, sparsity_report
-from hf_adaprune.errors import BaseMismatchError
+from hf_adaprune.errors import BaseMismatchError, ConfigError
 
 
 class Own(nn.Module):
@@ -127,3 +127,31 @@ def test_a_head_goes_on_learning_while_the_base_teaches(tmp_path: Path) -> None:
         pruner.step()
     for name, tensor in model.classifier.modules_to_save["default"].state_dict().items():
         assert not torch.equal(tensor, head[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_tokens_that_are_added_after_the_masks_are_refused_before_training(tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(save_model(tmp_path / "base"))
+    model.add_adapter(AdaPruneConfig())
+    known = model.config.vocab_size
+    model.resize_token_embeddings(known + 6)
+    with pytest.raises(ConfigError, match=rf"has {known + 6} tokens, and had {known} when masks were put on it"):
+        trainer(model, tmp_path / "run", AdaPruneCallback).train()
+
+
+def test_a_base_that_changes_by_being_trained_on_is_refused() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.linear(x))
+
+    with pytest.raises(ConfigError, match=r"\['base_model.model.norm'\] take means of every batch"):
+        Pruner(get_peft_model(Normed(), AdaPruneConfig(target_modules=["linear"])), 4)
+    model = get_peft_model(Normed(), AdaPruneConfig(target_modules=["linear"], modules_to_save=["norm"]))
+    pruner, before = Pruner(model.train(), 4), model.base_model.model.norm.original_module.running_mean.clone()
+    model(torch.randn(8, 4))
+    pruner.step()
+    assert torch.equal(model.base_model.model.norm.original_module.running_mean, before)

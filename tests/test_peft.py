@@ -317,8 +317,7 @@ def test_an_active_adapter_may_be_missing_from_a_layer() -> None:
     assert torch.equal(logits_of(model, "none"), before)
     model.unmerge_adapter()
     assert equal(weights_of(model), weights)
-    with pytest.warns(UserWarning, match="training goes on from the masks"):
-        train_masks(model, head="none", adapter_name="second")
+    train_masks(model, head="none", adapter_name="second")
     assert sparsity_report(model, "second").num_pruned == 32 * 32
 
 
@@ -510,8 +509,7 @@ def test_a_loaded_adapter_goes_on_training_from_its_mask(saved: Saved, door: str
     else:
         model.load_adapter(saved.path, is_trainable=True)
     assert torch.equal(logits_of(model), saved.logits)
-    with pytest.warns(UserWarning, match="training goes on from the masks"):
-        Pruner(model, total_steps=1)
+    Pruner(model, total_steps=1)
     assert torch.equal(logits_of(model), saved.logits)
     assert all(layer.adaprune_scores["default"].requires_grad for layer in layers_of(model))
     # The scores stand for the mask: where nothing is learned, it comes back.
@@ -535,8 +533,7 @@ def test_the_state_of_a_model_in_training_is_whole(saved: Saved) -> None:
 
 def test_a_state_of_training_loads_into_an_adapter_that_was_opened_to_go_on(saved: Saved) -> None:
     model = saved.open(is_trainable=True)
-    with pytest.warns(UserWarning, match="training goes on from the masks"):
-        train_masks(model, steps=6, learning_rate=5e-4)
+    train_masks(model, steps=6, learning_rate=5e-4)
     other = saved.open(is_trainable=True)
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits_of(other), logits_of(model))
@@ -877,8 +874,7 @@ def test_training_follows_on_inference_mode(saved: Saved, trainable: bool) -> No
     with torch.inference_mode():
         model(**make_batch())
     if trainable:
-        with pytest.warns(UserWarning, match="training goes on from the masks"):
-            train_masks(model)
+        train_masks(model)
     else:
         model.get_base_model().classifier.requires_grad_(True)
         model.get_base_model().bert.embeddings.requires_grad_(True)
@@ -981,6 +977,20 @@ def test_masked_tied_embeddings_refuse_to_merge_and_name_what_shares_them() -> N
         model.merge_and_unload()
 
 
+def test_a_merge_that_is_refused_changes_nothing_and_masks_that_wait_refuse_none() -> None:
+    model = get_peft_model(make_model(head="masked_lm"), AdaPruneConfig(granularity="neuron"), "neurons")
+    model.add_adapter("embeddings", AdaPruneConfig(mask_embeddings=True))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    Pruner(model, 1, "neurons").prune_to(0.5)
+    model.base_model.set_adapter(["neurons", "embeddings"])
+    with pytest.raises(MergeError, match="shares its weight with"):
+        model.merge_and_unload()
+    assert equal(before, {name: model.state_dict()[name] if "_mask" not in name else before[name] for name in before})
+    model.set_adapter("neurons")
+    logits = logits_of(model, "masked_lm")
+    assert torch.allclose(logits_of(model.merge_and_unload(), "masked_lm"), logits, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["output", "linear"])
 def test_a_masked_layer_that_shares_its_weight_is_not_merged(kind: str) -> None:
     model = make_model(head="masked_lm")
@@ -1000,7 +1010,7 @@ def test_what_computes_something_else_is_not_taken_for_a_lookup_or_a_product() -
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
     patched = nn.Linear(4, 4)
     vars(patched)["forward"] = lambda x: x
-    for module in (Shifted(8, 4), normed, patched):
+    for module in (Shifted(8, 4), nn.Embedding(8, 4, max_norm=1.0), normed, patched):
         with pytest.raises(NoMatchingModuleError, match="can be masked"):
             get_peft_model(nn.Sequential(module), AdaPruneConfig(target_modules=["0"]))
 

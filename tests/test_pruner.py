@@ -289,9 +289,9 @@ def test_scores_that_are_lost_settle_as_far_as_the_run_has_come() -> None:
     before = {name: score.detach().clone() for name, score in first._selector.scores().items()}
     for layer in first.layers.values():
         layer.adaprune_scores["default"].data.neg_()
-    with pytest.warns(UserWarning, match="training goes on from the masks"):
-        second = Pruner(model, total_steps=10)
-    second.load_state_dict(first.state_dict())
+    second = Pruner(model, total_steps=10)
+    with pytest.warns(UserWarning, match=r"scores behind the masks are lost: .* goes on from the masks"):
+        second.load_state_dict(first.state_dict())
     for name, score in second._selector.scores().items():
         # Half of what comes after the ramp is done: steps are half as long, scores twice as large.
         assert score.max().item() == pytest.approx(before[name].max().item(), rel=0.1)
@@ -320,8 +320,7 @@ def test_scores_that_share_a_threshold_are_made_anew_together(tmp_path: Path) ->
     model.save_pretrained(str(tmp_path))
     torch.manual_seed(0)
     opened: Any = PeftModel.from_pretrained(Net(), tmp_path, is_trainable=True)
-    with pytest.warns(UserWarning, match="training goes on from the masks"):
-        pruner = Pruner(opened, 4)
+    pruner = Pruner(opened, 4)
     pruner.step()
     for name, layer in adaprune_layers(opened):
         assert torch.equal(layer.entries("default"), masks[name]), name
@@ -339,6 +338,30 @@ def test_a_run_that_has_ended_itself_prunes_no_further() -> None:
         layer.adaprune_scores["default"].data.fill_(-1)
     pruner.step()
     assert (pruner.sparsity, pruner.num_steps) == (before, 1)
+
+
+def test_masks_that_are_past_their_end_are_not_trained_in_silence() -> None:
+    model = make(selection="threshold", score_init="normal", final_sparsity=0.1)
+    for layer in (pruner := Pruner(model, total_steps=10)).layers.values():
+        layer.adaprune_scores["default"].data[0] = -1
+    pruner.step()
+    assert pruner.finished
+    with pytest.raises(NotPrunedError, match=r"pruned before the first step, more than `final_sparsity=0.1`"):
+        Pruner(model, total_steps=10).step()
+
+
+def test_a_run_is_at_its_target_at_the_same_step_resumed_or_not() -> None:
+    model = make()
+    whole = Pruner(model, total_steps=200)
+    reached = []
+    for _ in range(130):
+        model(torch.ones(1, 7))
+        whole.step()
+        resumed = Pruner(model, total_steps=200)
+        resumed.load_state_dict(whole.state_dict())
+        assert resumed.at_target == whole.at_target, whole.num_steps
+        reached.append(whole.at_target)
+    assert (reached[0], reached[-1]) == (False, True)
 
 
 def test_more_steps_than_there_are_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,8 +443,7 @@ def test_masks_may_move_before_the_first_forward_pass(tmp_path: Path) -> None:
     train_masks(model)
     model.save_pretrained(str(tmp_path))
     opened: Any = PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True)
-    with pytest.warns(UserWarning, match="scores behind the loaded masks are not stored"):
-        pruner = Pruner(opened, 4)
+    pruner = Pruner(opened, 4)
     pruner.prune_to(0.9)
     opened(**make_batch())
     assert sparsity_report(opened).sparsity == pytest.approx(0.9, abs=1e-3)

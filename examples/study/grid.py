@@ -107,7 +107,7 @@ def grid() -> list[Run]:
         (("stsb",), cells(0.5, methods=NO_DROPOUT), range(3)),
         (CORE, [("adaprune", sparsity) for sparsity in REST], range(3)),
         ((*CORE, "cola", "rte"), [(method, 0.5) for method in STRUCTURED], range(3)),
-        ((*CORE, "cola", "rte"), [("longer", sparsity) for sparsity in (0.8, 0.9)], range(3)),
+        ((*CORE, "cola", "rte"), [("longer", sparsity) for sparsity in (0.5, 0.8, 0.9)], range(3)),
         (OTHERS, cells(*TELLING), range(3)),
         (OTHERS, [("adaprune", sparsity) for sparsity in REST], range(3)),
         (CORE, [(method, sparsity) for method in CURVES for sparsity in REST], range(3)),

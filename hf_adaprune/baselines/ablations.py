@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from ..checks import run_checks
 from ..errors import NotPrunedError
 from ..layer import AdaPruneLayer
 from ..masked_layers import adaprune_layers
@@ -78,6 +79,7 @@ def ablate(trainer: Trainer, head_learning_rate: float = 1e-3, adapter_name: str
             f"The Trainer's model has no masks under the adapter name {adapter_name!r} to ablate: train it with "
             "`AdaPruneCallback`, or load an adapter with `is_trainable=True`."
         )
+    run_checks(trainer.model)  # before the masks change
     metrics: dict[str, float] = {}
     for name, change in ABLATIONS.items():
         with _restored(trainer.model):
@@ -119,6 +121,8 @@ def _restored(model: Any) -> Iterator[None]:
         model.load_state_dict(state)
         for name, training in told.items():
             model.peft_config[name].training = training
-        model.create_or_update_model_card = complete_card
+        vars(model).pop("create_or_update_model_card", None)
+        if complete_card is not None:
+            model.create_or_update_model_card = complete_card
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])

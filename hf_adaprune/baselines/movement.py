@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
-
 from ..config import AdaPruneConfig
+from .score_steps import ScoreStepsCallback
 from .trained import TrainedWeightsCallback
 
 
-class MovementCallback(TrainedWeightsCallback):
+class MovementCallback(ScoreStepsCallback, TrainedWeightsCallback):
     """Train the weights of a `Trainer`'s model, and scores that say which of them move away from zero.
 
     Movement pruning (Sanh, Wolf and Rush, arXiv 2005.07683) in its hard form: scores from a constant, the
@@ -24,7 +20,7 @@ class MovementCallback(TrainedWeightsCallback):
         score_learning_rate (`float`): The learning rate of the scores, > 0; the paper's by default.
 
     Raises:
-        ConfigError: If `final_sparsity` is out of range.
+        ConfigError: If one of these is out of range.
     """
 
     def __init__(self, final_sparsity: float = 0.5, score_learning_rate: float = 1e-2) -> None:
@@ -36,12 +32,4 @@ class MovementCallback(TrainedWeightsCallback):
             dropout=None,
             settle=False,
         )
-        super().__init__(config)
-        self.score_learning_rate = score_learning_rate
-
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        """Put masks on the Trainer's model, before its optimizer is made; remember the weights."""
-        self.config.score_lr_ratio = self.score_learning_rate / args.learning_rate
-        super().on_init_end(args, state, control, model, **kwargs)
+        super().__init__(config, score_learning_rate)

@@ -9,13 +9,13 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..callback import AdaPruneCallback
 from ..config import AdaPruneConfig
 from ..errors import ConfigError
 from ..schedule import cubic_sparsity
+from .score_steps import ScoreStepsCallback
 
 
-class SMPCallback(AdaPruneCallback):
+class SMPCallback(ScoreStepsCallback):
     """Adapt the model of a `Trainer` by pruning alone, by the recipe of SMP (Jiang et al., arXiv 2210.06210).
 
     Scores from a constant, ties broken by |w|; straight-through; one threshold for each kind of matrix; the cubic ramp
@@ -29,28 +29,20 @@ class SMPCallback(AdaPruneCallback):
         max_penalty (`float`): The factor of the penalty at the end of training, >= 0.
 
     Raises:
-        ConfigError: If `final_sparsity` is out of range, or the model computes no loss to add the penalty to.
+        ConfigError: If one of these is out of range, or the model computes no loss to add the penalty to.
     """
-
-    config: AdaPruneConfig
 
     def __init__(
         self, final_sparsity: float = 0.5, score_learning_rate: float = 2e-2, max_penalty: float = 400.0
     ) -> None:
-        super().__init__(
-            AdaPruneConfig(
-                final_sparsity=final_sparsity, scope="kind", score_init="constant", dropout=None, settle=False
-            )
+        config = AdaPruneConfig(
+            final_sparsity=final_sparsity, scope="kind", score_init="constant", dropout=None, settle=False
         )
-        self.score_learning_rate, self.max_penalty = score_learning_rate, max_penalty
+        super().__init__(config, score_learning_rate)
+        if not max_penalty >= 0:
+            raise ConfigError(f"`max_penalty` must not be negative, got {max_penalty}.")
+        self.max_penalty = max_penalty
         self._hook: RemovableHandle | None = None
-
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        """Put masks on the Trainer's model, before its optimizer is made."""
-        self.config.score_lr_ratio = self.score_learning_rate / args.learning_rate
-        super().on_init_end(args, state, control, model, **kwargs)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any

@@ -127,8 +127,8 @@ def export(
 ) -> Answer:
     """Write the model without the neurons and heads that are pruned: a checkpoint of a smaller model, or ONNX.
 
-    Where heads are gone, who opens the checkpoint imports hf_adaprune first. Masks of single weights leave nothing
-    that could be taken out: `merge` writes those.
+    Where heads are gone, who opens the checkpoint imports hf_adaprune first. Masks of single weights leave next to
+    nothing that could be taken out: `merge` writes those.
     """
     save = save_onnx if onnx else save_compacted
     return _write(save, read_adapter(name, revision=revision, subfolder=subfolder), output, base)
