@@ -15,7 +15,7 @@ from ..masked_layers import adaprune_layers
 from ..pruner import Pruner
 
 
-def global_masks(final_sparsity: float) -> AdaPruneConfig:
+def global_masks(final_sparsity: float, **schedule: Any) -> AdaPruneConfig:
     """Return the configuration of masks under one threshold whose scores no optimizer moves."""
     return AdaPruneConfig(
         final_sparsity=final_sparsity,
@@ -24,6 +24,7 @@ def global_masks(final_sparsity: float) -> AdaPruneConfig:
         score_lr_ratio=1.0,
         dropout=None,
         settle=False,
+        **schedule,
     )
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..config import AdaPruneConfig
 from ..errors import ConfigError
 from ..pruner import Pruner
 from .fixed import FixedMaskPruner, global_masks
@@ -53,17 +52,7 @@ class MagnitudeCallback(TrainedWeightsCallback):
     trains_scores = False
 
     def __init__(self, final_sparsity: float = 0.5) -> None:
-        config = AdaPruneConfig(
-            final_sparsity=final_sparsity,
-            scope="global",
-            pruning_start=0.1,
-            pruning_end=0.8,
-            score_init="constant",
-            score_lr_ratio=1.0,
-            dropout=None,
-            settle=False,
-        )
-        super().__init__(config)
+        super().__init__(global_masks(final_sparsity, pruning_start=0.1, pruning_end=0.8))
 
 
 class IterativeMagnitudeCallback(TrainedWeightsCallback):
