@@ -58,7 +58,7 @@ class TrainedWeightsCallback(AdaPruneCallback):
             layer = wrap(module, self.adapter_name, self.config) if check_target_module_exists(targets, name) else None
             if layer is not None:
                 layer.adaprune_scores[self.adapter_name].requires_grad_(self.trains_scores)
-                _replace(model, name, layer)
+                model.set_submodule(name, layer)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave the checkpoint as it is: the whole model is in it, masks and scores too."""
@@ -73,7 +73,7 @@ class TrainedWeightsCallback(AdaPruneCallback):
             mask = self.masks[name] = layer.mask(self.adapter_name)
             module = layer.get_base_layer()
             module.weight.data[~mask] = 0
-            _replace(kwargs["model"], name, module)
+            kwargs["model"].set_submodule(name, module)
 
     def rewound(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return a copy of the trained model whose body has its pre-trained values under the trained masks.
@@ -102,8 +102,3 @@ class TrainedWeightsCallback(AdaPruneCallback):
         for name, layer in adaprune_layers(rewound, self.adapter_name):
             layer.set_mask(self.adapter_name, self.masks[name])
         return rewound.eval()
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
