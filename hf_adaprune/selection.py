@@ -65,7 +65,7 @@ def check_reachable(groups: Mapping[str, Groups], config: AdaPruneConfig) -> Non
 def topk_masks(
     scores: Mapping[str, torch.Tensor],
     weights: Mapping[str, torch.Tensor],
-    groups: Sequence[Sequence[str]],
+    scopes: Sequence[Sequence[str]],
     num_kept: Sequence[int],
 ) -> dict[str, torch.Tensor]:
     """Keep, in each group of layers, exactly as many entries of highest score as are asked for.
@@ -73,16 +73,16 @@ def topk_masks(
     Args:
         scores (`Mapping[str, torch.Tensor]`): Finite scores of each layer, whole or sharded over processes.
         weights (`Mapping[str, torch.Tensor]`): The layers' weights, by which ties are broken as in `topk_mask`.
-        groups (`Sequence[Sequence[str]]`): The layers that share a threshold; each is in one group.
+        scopes (`Sequence[Sequence[str]]`): The layers that share a threshold; each is in one of them.
         num_kept (`Sequence[int]`): How many entries of each group to keep.
 
     Returns:
         `dict[str, torch.Tensor]`: A boolean mask for each layer, of the shape of its scores; whole in every process.
     """
     if is_sharded(scores.values()):
-        return sharded_topk_masks(scores, weights, groups, num_kept)
+        return sharded_topk_masks(scores, weights, scopes, num_kept)
     masks = {}
-    for names, count in zip(groups, num_kept, strict=True):
+    for names, count in zip(scopes, num_kept, strict=True):
         mask = topk_mask(_flat([scores[name] for name in names]), count, _flat([weights[name] for name in names]))
         parts = mask.split([scores[name].numel() for name in names])
         masks.update({name: part.view(scores[name].shape) for name, part in zip(names, parts, strict=True)})

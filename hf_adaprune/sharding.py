@@ -75,18 +75,18 @@ def copy_whole(target: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def sharded_topk_masks(
-    scores: Mapping[str, Any], weights: Mapping[str, Any], groups: Sequence[Sequence[str]], num_kept: Sequence[int]
+    scores: Mapping[str, Any], weights: Mapping[str, Any], scopes: Sequence[Sequence[str]], num_kept: Sequence[int]
 ) -> dict[str, torch.Tensor]:
     """Do what `topk_masks` does, to the last bit, on scores of which each process has some rows.
 
     Each threshold is found digit by digit: the processes add up histograms of the scores that may still be it, 8,448
-    numbers a group in all. Then the masks are gathered, a byte a weight; the scores are not.
+    numbers a scope in all. Then the masks are gathered, a byte a weight; the scores are not.
 
     Args:
         scores (`Mapping[str, DTensor]`): Finite scores of each layer, of two dimensions, sharded over the first.
         weights (`Mapping[str, DTensor]`): The layers' weights, sharded alike.
-        groups (`Sequence[Sequence[str]]`): The layers that share a threshold.
-        num_kept (`Sequence[int]`): How many entries of each group to keep.
+        scopes (`Sequence[Sequence[str]]`): The layers that share a threshold.
+        num_kept (`Sequence[int]`): How many entries of each scope to keep.
 
     Returns:
         `dict[str, torch.Tensor]`: A boolean mask for each layer, whole in every process.
@@ -94,19 +94,19 @@ def sharded_topk_masks(
     parts = {name: score.to_local().reshape(-1) for name, score in scores.items()}
     kept = {name: torch.zeros_like(part, dtype=torch.bool) for name, part in parts.items()}
     tied = {name: torch.ones_like(part, dtype=torch.bool) for name, part in parts.items()}
-    one = scores[groups[0][0]]
+    one = scores[scopes[0][0]]
     processes, missing = one.device_mesh.get_group(), torch.tensor(num_kept, device=one.device)
     for deciding in (parts, {name: weight.detach().to_local().reshape(-1).abs() for name, weight in weights.items()}):
         keys = {name: _ordered(values) for name, values in deciding.items()}
-        candidates = [torch.cat([keys[name][tied[name]] for name in group]) for group in groups]
+        candidates = [torch.cat([keys[name][tied[name]] for name in scope]) for scope in scopes]
         thresholds, missing, num_tied = _kth_largest(candidates, missing, processes)
-        for group, threshold in zip(groups, thresholds.tolist(), strict=True):
-            for name in group:
+        for scope, threshold in zip(scopes, thresholds.tolist(), strict=True):
+            for name in scope:
                 kept[name] |= tied[name] & (keys[name] > threshold)
                 tied[name] &= keys[name] == threshold
         if torch.equal(missing, num_tied):
             break
-    _keep_first(kept, tied, groups, missing.tolist(), processes)
+    _keep_first(kept, tied, scopes, missing.tolist(), processes)
     return {name: _gather(mask, scores[name]) for name, mask in kept.items()}
 
 
@@ -139,7 +139,7 @@ def _kth_largest(
 def _keep_first(
     kept: dict[str, torch.Tensor],
     tied: dict[str, torch.Tensor],
-    groups: Sequence[Sequence[str]],
+    scopes: Sequence[Sequence[str]],
     missing: list[int],
     processes: dist.ProcessGroup,
 ) -> None:
@@ -148,8 +148,8 @@ def _keep_first(
     counts = [torch.empty_like(own) for _ in range(processes.size())]
     dist.all_gather(counts, own, group=processes)
     of_layer = dict(zip(tied, torch.stack(counts, 1).tolist(), strict=True))
-    for group, left in zip(groups, missing, strict=True):
-        for name in group:
+    for scope, left in zip(scopes, missing, strict=True):
+        for name in scope:
             for rank, count in enumerate(of_layer[name]):
                 taken = min(left, count)
                 left -= taken
