@@ -18,6 +18,7 @@ from hf_adaprune import AdaPruneConfig, sparsity_report
 CURVES = {
     "adaprune": ("tab:blue", "-"),
     "longer": ("tab:blue", "--"),
+    "small_batches": ("tab:blue", ":"),
     "paper": ("tab:purple", "-"),
     "smp": ("tab:cyan", "-"),
     "no_recovery": ("tab:pink", "-"),

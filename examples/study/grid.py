@@ -41,6 +41,8 @@ METHODS = {
     "neurons_heads": "--method adaprune --granularity neuron+head",
     "smaller": "--method adaprune --compact_first 0.5",  # half of the encoder, and of what is left half
     "longer": "--method adaprune",
+    "small_batches": "--method adaprune --per_device_train_batch_size 8 --gradient_accumulation_steps 1 "
+    "--train_sampling_strategy random",  # four times the steps in the same epochs
     "two_of_four": "--method adaprune --granularity 2:4",
     "imp": f"--method imp {ALL_WEIGHTS}",  # 5 trainings to .5, 12 to .9: it comes last
 }
@@ -60,7 +62,7 @@ SPARSITIES = (0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 TELLING = (0.5, 0.9)
 REST = tuple(sparsity for sparsity in SPARSITIES if sparsity not in TELLING)
 CURVES = ("random", "magnitude", "movement", "smp", "paper", "imp")  # beside AdaPrune's own
-SPECIAL = (*STRUCTURED, *NO_DROPOUT, "longer")  # not for every task, or not at every sparsity
+SPECIAL = (*STRUCTURED, *NO_DROPOUT, "longer", "small_batches")  # not for every task, or not at every sparsity
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def grid() -> list[Run]:
         (("stsb",), cells(0.5, methods=NO_DROPOUT), range(3)),
         (CORE, [("adaprune", sparsity) for sparsity in REST], range(3)),
         ((*CORE, "cola", "rte"), [(method, 0.5) for method in STRUCTURED], range(3)),
-        ((*CORE, "cola", "rte"), [("longer", sparsity) for sparsity in (0.5, 0.8, 0.9)], range(3)),
+        ((*CORE, "cola", "rte"), cells(0.5, 0.8, 0.9, methods=("longer", "small_batches")), range(3)),
         (OTHERS, cells(*TELLING), range(3)),
         (OTHERS, [("adaprune", sparsity) for sparsity in REST], range(3)),
         (CORE, [(method, sparsity) for method in CURVES for sparsity in REST], range(3)),

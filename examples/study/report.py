@@ -24,6 +24,7 @@ NAMES = {
     "lora": "LoRA, r = 8",
     "adaprune": "masks",
     "longer": "masks, twice the epochs",
+    "small_batches": "masks, batches of 8",
     "neurons_heads": "masks of neurons and heads",
     "smaller": "neurons and heads taken out, then masks, three times the epochs",
     "two_of_four": "masks, 2:4",
