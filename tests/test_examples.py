@@ -238,7 +238,7 @@ def test_what_tells_most_comes_first_and_each_cell_before_a_second_seed(study: A
     names = [run.name for run in study.grid()]
     assert names[:4] == ["stsb/finetune/0.0/0", "sst2-8k/finetune/0.0/0", "mrpc/finetune/0.0/0", "stsb/adaprune/0.5/0"]
     core = {run for run in study.grid() if run.sparsity in (0.0, 0.5, 0.9) and run.task in ("stsb", "sst2-8k", "mrpc")}
-    later = ("neurons_heads", "smaller", "longer", "two_of_four")
+    later = ("neurons_heads", "smaller", "longer", "small_batches", "two_of_four")
     core = {run for run in core if run.method not in later and not run.method.endswith("_no_dropout")}
     assert set(takewhile(lambda run: run.seed == 0, study.grid())) == {run for run in core if run.seed == 0}
 
@@ -248,6 +248,14 @@ def test_some_methods_take_twice_the_epochs_of_their_task(study: Any) -> None:
     epochs = {method: flags[flags.index("--num_train_epochs") + 1] for method, flags in commands.items()}
     assert (epochs["longer"], epochs["smaller"]) == ("10", "10")
     assert {epochs[method] for method in epochs.keys() - {"longer", "smaller"}} == {"5"}
+
+
+def test_small_batches_are_small_whatever_the_batches_of_their_task(study: Any) -> None:
+    for run in study.grid():
+        flags = run.command("base", None, "out")
+        last = dict(zip(flags[:-1], flags[1:], strict=True))  # of a flag that is given twice the last counts
+        size = int(last["--per_device_train_batch_size"]) * int(last.get("--gradient_accumulation_steps", 1))
+        assert size == (8 if run.method == "small_batches" else 32)
 
 
 def test_a_filter_picks_runs_and_a_failed_run_stops_no_other(study: Any, capsys: pytest.CaptureFixture[str]) -> None:
