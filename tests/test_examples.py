@@ -7,7 +7,7 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from importlib import import_module, metadata
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -253,7 +253,7 @@ def test_some_methods_take_twice_the_epochs_of_their_task(study: Any) -> None:
 def test_small_batches_are_small_whatever_the_batches_of_their_task(study: Any) -> None:
     for run in study.grid():
         flags = run.command("base", None, "out")
-        last = dict(zip(flags[:-1], flags[1:], strict=True))  # of a flag that is given twice the last counts
+        last = dict(pairwise(flags))  # of a flag that is given twice the last counts
         size = int(last["--per_device_train_batch_size"]) * int(last.get("--gradient_accumulation_steps", 1))
         assert size == (8 if run.method == "small_batches" else 32)
 
