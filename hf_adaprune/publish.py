@@ -66,12 +66,13 @@ def push_adapter(
     folder = Path(folder)
     read_adapter(folder)
     api = HfApi(token=token)
-    with _all_or_nothing(name):
-        if not create_pr:
+    if not create_pr:
+        with _hub_errors(name):
             name = api.create_repo(name, private=private, exist_ok=True).repo_id
             if revision is not None:
                 api.create_branch(name, branch=revision, exist_ok=True)
-        _complete_card(folder, name, None, revision, token)
+    _complete_card(folder, name, None, revision, token)
+    with _hub_errors(name):
         return api.upload_folder(
             repo_id=name,
             folder_path=folder,
@@ -83,7 +84,7 @@ def push_adapter(
 
 
 @contextmanager
-def _all_or_nothing(name: str) -> Iterator[None]:
+def _hub_errors(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # What a broken connection raises is the business of the client's HTTP library.

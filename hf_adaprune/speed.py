@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import product
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
@@ -143,7 +143,7 @@ def measure_speed(
             f"ONNX Runtime and processor time are measured on a CPU; the model is on {str(base.device)!r}."
         )
     clock = time.process_time if cpu_time else time.perf_counter
-    sizes = list(product(batch_sizes, lengths))
+    sizes = list(itertools.product(batch_sizes, lengths))
     batches = [example_inputs(base, *size) for size in sizes]
     with _threads(num_threads):
         device = f"{torch.get_num_threads()} CPU thread(s)"
@@ -223,7 +223,8 @@ def _quartiles(base: list[float], taken: list[float]) -> tuple[float, float, flo
 
 
 def _num_bytes(model: Any) -> int:
-    return sum(part.numel() * part.element_size() for tensor in model.state_dict().values() for part in _parts(tensor))
+    tensors = itertools.chain(model.parameters(), model.buffers())  # tied weights once
+    return sum(part.numel() * part.element_size() for tensor in tensors for part in _parts(tensor))
 
 
 def _parts(tensor: Any) -> list[torch.Tensor]:

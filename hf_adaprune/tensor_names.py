@@ -11,7 +11,7 @@ def plain_name(name: str) -> str:
 
 def unwrapped_name(name: str) -> str:
     """Return a name as it is where no adapter has put a layer of its own around the one that is meant."""
-    return name.replace(".base_layer", "")
+    return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
 def stored_name(key: str, adapter_name: str) -> str:

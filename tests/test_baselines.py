@@ -125,6 +125,19 @@ def test_trained_weights_end_as_a_plain_model_with_exactly_so_many_zeros(
     assert changed(before, after) == set(before)
 
 
+def test_the_sparsity_of_the_whole_model_is_known_while_its_weights_are_trained(tmp_path: Path) -> None:
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            report = sparsity_report(model)
+            seen.append(report.sparsity_whole_model * report.num_parameters - report.num_pruned)
+
+    callback, _, trainer = train("magnitude", tmp_path, watch=Watch(), max_steps=3)
+    assert seen == pytest.approx([0, 0, 0])
+    assert sparsity_report(callback.rewound(trainer.model)).num_parameters == make_model().num_parameters()
+
+
 @pytest.mark.parametrize("method", TRAINED)
 def test_rewinding_restores_the_pretrained_weights_to_the_bit_and_keeps_masks_and_head(
     method: str, tmp_path: Path

@@ -68,6 +68,29 @@ def test_an_adapter_of_a_model_that_was_resized_in_memory_says_what_it_belongs_t
         PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), tmp_path / "adapter")
 
 
+class Layers(nn.Module):
+    """A model with a module whose name begins as PEFT's name for what an adapter is around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layers[1](torch.relu(self.base_layers[0](x)))
+
+
+def test_a_module_may_be_called_base_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x = Layers(), torch.randn(4, 8)
+    model: Any = get_peft_model(copy.deepcopy(base), AdaPruneConfig(target_modules=["0", "1"]))
+    pruner = Pruner(model, 1)
+    model(x).sum().backward()
+    pruner.step()
+    model.save_pretrained(str(tmp_path))
+    opened = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(opened.eval()(x), model.eval()(x))
+
+
 def test_a_head_that_is_named_in_modules_to_save_is_no_part_of_the_base(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", head="none")
     config = AdaPruneConfig(target_modules=["query", "key", "value"], modules_to_save=["my_head"])

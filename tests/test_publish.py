@@ -16,6 +16,7 @@ from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from hf_adaprune import AdaPruneCallback
+from hf_adaprune.errors import PushError
 from hf_adaprune.model_card import BEGIN, END
 from hf_adaprune.publish import push_adapter
 
@@ -153,6 +154,18 @@ def test_a_push_that_is_refused_or_interrupted_changes_nothing(
     monkeypatch.setenv("HF_TOKEN", online.write_token)
     push(adapter)
     assert online.repos[NAME].at("main").oid != before
+
+
+def test_a_full_disk_is_not_blamed_on_the_hub(
+    adapter_path: Path, online: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hf_adaprune.publish.write_model_card", fail)
+    with pytest.raises(OSError, match="No space left") as caught:
+        push_adapter(adapter_path, NAME)
+    assert not isinstance(caught.value, PushError)
 
 
 def test_several_adapters_are_pushed_each_with_its_card(adapter_path: Path, online: HubServer) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy import stats
 
 from .names import component_of
 from .sources import Masks
@@ -149,6 +148,8 @@ def plot_degrees(found: Mapping[str, Degrees] | Iterable[Degrees]) -> Figure:
 
 
 def _draw_degrees(axes: Any, values: NDArray[np.int64], fan: int) -> None:
+    from scipy import stats
+
     # Bins of whole counts: else their edges draw stripes.
     step = -(-fan // 48)
     edges = np.arange(-0.5, fan + step, step)

@@ -124,7 +124,7 @@ def sparsity_report(model: Any, adapter_name: str | None = None) -> SparsityRepo
     """
     if isinstance(model, AdaPruneConfig):
         stored = model.module_counts or {}
-        counts, num_parameters = {name: stored[name] for name in in_order(list(stored))}, model.num_parameters or 0
+        counts, num_parameters = {name: stored[name] for name in in_order(list(stored))}, model.num_parameters
     else:
         layers = [layer for _, layer in adaprune_layers(model)]
         names = list(dict.fromkeys(name for layer in layers for name in layer.adaprune_mask))
@@ -134,9 +134,11 @@ def sparsity_report(model: Any, adapter_name: str | None = None) -> SparsityRepo
             raise NotPrunedError(f"There are no masks under the adapter name {adapter_name!r}, but of {names}.")
         counts = {name: list(count) for name, count in module_counts(model, adapter_name).items()}
         config = next(adaprune_layers(model, adapter_name))[1].config(adapter_name)
-        num_parameters = config.num_parameters or 0
+        num_parameters = config.num_parameters
     if not counts:
         raise NotPrunedError("There are no masks to count: the configuration was never saved with an adapter.")
+    if not num_parameters:
+        raise NotPrunedError("The adapter's configuration lacks `num_parameters`, the size of its whole model.")
     modules = tuple(ModuleSparsity(name, total, pruned) for name, (pruned, total) in counts.items())
     return SparsityReport(modules, num_parameters)
 

@@ -54,6 +54,7 @@ class TrainedWeightsCallback(AdaPruneCallback):
         self._parameters = dict(model.named_parameters())
         targets = copy.deepcopy(self.config)
         resolve_targets(model, targets)
+        self.config.num_parameters = model.num_parameters()
         for name, module in list(model.named_modules()):
             layer = wrap(module, self.adapter_name, self.config) if check_target_module_exists(targets, name) else None
             if layer is not None:
