@@ -52,11 +52,11 @@ from transformers import (
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, compact, expand, sparsity_report
 from hf_adaprune.analysis import RecoveryCallback
 from hf_adaprune.baselines import METHODS, TrainedWeightsCallback, ablate, make_callback
-from hf_adaprune.dropout import change_dropout
 from hf_adaprune.errors import AdaPruneError
 from hf_adaprune.glue import FILE_KINDS, GLUE_COLUMNS
+from hf_adaprune.hub.model_card import write_model_card
 from hf_adaprune.metrics import glue_metric
-from hf_adaprune.model_card import write_model_card
+from hf_adaprune.training.dropout import change_dropout
 
 
 logger = logging.getLogger("run_glue")

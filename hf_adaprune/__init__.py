@@ -1,19 +1,19 @@
 """Adapt a pre-trained BERT to a task by pruning alone, as a PEFT method. Importing the package registers it."""
 
 from .analysis import sparsity_report
-from .callback import AdaPruneCallback
-from .combine import combine_adapters
-from .compaction import compact
 from .config import AdaPruneConfig
-from .expansion import expand
-from .export import export_onnx
-from .fingerprint import skip_fingerprint_check
-from .merging import merged
-from .mixed_batch import mixed_batch
-from .model import AdaPruneModel
-from .pruner import Pruner
+from .deploy.export import export_onnx
 from .registration import register
-from .semi_structured import to_semi_structured
+from .storage.fingerprint import skip_fingerprint_check
+from .structured.compaction import compact
+from .structured.expansion import expand
+from .structured.semi_structured import to_semi_structured
+from .training.callback import AdaPruneCallback
+from .training.pruner import Pruner
+from .tuner.combine import combine_adapters
+from .tuner.merging import merged
+from .tuner.mixed_batch import mixed_batch
+from .tuner.model import AdaPruneModel
 
 
 register()

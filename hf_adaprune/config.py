@@ -18,10 +18,10 @@ from peft.utils import CONFIG_NAME, PeftType
 from .choices import AUTO, FORMAT_VERSION, PRESETS
 from .errors import ConfigError
 from .labels import is_regression, labels_fingerprint
-from .masks import PACKED_BITS, packed_size, sparsity_of
+from .storage.weights_file import check_not_pickled, check_weights_file
+from .storage.write_order import put_in_place
+from .tuner.masks import PACKED_BITS, packed_size, sparsity_of
 from .validation import mistyped, problems_of_storage, problems_of_values
-from .weights_file import check_not_pickled, check_weights_file
-from .write_order import put_in_place
 
 
 @dataclass
@@ -297,7 +297,7 @@ class AdaPruneConfig(PeftConfig):
             aside.replace(path)
             if self.module_counts is not None:
                 # Imported here: a card is made from a configuration.
-                from .model_card import write_model_card
+                from .hub.model_card import write_model_card
 
                 write_model_card(save_directory, picture=False)
 

@@ -10,8 +10,8 @@ import torch
 from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from .deploy.example_inputs import longest_input
 from .errors import TaskError
-from .example_inputs import longest_input
 from .metrics import glue_metric
 
 

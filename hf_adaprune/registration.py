@@ -24,7 +24,7 @@ def register() -> None:
         return
 
     from .config import AdaPruneConfig
-    from .model import AdaPruneModel
+    from .tuner.model import AdaPruneModel
 
     try:
         _add_member(PeftType, "ADAPRUNE")

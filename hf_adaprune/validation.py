@@ -18,9 +18,9 @@ from .choices import (
     SCORE_INITS,
     SELECTIONS,
 )
-from .fingerprint import fingerprints_are_checked
 from .labels import labels_fingerprint, problems_of_labels
-from .masks import PACKED_BITS, SHORTEST, packed_size
+from .storage.fingerprint import fingerprints_are_checked
+from .tuner.masks import PACKED_BITS, SHORTEST, packed_size
 
 
 if TYPE_CHECKING:

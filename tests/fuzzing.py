@@ -22,9 +22,9 @@ from torch import nn
 
 from hf_adaprune import AdaPruneConfig
 from hf_adaprune.analysis import load_masks
-from hf_adaprune.checks import run_checks
 from hf_adaprune.errors import AdaPruneError
-from hf_adaprune.stored_adapter import read_adapter
+from hf_adaprune.storage.checks import run_checks
+from hf_adaprune.storage.stored_adapter import read_adapter
 
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}

@@ -30,12 +30,12 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BertTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner
-from hf_adaprune.calibration import InputMoments
 from hf_adaprune.demo.reviews import make_reviews
 from hf_adaprune.errors import DivergenceError, UnsupportedShardingError
-from hf_adaprune.masked_layers import adaprune_layers
-from hf_adaprune.masks import pack_mask
-from hf_adaprune.selection import topk_masks
+from hf_adaprune.training.calibration import InputMoments
+from hf_adaprune.training.selection import topk_masks
+from hf_adaprune.tuner.masked_layers import adaprune_layers
+from hf_adaprune.tuner.masks import pack_mask
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -18,9 +18,9 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from hf_adaprune import AdaPruneConfig, merged
-from hf_adaprune.active import active_head
 from hf_adaprune.errors import ConfigError, MergeError
-from hf_adaprune.masked_layers import adaprune_layers
+from hf_adaprune.tuner.active import active_head
+from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
 pytestmark = pytest.mark.filterwarnings(

@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_adaprune import AdaPruneConfig, Pruner
 from hf_adaprune.errors import ConfigError, MergeError, NoMatchingModuleError
-from hf_adaprune.masked_layers import adaprune_layers
+from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
 # What a user expects to be masked: where a layer is (its number left open), and the matrices in it.

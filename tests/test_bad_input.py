@@ -42,7 +42,7 @@ from hf_adaprune.errors import (
     NoMatchingModuleError,
     NonFiniteError,
 )
-from hf_adaprune.masked_layers import adaprune_layers
+from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
 PEFT_DOORS = ("PeftModel.from_pretrained", "AutoPeftModelForSequenceClassification")

@@ -38,8 +38,8 @@ from hf_adaprune.baselines import (
 from hf_adaprune.baselines.ablations import redraw_weight, scale_weight, shuffle_mask
 from hf_adaprune.baselines.magnitude import MagnitudePruner
 from hf_adaprune.errors import ConfigError, NotPrunedError
-from hf_adaprune.layer import AdaPruneLayer
-from hf_adaprune.masked_layers import adaprune_layers
+from hf_adaprune.tuner.layer import AdaPruneLayer
+from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
 MASKED_ONLY = ("adaprune", "no_recovery", "smp", "random")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_adaprune.binarize import masked_linear, sigmoid_relaxation, straight_through
+from hf_adaprune.tuner.binarize import masked_linear, sigmoid_relaxation, straight_through
 
 
 def tensors(shape: tuple[int, ...] = (5, 3)) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -15,8 +15,8 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, sparsity_report
 from hf_adaprune.baselines import LoraCallback, RandomMaskCallback
 from hf_adaprune.errors import ConfigError, NotPrunedError
-from hf_adaprune.masked_layers import adaprune_layers
-from hf_adaprune.trainer_card import training_settings
+from hf_adaprune.training.trainer_card import training_settings
+from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
 DATA = [
@@ -242,7 +242,7 @@ def test_a_learning_rate_that_makes_noise_of_the_masks_is_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("hf_adaprune.callback.logger.warning", said.append)
+    monkeypatch.setattr("hf_adaprune.training.callback.logger.warning", said.append)
     trainer(fresh(), tmp_path / "a", AdaPruneCallback, max_steps=2).train()
     assert not [message for message in said if "learning_rate" in message]
     trainer(fresh(), tmp_path / "b", AdaPruneCallback, max_steps=2, learning_rate=1e-2).train()
@@ -251,7 +251,7 @@ def test_a_learning_rate_that_makes_noise_of_the_masks_is_warned_of(
 
 def test_training_an_adapter_that_nothing_prunes_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("hf_adaprune.unattended.logger.warning", said.append)
+    monkeypatch.setattr("hf_adaprune.training.unattended.logger.warning", said.append)
     model = fresh(wrapped=True)
     trainer(model, tmp_path / "a", AdaPruneCallback, max_steps=12).train()
     # Another adapter, that waits: the first is trained on.
@@ -274,7 +274,7 @@ def test_an_adapter_that_no_run_has_pruned_is_told_of_as_it_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("hf_adaprune.adapter_state.logger.warning_once", said.append)
+    monkeypatch.setattr("hf_adaprune.storage.adapter_state.logger.warning_once", said.append)
     # Early checkpoints of a run that prunes, and an adapter that is to prune nothing.
     config = AdaPruneConfig(pruning_start=0.5)
     trainer(fresh(), tmp_path, AdaPruneCallback(config), save_steps=2, max_steps=3).train()
@@ -286,7 +286,7 @@ def test_an_adapter_that_no_run_has_pruned_is_told_of_as_it_is_saved(
 
 def test_an_optimizer_that_hardly_moves_scores_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("hf_adaprune.callback.logger.warning", said.append)
+    monkeypatch.setattr("hf_adaprune.training.callback.logger.warning", said.append)
     for optim in ("adamw_torch", "adafactor", "sgd"):
         trainer(fresh(), tmp_path, AdaPruneCallback, optim=optim, max_steps=1).train()
     assert [message[:16] for message in said] == ["SGD moves scores"]
@@ -424,7 +424,7 @@ def test_a_checkpoint_of_another_form_of_model_is_refused(sparsity: float, tmp_p
 
 def test_frozen_scores_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("hf_adaprune.callback.logger.warning", said.append)
+    monkeypatch.setattr("hf_adaprune.training.callback.logger.warning", said.append)
     model = fresh()
     model.add_adapter(AdaPruneConfig())
     model.bert.requires_grad_(False)

@@ -43,7 +43,7 @@ def test_a_torn_checkpoint_is_never_picked_up(
     name: str, damage: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("hf_adaprune.checkpoints.logger.warning", said.append)
+    monkeypatch.setattr("hf_adaprune.training.checkpoints.logger.warning", said.append)
     whole = fresh()
     trainer(whole, tmp_path / "whole", AdaPruneCallback).train()
     with pytest.raises(KeyboardInterrupt):
@@ -130,7 +130,7 @@ def test_scores_that_were_not_yet_put_in_place_when_a_run_was_killed_are_not_los
         trainer(fresh(wrapped), tmp_path / "cut", AdaPruneCallback, Kill(12)).train()
     (tmp_path / "cut" / "checkpoint-10" / "model.safetensors").unlink()
     if not links:
-        monkeypatch.setattr("hf_adaprune.checkpoints.os.link", refuse)
+        monkeypatch.setattr("hf_adaprune.training.checkpoints.os.link", refuse)
     resumed = fresh(wrapped)
     trainer(resumed, tmp_path / "cut", AdaPruneCallback).train(resume_from_checkpoint=True)
     for key, tensor in whole.state_dict().items():

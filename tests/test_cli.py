@@ -21,12 +21,13 @@ from tiny import make_model, save_model, train_masks
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from hf_adaprune import Pruner, compact, plain_models, sparsity_report
-from hf_adaprune.advice import speed_advice
+from hf_adaprune import Pruner, compact, sparsity_report
 from hf_adaprune.analysis import load_masks
 from hf_adaprune.cli import app
 from hf_adaprune.config import AdaPruneConfig
-from hf_adaprune.model_card import write_model_card
+from hf_adaprune.deploy import plain_models
+from hf_adaprune.hub.advice import speed_advice
+from hf_adaprune.hub.model_card import write_model_card
 
 
 # The client warns of its own way to send a file to LFS.

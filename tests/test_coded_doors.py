@@ -19,8 +19,8 @@ from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner, combine_adapte
 from hf_adaprune.analysis import load_masks
 from hf_adaprune.cli import app
 from hf_adaprune.errors import AdapterFileError, AdapterNotFoundError, ConfigError
-from hf_adaprune.masked_layers import adaprune_layers
-from hf_adaprune.stored_adapter import read_adapter
+from hf_adaprune.storage.stored_adapter import read_adapter
+from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
 WEIGHTS = "adapter_model.safetensors"

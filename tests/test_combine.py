@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_adaprune import AdaPruneConfig, Pruner, combine_adapters, compact, expand, sparsity_report
 from hf_adaprune.errors import CombineError, ConfigError
-from hf_adaprune.masked_layers import adaprune_layers
+from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")

@@ -22,9 +22,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from hf_adaprune import AdaPruneConfig, Pruner, compact, sparsity_report
 from hf_adaprune.errors import BaseMismatchError, CompactionError, NotPrunedError
-from hf_adaprune.masked_layers import adaprune_layers
-from hf_adaprune.masks import pack_mask
-from hf_adaprune.merging import merged
+from hf_adaprune.tuner.masked_layers import adaprune_layers
+from hf_adaprune.tuner.masks import pack_mask
+from hf_adaprune.tuner.merging import merged
 
 
 ARCHITECTURES = ("bert", "roberta", "distilbert", "electra", "mpnet", "modernbert")
@@ -259,7 +259,7 @@ def test_what_cannot_be_made_smaller_is_refused() -> None:
 def test_a_model_that_does_not_compute_the_same_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained("mpnet")
     # Without it the bias by position, of one part a head, is added to the wrong heads, or to none.
-    monkeypatch.setattr("hf_adaprune.compaction.keep_heads", lambda *args: None)
+    monkeypatch.setattr("hf_adaprune.structured.compaction.keep_heads", lambda *args: None)
     with pytest.raises(CompactionError, match="MPNetForSequenceClassification does not do with fewer"):
         compact(model)
 

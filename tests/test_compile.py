@@ -14,7 +14,7 @@ from tiny import make_batch, make_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_adaprune import AdaPruneConfig, Pruner
-from hf_adaprune.masked_layers import adaprune_layers
+from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
 # What the compiler does with every autograd function.

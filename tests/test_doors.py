@@ -34,7 +34,7 @@ from tiny import logits_of as outputs_of
 from transformers import AutoTokenizer, Trainer, pipeline
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner, sparsity_report
-from hf_adaprune.masked_layers import adaprune_layers
+from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
 class Trained(NamedTuple):

@@ -11,10 +11,11 @@ from peft import get_peft_model
 from tiny import make_batch, make_model
 from torch import nn
 
-from hf_adaprune import AdaPruneConfig, Pruner, compact, export
+from hf_adaprune import AdaPruneConfig, Pruner, compact
+from hf_adaprune.deploy import export
+from hf_adaprune.deploy.example_inputs import example_inputs
+from hf_adaprune.deploy.export import OnnxModel, export_onnx
 from hf_adaprune.errors import ExportError, SizeError
-from hf_adaprune.example_inputs import example_inputs
-from hf_adaprune.export import OnnxModel, export_onnx
 
 
 def pruned(architecture: str, head: str, config: AdaPruneConfig) -> Any:

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from hf_adaprune import AdaPruneConfig, mixed_batch
 from hf_adaprune.errors import MixedBatchError
-from hf_adaprune.masked_layers import adaprune_layers
+from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
 NAMES = ["y", "x", "__base__", "y", "z", "x", "__base__", "y"]

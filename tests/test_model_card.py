@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_adaprune import AdaPruneConfig, sparsity_report
 from hf_adaprune.errors import NotPrunedError
-from hf_adaprune.model_card import describe_base, write_model_card
+from hf_adaprune.hub.model_card import describe_base, write_model_card
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_adaprune import binarize, trained_weight
+from hf_adaprune.tuner import binarize, trained_weight
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

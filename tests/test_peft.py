@@ -30,9 +30,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_adaprune import AdaPruneConfig, Pruner, sparsity_report
 from hf_adaprune.errors import AdapterFileError, ConfigError, MergeError, NoMatchingModuleError
-from hf_adaprune.layer import AdaPruneLayer
-from hf_adaprune.maskable import Conv1DLinear, Embedding, Linear
-from hf_adaprune.masked_layers import adaprune_layers
+from hf_adaprune.tuner.layer import AdaPruneLayer
+from hf_adaprune.tuner.maskable import Conv1DLinear, Embedding, Linear
+from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
 @dataclass

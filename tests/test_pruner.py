@@ -13,9 +13,9 @@ from torch import nn
 
 from hf_adaprune import AdaPruneConfig, Pruner, sparsity_report
 from hf_adaprune.errors import MergeError, NonFiniteError, NotPrunedError, UnsupportedShardingError
-from hf_adaprune.masked_layers import adaprune_layers
-from hf_adaprune.masks import topk_mask
-from hf_adaprune.scores import wanda_ranks
+from hf_adaprune.training.scores import wanda_ranks
+from hf_adaprune.tuner.masked_layers import adaprune_layers
+from hf_adaprune.tuner.masks import topk_mask
 
 
 class Net(nn.Module):
@@ -366,7 +366,7 @@ def test_a_run_is_at_its_target_at_the_same_step_resumed_or_not() -> None:
 
 def test_more_steps_than_there_are_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("hf_adaprune.pruner.logger.warning_once", said.append)
+    monkeypatch.setattr("hf_adaprune.training.pruner.logger.warning_once", said.append)
     model = make()
     model(torch.ones(1, 7))
     pruner = Pruner(model, total_steps=2)
@@ -423,8 +423,8 @@ def test_a_model_without_trainable_masks_is_refused() -> None:
 
 def test_deepspeed_is_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     state = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
-    monkeypatch.setattr("hf_adaprune.sharding.is_initialized", lambda: True)
-    monkeypatch.setattr("hf_adaprune.sharding.AcceleratorState", lambda: state)
+    monkeypatch.setattr("hf_adaprune.training.sharding.is_initialized", lambda: True)
+    monkeypatch.setattr("hf_adaprune.training.sharding.AcceleratorState", lambda: state)
     with pytest.raises(UnsupportedShardingError, match="DeepSpeed steps copies of the parameters"):
         Pruner(make(), total_steps=5)
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_adaprune import AdaPruneCallback
 from hf_adaprune.errors import PushError
-from hf_adaprune.model_card import BEGIN, END
-from hf_adaprune.publish import push_adapter
+from hf_adaprune.hub.model_card import BEGIN, END
+from hf_adaprune.hub.publish import push_adapter
 
 
 # The client warns of its own way to send a file to LFS.
@@ -162,7 +162,7 @@ def test_a_full_disk_is_not_blamed_on_the_hub(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_adaprune.publish.write_model_card", fail)
+    monkeypatch.setattr("hf_adaprune.hub.publish.write_model_card", fail)
     with pytest.raises(OSError, match="No space left") as caught:
         push_adapter(adapter_path, NAME)
     assert not isinstance(caught.value, PushError)

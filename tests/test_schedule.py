@@ -1,6 +1,6 @@
 import pytest
 
-from hf_adaprune.schedule import cubic_sparsity
+from hf_adaprune.training.schedule import cubic_sparsity
 
 
 def test_the_ramp_starts_at_nothing_and_stays_at_its_target() -> None:

@@ -2,7 +2,13 @@ import pytest
 import torch
 
 from hf_adaprune import AdaPruneConfig
-from hf_adaprune.scores import elimination_ranks, initial_scores, magnitude_ranks, scores_from_mask, wanda_ranks
+from hf_adaprune.training.scores import (
+    elimination_ranks,
+    initial_scores,
+    magnitude_ranks,
+    scores_from_mask,
+    wanda_ranks,
+)
 
 
 def test_ranks_follow_magnitude_and_spread_evenly_over_their_range() -> None:

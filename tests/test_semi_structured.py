@@ -9,8 +9,9 @@ import torch
 from peft import get_peft_model
 from tiny import logits_of, make_model, train_masks
 
-from hf_adaprune import AdaPruneConfig, semi_structured, to_semi_structured
+from hf_adaprune import AdaPruneConfig, to_semi_structured
 from hf_adaprune.errors import HardwareError, NotPrunedError
+from hf_adaprune.structured import semi_structured
 
 
 def pruned(granularity: str = "2:4", **options: Any) -> Any:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig
-from hf_adaprune.masked_layers import adaprune_layers
+from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
 st = pytest.importorskip("sentence_transformers", minversion="5")

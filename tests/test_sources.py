@@ -14,7 +14,7 @@ from torch import nn
 from hf_adaprune import AdaPruneConfig, compact
 from hf_adaprune.analysis import load_masks, model_masks, model_weights, neuron_degrees, sparsity_report
 from hf_adaprune.errors import AdapterFileError, NoMatchingModuleError, NotPrunedError
-from hf_adaprune.masked_layers import adaprune_layers
+from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -93,7 +93,7 @@ def test_where_to_look_is_handed_on_to_the_hub(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("peft.config.hf_hub_download", download)
-    monkeypatch.setattr("hf_adaprune.weights_file.hf_hub_download", download)
+    monkeypatch.setattr("hf_adaprune.storage.weights_file.hf_hub_download", download)
     masks = load_masks("me/adapter", subfolder="sst2", revision="v2", token="secret")
     assert {entry[0] for entry in asked} == {"me/adapter"}
     assert {entry[1] for entry in asked} == {"adapter_config.json", "adapter_model.safetensors"}

@@ -10,11 +10,12 @@ import torch
 from peft import get_peft_model
 from tiny import logits_of, make_model, train_masks
 
-from hf_adaprune import AdaPruneConfig, Pruner, speed
-from hf_adaprune.advice import speed_advice
+from hf_adaprune import AdaPruneConfig, Pruner
+from hf_adaprune.deploy import speed
+from hf_adaprune.deploy.speed import SpeedReport, Timing, measure_speed
 from hf_adaprune.errors import ExportError, HardwareError, NotPrunedError, SizeError
-from hf_adaprune.merging import unmasked
-from hf_adaprune.speed import SpeedReport, Timing, measure_speed
+from hf_adaprune.hub.advice import speed_advice
+from hf_adaprune.tuner.merging import unmasked
 
 
 def pruned(granularity: str = "neuron+head") -> Any:
@@ -52,7 +53,7 @@ def test_every_form_that_a_mask_allows_is_timed_beside_the_base(granularity: str
 def test_the_clock_or_the_processors_time_is_counted(cpu_time: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = {"perf_counter": iter(range(1000)), "process_time": iter(range(0, 3000, 3))}
     for name, values in ticks.items():
-        monkeypatch.setattr(f"hf_adaprune.speed.time.{name}", lambda values=values: next(values))
+        monkeypatch.setattr(f"hf_adaprune.deploy.speed.time.{name}", lambda values=values: next(values))
     (report,) = measure_speed(pruned("weight"), lengths=(5,), repeats=2, warmup=0, cpu_time=cpu_time)
     assert list(report.timings[0].seconds) == [3 if cpu_time else 1] * 2
     assert ("processor time" in report.device) == cpu_time

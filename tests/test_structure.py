@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModel, GPTNeoXConfig, GPTNeoXForSequenc
 
 from hf_adaprune import AdaPruneConfig
 from hf_adaprune.errors import ConfigError, NoMatchingModuleError, StructureError
-from hf_adaprune.masked_layers import adaprune_layers
-from hf_adaprune.structure import Unit, plan_units, verified
+from hf_adaprune.tuner.masked_layers import adaprune_layers
+from hf_adaprune.tuner.structure import Unit, plan_units, verified
 
 
 # The hidden layers of each kind: who produces them, who reads them.

@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from hf_adaprune import AdaPruneConfig, Pruner, mixed_batch
 from hf_adaprune.demo.base import packaged_base
-from hf_adaprune.masked_layers import adaprune_layers
+from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
 def ratios(pairs: int, first: Callable[[], Any], second: Callable[[], Any]) -> list[float]:

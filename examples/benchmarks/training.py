@@ -33,7 +33,7 @@ from transformers import Adafactor, BertConfig, BertForSequenceClassification
 from transformers.utils import logging
 
 from hf_adaprune import AdaPruneConfig, Pruner
-from hf_adaprune.masked_layers import adaprune_layers
+from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
 METHODS = ("finetune", "adaprune", "adafactor", "lora")

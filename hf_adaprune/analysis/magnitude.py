@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ..choices import SCOPES
-from ..selection import threshold_scopes, topk_masks
+from ..training.selection import threshold_scopes, topk_masks
 from .sources import Masks
 
 

@@ -13,17 +13,17 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..compact_model import MODEL_TYPE, config_class, model_class
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, NoMatchingModuleError, NotPrunedError
-from ..groups import Groups
-from ..layer import AdaPruneLayer
-from ..masked_layers import adaprune_layers
-from ..masks import unpack_mask
-from ..stored_adapter import read_adapter
-from ..structure import stored_units
-from ..tensor_names import plain_name
-from ..weights_file import read_masks
+from ..storage.stored_adapter import read_adapter
+from ..storage.tensor_names import plain_name
+from ..storage.weights_file import read_masks
+from ..structured.compact_model import MODEL_TYPE, config_class, model_class
+from ..tuner.groups import Groups
+from ..tuner.layer import AdaPruneLayer
+from ..tuner.masked_layers import adaprune_layers
+from ..tuner.masks import unpack_mask
+from ..tuner.structure import stored_units
 from .names import in_order
 
 

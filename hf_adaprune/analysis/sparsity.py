@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import AdaPruneConfig
 from ..errors import NotPrunedError
-from ..masked_layers import adaprune_layers, module_counts
+from ..tuner.masked_layers import adaprune_layers, module_counts
 from .heat_map import draw_heat_map
 from .names import component_of, in_order, layer_of
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from transformers import TrainerCallback
 
-from ..callback import AdaPruneCallback
 from ..config import AdaPruneConfig
 from ..errors import ConfigError
+from ..training.callback import AdaPruneCallback
 from .ablations import ABLATIONS, ablate
 from .fixed import FixedMaskCallback, RandomMaskCallback
 from .magnitude import IterativeMagnitudeCallback, MagnitudeCallback

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from ..checks import run_checks
 from ..errors import NotPrunedError
-from ..layer import AdaPruneLayer
-from ..masked_layers import adaprune_layers
+from ..storage.checks import run_checks
+from ..tuner.layer import AdaPruneLayer
+from ..tuner.masked_layers import adaprune_layers
 from .fixed import FixedMaskCallback
 
 

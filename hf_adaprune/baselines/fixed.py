@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..callback import AdaPruneCallback
 from ..config import AdaPruneConfig
-from ..dropout import restore_dropout
-from ..masked_layers import adaprune_layers
-from ..pruner import Pruner
+from ..training.callback import AdaPruneCallback
+from ..training.dropout import restore_dropout
+from ..training.pruner import Pruner
+from ..tuner.masked_layers import adaprune_layers
 
 
 def global_masks(final_sparsity: float, **schedule: Any) -> AdaPruneConfig:

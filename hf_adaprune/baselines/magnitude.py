@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import ConfigError
-from ..pruner import Pruner
+from ..training.pruner import Pruner
 from .fixed import FixedMaskPruner, global_masks
 from .trained import TrainedWeightsCallback
 

@@ -6,8 +6,8 @@ from typing import Final
 
 import torch
 
-from ..callback import AdaPruneCallback
-from ..pruner import Pruner
+from ..training.callback import AdaPruneCallback
+from ..training.pruner import Pruner
 
 
 # Below any score that training reaches, and far enough from the limits of float32 for a sum over a matrix.

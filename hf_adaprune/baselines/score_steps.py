@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..callback import AdaPruneCallback
 from ..config import AdaPruneConfig
 from ..errors import ConfigError
+from ..training.callback import AdaPruneCallback
 
 
 class ScoreStepsCallback(AdaPruneCallback):

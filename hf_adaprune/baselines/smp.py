@@ -11,7 +11,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..config import AdaPruneConfig
 from ..errors import ConfigError
-from ..schedule import cubic_sparsity
+from ..training.schedule import cubic_sparsity
 from .score_steps import ScoreStepsCallback
 
 

@@ -10,13 +10,13 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
-from ..callback import AdaPruneCallback
 from ..config import AdaPruneConfig
 from ..errors import NotPrunedError
-from ..head import head_modules
-from ..maskable import wrap
-from ..masked_layers import adaprune_layers, has_masks
-from ..targets import resolve_targets
+from ..training.callback import AdaPruneCallback
+from ..tuner.head import head_modules
+from ..tuner.maskable import wrap
+from ..tuner.masked_layers import adaprune_layers, has_masks
+from ..tuner.targets import resolve_targets
 
 
 class TrainedWeightsCallback(AdaPruneCallback):

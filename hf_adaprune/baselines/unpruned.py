@@ -8,10 +8,10 @@ from peft import LoraConfig
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..checkpoints import folder_of_step, put_state_in_place, save_state_no_more, save_state_with_checkpoints
 from ..config import AdaPruneConfig
-from ..head import head_modules
-from ..targets import resolve_targets
+from ..training.checkpoints import folder_of_step, put_state_in_place, save_state_no_more, save_state_with_checkpoints
+from ..tuner.head import head_modules
+from ..tuner.targets import resolve_targets
 
 
 class FeatureExtractionCallback(TrainerCallback):

@@ -10,16 +10,16 @@ import typer
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from ..advice import speed_advice
 from ..analysis import Overlap, load_masks, pairwise_overlap, plot_overlap, sparsity_report
-from ..checks import base_fits
 from ..demo.run import run_demo
+from ..deploy.plain_models import save_compacted, save_merged, save_onnx
+from ..deploy.speed import measure_speed
 from ..errors import BaseMismatchError, HardwareError
 from ..glue import GLUE_COLUMNS, load_glue_split, score_on_glue
-from ..plain_models import save_compacted, save_merged, save_onnx
-from ..publish import push_adapter
-from ..speed import measure_speed
-from ..stored_adapter import StoredAdapter, check_same_base, read_adapter
+from ..hub.advice import speed_advice
+from ..hub.publish import push_adapter
+from ..storage.checks import base_fits
+from ..storage.stored_adapter import StoredAdapter, check_same_base, read_adapter
 from .answer import EXIT_CODES_HELP, Answer, answering
 from .tables import fact_table, overlap_table, sparsity_table, speed_table
 

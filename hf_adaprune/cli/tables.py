@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from ..analysis import OverlapReport, SparsityReport
-from ..speed import SpeedReport
+from ..deploy.speed import SpeedReport
 
 
 def fact_table(facts: Mapping[str, object]) -> Table:

@@ -25,8 +25,8 @@ from transformers.utils import logging
 
 from ..analysis import sparsity_report
 from ..baselines import FeatureExtractionCallback
-from ..callback import AdaPruneCallback
-from ..model_card import write_model_card
+from ..hub.model_card import write_model_card
+from ..training.callback import AdaPruneCallback
 from .base import packaged_base
 from .reviews import make_reviews
 

@@ -1,0 +1,269 @@
+"""The card that a saved adapter carries."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from peft import PeftConfig
+from transformers.models.auto import modeling_auto
+
+from ..analysis import plot_sparsity, sparsity_report
+from ..config import AdaPruneConfig
+from ..errors import NotPrunedError
+from .advice import speed_advice
+
+
+BEGIN, END = "<!-- hf_adaprune: what is between these lines is written anew -->", "<!-- hf_adaprune: end -->"
+CARD, PICTURE = "README.md", "sparsity.png"
+
+# What the templates of transformers and PEFT are full of.
+_UNFILLED = "[More Information Needed]"
+
+_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_PIPELINES = {
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "CAUSAL_LM": "text-generation",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+_OPTIONS = (
+    "final_sparsity",
+    "granularity",
+    "selection",
+    "scope",
+    "pruning_start",
+    "pruning_end",
+    "score_init",
+    "estimator",
+    "forward_temperature",
+    "backward_temperature",
+    "score_lr_ratio",
+    "head_lr_ratio",
+    "dropout",
+    "settle",
+    "drift",
+    "mask_embeddings",
+    "head",
+)
+
+
+def write_model_card(
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    subfolder: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    dataset: str | None = None,
+    dataset_config: str | None = None,
+    dataset_split: str | None = None,
+    picture: bool = True,
+    card: str | Path | None = None,
+) -> ModelCard:
+    """Write, or bring up to date, the `README.md` of a saved adapter, and the picture of what it prunes.
+
+    A card that somebody has written keeps its text and metadata: only what stands between our two comment lines is
+    replaced, or added at the end if they are missing.
+
+    Args:
+        folder (`str` or `Path`): A folder with a saved adapter.
+        name (`str`, *optional*): The adapter's name on the Hub; by default the one that it has, or else the folder's.
+        subfolder (`str`, *optional*): Where it is in the repository of that name.
+        metrics (`Mapping[str, float]`, *optional*):
+            Scores to show, and to enter in the card's `model-index`; by default those that it already has.
+        dataset (`str`, *optional*): Name, on the Hub, of the data set that the scores are for.
+        dataset_config (`str`, *optional*): The part of it: `"sst2"`, say.
+        dataset_split (`str`, *optional*): The split: `"validation"`, say.
+        picture (`bool`): Whether to draw `sparsity.png` too.
+        card (`str` or `Path`, *optional*): The card's file, if it is not the folder's `README.md`.
+
+    Returns:
+        `huggingface_hub.ModelCard`: What was written.
+
+    Raises:
+        NotPrunedError: If the folder's adapter holds no masks.
+        ValueError: If the folder holds no adapter.
+
+    Example:
+
+        >>> data = {"dataset": "nyu-mll/glue", "dataset_config": "sst2", "dataset_split": "validation"}
+        >>> write_model_card("sst2-adaprune", metrics={"accuracy": 0.87}, **data)
+    """
+    folder = Path(folder)
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, AdaPruneConfig):
+        raise NotPrunedError(
+            f"The adapter in '{folder}' is one of another method, {config.peft_type}: it has no masks."
+        )
+    if picture:
+        plot_sparsity(sparsity_report(config)).savefig(folder / PICTURE, dpi=150)
+    drawn = PICTURE if (folder / PICTURE).is_file() else None
+    path = Path(card or folder / CARD)
+    written = _written(path)
+    kept: list[EvalResult] = []
+    if written is not None:
+        name = name or _title(written.text)
+        kept = written.data.eval_results or []
+    if metrics is None:
+        metrics = {it.metric_type: it.metric_value for it in kept if isinstance(it.metric_value, (int, float))}
+    else:
+        kept = []
+    made: Any = _render(
+        config,
+        name or folder.resolve().name,
+        subfolder,
+        dict(metrics),
+        (dataset, dataset_config, dataset_split),
+        drawn,
+    )
+    if kept:
+        made.data.eval_results = kept  # with the data sets and splits that they are of
+    return put_card(path, made)
+
+
+def put_card(path: Path, made: ModelCard) -> ModelCard:
+    """Write a card; of one that stands there, keep the text and metadata that somebody has written."""
+    written = _written(path)
+    if written is not None and _UNFILLED not in written.text:
+        made = _update(written, made)
+    aside = path.with_suffix(".tmp")
+    made.save(aside)
+    aside.replace(path)
+    return made
+
+
+def written_by_hand(text: str) -> str:
+    """Return what people have written in a card: what is neither metadata nor between comment lines of ours."""
+    if _UNFILLED in text:
+        return ""
+    body = re.sub(r"\A---\r?\n.*?\n---\s*\n", "", text, flags=re.DOTALL)
+    return _without_peft_version(
+        re.sub(r"<!-- hf_adaprune: .*?<!-- hf_adaprune: end -->", "", body, flags=re.DOTALL)
+    ).strip()
+
+
+def replace_block(text: str, begin: str, end: str, block: str) -> str:
+    """Replace what stands between two comment lines, the lines included; add it at the end if they are missing."""
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    return before + block + after if found and closed else f"{text.rstrip()}\n\n{block}\n".lstrip()
+
+
+def _title(text: str) -> str | None:
+    title = re.search(rf"{re.escape(BEGIN)}\s*# (.+)", text)
+    return title[1].strip() if title else None
+
+
+def _without_peft_version(text: str) -> str:
+    # PEFT adds this to any card that lacks it.
+    return re.sub(r"\n+### Framework versions\n+- PEFT \S+\s*\Z", "", text)
+
+
+def describe_base(base: str | None) -> tuple[str | None, str]:
+    """Return a base's name if it is one on the Hub, and how a card's text speaks of it."""
+    on_hub = _on_hub(base)
+    text = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{Path(base or 'a local model').name}`"
+    return base if on_hub else None, text
+
+
+def pipeline_of(config: AdaPruneConfig) -> str | None:
+    """Return the name of the pipeline that an adapter's model is for."""
+    return _PIPELINES.get(str(getattr(config.task_type, "value", config.task_type)))
+
+
+def auto_class(architecture: str | None) -> str | None:
+    """Return the Auto class of transformers whose name ends as a model's does, `None` if there is none."""
+    if architecture is None:
+        return None
+    if architecture.endswith("LMHeadModel"):
+        return "AutoModelForCausalLM"
+    names = [name for name in modeling_auto.__all__ if name.startswith("AutoModelFor")]
+    fitting = [name for name in names if architecture.endswith(name.removeprefix("AutoModel"))]
+    return max(fitting, key=len, default=None)
+
+
+def _written(path: Path) -> Any:
+    return ModelCard.load(path, ignore_metadata_errors=True) if path.exists() else None
+
+
+def _update(written: Any, card: Any) -> ModelCard:
+    block = card.text[card.text.index(BEGIN) : card.text.index(END) + len(END)]
+    card.text = replace_block(_without_peft_version(written.text), BEGIN, END, block)
+    for field, value in vars(written.data).items():
+        if field == "tags":
+            # PEFT writes local paths into tags, and into `base_model`.
+            kept = [tag for tag in value or [] if not tag.startswith("base_model:adapter:")]
+            card.data.tags = sorted({*kept, *card.data.tags})
+        elif field == "base_model":
+            card.data.base_model = card.data.base_model or (value if _on_hub(value) else None)
+        elif value and field not in ("library_name", "eval_results", "model_name"):
+            setattr(card.data, field, value)
+    card.data.eval_results = card.data.eval_results or written.data.eval_results
+    return card
+
+
+def _on_hub(name: Any) -> bool:
+    return isinstance(name, str) and not Path(name).exists() and _REPOSITORY.fullmatch(name) is not None
+
+
+def _render(
+    config: AdaPruneConfig,
+    name: str,
+    subfolder: str | None,
+    metrics: dict[str, float],
+    data_of: tuple[str | None, str | None, str | None],
+    picture: str | None,
+) -> ModelCard:
+    dataset, part, split = data_of
+    (base, description), pipeline = describe_base(config.base_model_name_or_path), pipeline_of(config)
+    results = [
+        EvalResult(
+            task_type=pipeline or "other",
+            dataset_type=dataset or "custom",
+            dataset_name=" ".join(filter(None, (dataset or "custom", part))),
+            dataset_config=part,
+            dataset_split=split,
+            metric_type=metric,
+            metric_value=round(value, 4),
+        )
+        for metric, value in metrics.items()
+    ]
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation="adapter" if base else None,
+        datasets=[dataset] if dataset else None,
+        eval_results=results or None,
+        library_name="peft",
+        model_name=name,
+        pipeline_tag=pipeline,
+        tags=["adaprune", "pruning", "sparse", "transformers"],
+    )
+    opener = auto_class(config.architecture) or ("AutoModel" if pipeline == "feature-extraction" else None)
+    return ModelCard.from_template(
+        data,
+        template_path=str(_TEMPLATE),
+        begin=BEGIN,
+        end=END,
+        title=name,
+        name=name,
+        subfolder=subfolder,
+        base=description,
+        has_base=bool(config.base_model_name_or_path),
+        on_hub=base is not None,
+        fingerprint=config.base_fingerprint,
+        module="transformers" if opener else "peft",
+        auto_class=opener or "AutoPeftModel",
+        advice=speed_advice(config),
+        grouped=bool(config.group_kinds),
+        coded=bool(config.mask_bytes),
+        report=sparsity_report(config),
+        metrics=metrics,
+        picture=picture,
+        combination=config.combination,
+        options={option: getattr(config, option) for option in _OPTIONS} | (config.training or {}),
+    )

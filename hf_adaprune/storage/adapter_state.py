@@ -1,0 +1,148 @@
+"""What of a model goes into an adapter's file, and whether what comes out of one fits the model."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers.utils import logging
+
+from ..config import AdaPruneConfig
+from ..errors import AdapterFileError
+from ..tuner.active import active_head
+from ..tuner.layer import AdaPruneLayer
+from ..tuner.masked_layers import adaprune_layers, module_counts
+from ..tuner.masks import SHORTEST
+from .checks import head_keys
+from .fingerprint import fingerprint
+from .tensor_names import PREFIX, plain_name, stored_name, unwrapped_name
+from .weights_file import check_head
+
+
+logger = logging.get_logger(__name__)
+
+
+def masks_to_store(
+    model: nn.Module, config: AdaPruneConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return an adapter's masks as they are stored, and write into its configuration what goes with them.
+
+    Args:
+        model (`torch.nn.Module`): The model, wrapped by PEFT or not.
+        config (`AdaPruneConfig`): The adapter's configuration; changed in place.
+        adapter_name (`str`): Its name.
+        state_dict (`dict[str, torch.Tensor]`): The model's state; what PEFT must not save of it is taken out.
+
+    Returns:
+        `dict[str, torch.Tensor]`: uint8, by their names in the model: one bit an entry, or less.
+    """
+    base = model.base_model.model if isinstance(model, PeftModel) else model
+    keeper = active_head(base)
+    if keeper is not None and keeper.shown is config:
+        keeper.record(base)
+    layers = dict(adaprune_layers(model, adapter_name))
+    keys = {name: f"{name}.adaprune_mask.{adapter_name}" for name in layers}
+    masks = {key: layers[name].decode(adapter_name, state_dict[key]) for name, key in keys.items()}
+    config.module_counts = {
+        plain_name(name): list(count) for name, count in module_counts(model, adapter_name).items()
+    }
+    config.group_counts = _group_counts(layers, adapter_name)
+    if not config.is_attended and any(adapter_name in layer.adaprune_scores for layer in layers.values()):
+        _report_unpruned(config)
+    head = {stored_name(key, adapter_name): state_dict[key] for key in head_keys(model, adapter_name)}
+    _leave_out_embeddings(model, state_dict)
+    config.head_tensors = list(head)
+    config.adapter_fingerprint = fingerprint([*masks.values(), *head.values()])
+    stored = _shortest(masks, layers, adapter_name, config)
+    return {unwrapped_name(key): mask for key, mask in stored.items()}
+
+
+def check_loaded(
+    model: nn.Module, config: AdaPruneConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return what was loaded of an adapter under the names that a model has for it; note that it has been filled.
+
+    Args:
+        model (`torch.nn.Module`): The model, with the adapter on it.
+        config (`AdaPruneConfig`): The adapter's configuration; changed in place.
+        adapter_name (`str`): Its name.
+        state_dict (`dict[str, torch.Tensor]`): Masks and head, under names that PEFT has made of those in the file.
+
+    Raises:
+        AdapterFileError: If a mask is missing, or masks or head are not of the model's size.
+    """
+    layers = dict(adaprune_layers(model, adapter_name))
+    keys = {name: f"{name}.adaprune_mask.{adapter_name}" for name in layers}
+    names = {unwrapped_name(key): key for key in keys.values()}
+    state = {names.get(key, key): tensor for key, tensor in state_dict.items()}
+    problems = []
+    for name, layer in layers.items():
+        mask, size = state.get(keys[name]), layer.adaprune_mask[adapter_name].numel()
+        if mask is None:
+            problems.append(f"no mask for {name!r}")
+        elif not layer.takes(adapter_name, mask):
+            problems.append(f"the mask for {name!r} is {tuple(mask.shape)} {mask.dtype}, not ({size},) torch.uint8")
+    if problems:
+        raise AdapterFileError(
+            f"The adapter's file does not fit the model: {'; '.join(problems)}. "
+            "Fetch the adapter again, or open it on the base that it was made for."
+        )
+    if config.is_stored:
+        shapes = {f"{PREFIX}{stored_name(key, adapter_name)}": tuple(tensor.shape) for key, tensor in state.items()}
+        check_head("The adapter's file", shapes, head_shapes(model, adapter_name))
+    config.is_filled = True
+    return state
+
+
+def head_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of an adapter's head, by their names in its file."""
+    state = model.state_dict()
+    return {stored_name(key, adapter_name): tuple(state[key].shape) for key in head_keys(model, adapter_name)}
+
+
+def _leave_out_embeddings(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
+    """Take embeddings, which PEFT saves if they are targeted or were resized, out of a state: the base has them."""
+    embeddings = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        # A model of sounds, say, has neither.
+        with suppress(AttributeError, NotImplementedError):
+            embeddings.append(getattr(model, name)())
+    names = [name for name, module in model.named_modules() if any(module is found for found in embeddings)]
+    for key in [key for name in names for key in state_dict if key.startswith(f"{name}.")]:
+        if ".modules_to_save." not in key:
+            del state_dict[key]
+
+
+def _group_counts(layers: dict[str, AdaPruneLayer], adapter_name: str) -> dict[str, list[int]] | None:
+    masks = {
+        plain_name(name): layer.entries(adapter_name) for name, layer in layers.items() if layer.groups(adapter_name)
+    }
+    return {name: [int((~mask).sum()), mask.numel()] for name, mask in masks.items()} or None
+
+
+def _shortest(
+    packed: dict[str, torch.Tensor], layers: dict[str, AdaPruneLayer], adapter_name: str, config: AdaPruneConfig
+) -> dict[str, torch.Tensor]:
+    """Return masks as their configuration wants them stored, and write into that how long each is."""
+    config.mask_bytes = None
+    if config.mask_codec != SHORTEST:
+        return packed
+    stored = {}
+    for (key, mask), (name, layer) in zip(packed.items(), layers.items(), strict=True):
+        stored[key] = layer.encode(adapter_name, mask)
+        if stored[key].numel() < mask.numel():
+            config.mask_bytes = {**(config.mask_bytes or {}), plain_name(name): stored[key].numel()}
+    return stored
+
+
+def _report_unpruned(config: AdaPruneConfig) -> None:
+    """Log, once, that an adapter in training that no `Pruner` has touched is saved with nothing pruned."""
+    pruned = sum(count for count, _ in (config.module_counts or {}).values())
+    if config.final_sparsity and not pruned:
+        logger.warning_once(
+            "The adapter is saved with nothing pruned: training has not begun, or nothing prunes. A Trainer prunes "
+            "with `callbacks=[AdaPruneCallback]`, your own loop with `Pruner.step()` and, at its end, "
+            "`Pruner.finalize()`."
+        )

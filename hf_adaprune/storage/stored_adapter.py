@@ -1,0 +1,216 @@
+"""A stored adapter: what its headers tell, and the model that it makes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import EvalResult, HfApi, ModelCard, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.constants import REPOCARD_NAME
+from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from ..config import AdaPruneConfig
+from ..errors import AdapterFileError, AdapterNotFoundError, BaseMismatchError, ConfigError
+from ..structured.compact_model import MODEL_TYPE, config_class, model_class
+from .checks import run_checks
+from .fingerprint import same_origin
+from .weights_file import check_shapes, read_shapes
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """Hold what the headers of a stored adapter tell. Made by [`read_adapter`].
+
+    Args:
+        name (`str`): The adapter's folder, or its name on the Hub.
+        config (`AdaPruneConfig`): Its configuration.
+        num_bytes (`int`): The size of its file of weights.
+        shapes (`dict[str, tuple[int, ...]]`): The shapes of the tensors in that file.
+        hub (`dict[str, Any]`): `subfolder`, `revision` and `token`, where they were given.
+    """
+
+    name: str
+    config: AdaPruneConfig
+    num_bytes: int
+    shapes: dict[str, tuple[int, ...]] = field(repr=False)
+    hub: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def mask_bytes(self) -> int:
+        """How many of the bytes are masks: one bit a weight, rounded up for each module, or less."""
+        return sum(math.prod(shape) for key, shape in self.shapes.items() if key.endswith(".adaprune_mask"))
+
+    def open(self, base: str | None = None) -> PeftModel:
+        """Put the adapter on its base, and check everything now rather than at the first forward pass.
+
+        Args:
+            base (`str`, *optional*): A copy of the base: a folder, or a name on the Hub. By default the adapter's own.
+
+        Returns:
+            `peft.PeftModel`: The model, in evaluation mode.
+
+        Raises:
+            AdapterNotFoundError: If there is no base of that name within reach.
+            AdapterFileError: If the adapter's files are not what was saved.
+            BaseMismatchError: If the base is another one.
+        """
+        architecture = self.config.architecture or "AutoModel"
+        name, revision = base or self.config.base_model_name_or_path, None if base else self.config.revision
+        cls = _model_class(architecture)
+        if cls is None:
+            raise AdapterNotFoundError(
+                f"The base of {self.name!r} is a {architecture}, which transformers {transformers.__version__} lacks. "
+                "Build it yourself and open the adapter with `peft.PeftModel.from_pretrained(base, name)`."
+            )
+        if not name:
+            raise AdapterNotFoundError(
+                f"The configuration of {self.name!r} names no base: give its name, or a folder."
+            )
+        try:
+            kwargs = {"revision": revision, "token": self.hub.get("token")}
+            config = AutoConfig.from_pretrained(name, **kwargs)
+            if config.model_type == MODEL_TYPE:
+                cls = model_class(cls, config_class(config.base_model_type))
+            model = cls.from_pretrained(name, **kwargs)
+        except OSError as error:
+            raise AdapterNotFoundError(f"The adapter's base {name!r} cannot be opened: {error}") from None
+        except (RuntimeError, ValueError) as error:
+            raise BaseMismatchError(f"The base {name!r} is no {architecture}, as the adapter's is: {error}") from None
+        tuned = PeftModel.from_pretrained(model, self.name, **self.hub)
+        run_checks(tuned.get_base_model())
+        return tuned.eval()
+
+    def tokenizer(self, base: str | None = None) -> Any:
+        """Return the tokenizer that is stored with the adapter or, failing that, with its base.
+
+        Raises:
+            AdapterNotFoundError: If there is none.
+        """
+        name = base or self.config.base_model_name_or_path
+        for place, hub in ((self.name, self.hub), (name, {"token": self.hub.get("token")})):
+            try:
+                return AutoTokenizer.from_pretrained(place, **hub)
+            except (OSError, ValueError):
+                continue
+        raise AdapterNotFoundError(f"Neither {self.name!r} nor its base {name!r} has a tokenizer.")
+
+    def results(self) -> list[EvalResult]:
+        """Return the scores on the adapter's card: none if it has no card, or none within reach."""
+        try:
+            card = ModelCard.load(cached_file(self.name, REPOCARD_NAME, **self.hub), ignore_metadata_errors=True)
+        except (OSError, ValueError):
+            return []
+        return card.data.eval_results or []
+
+
+def read_adapter(
+    name: str | Path, *, subfolder: str | None = None, revision: str | None = None, token: str | bool | None = None
+) -> StoredAdapter:
+    """Read the headers of a stored adapter: a few kilobytes, wherever its weights are.
+
+    Args:
+        name (`str` or `Path`): The adapter's folder, or its name on the Hub.
+        subfolder (`str`, *optional*): Where in it the adapter is.
+        revision (`str`, *optional*): A branch, a tag or a commit on the Hub.
+        token (`str` or `bool`, *optional*): A token for the Hub, if not the stored one.
+
+    Returns:
+        `StoredAdapter`: What the headers tell.
+
+    Raises:
+        AdapterNotFoundError: If there is no adapter of that name within reach.
+        AdapterFileError: If it is one of another method, or damaged.
+
+    Example:
+
+        >>> read_adapter("me/bert-base-uncased-sst2-adaprune").config.base_model_name_or_path
+    """
+    name = str(name)
+    given = {"subfolder": subfolder, "revision": revision, "token": token}
+    hub = {key: value for key, value in given.items() if value is not None}
+    config = _read_config(name, hub)
+    shapes, num_bytes = _read_header(name, hub)
+    check_shapes(f"{SAFETENSORS_WEIGHTS_NAME} of {name}", shapes, config)
+    return StoredAdapter(name, config, num_bytes, shapes, hub)
+
+
+def check_same_base(adapters: Sequence[StoredAdapter]) -> None:
+    """Raise if adapters do not mask the same weights of the same base.
+
+    Raises:
+        BaseMismatchError: If they do not.
+    """
+    first, *others = adapters
+    for other in others:
+        fingerprints = first.config.base_fingerprint or "", other.config.base_fingerprint or ""
+        for what, differs in (
+            ("of another base", same_origin(*fingerprints) is False),
+            ("over other modules", _sizes(other) != _sizes(first)),
+        ):
+            if differs:
+                raise BaseMismatchError(f"The masks of {other.name!r} are {what} than those of {first.name!r}.")
+
+
+def _sizes(adapter: StoredAdapter) -> dict[str, int]:
+    return {module: total for module, (_, total) in (adapter.config.module_counts or {}).items()}
+
+
+def _model_class(name: str) -> Any:
+    found = getattr(transformers, name, None)
+    is_model = found is AutoModel or (isinstance(found, type) and issubclass(found, PreTrainedModel))
+    return found if is_model else None
+
+
+def _read_config(name: str, hub: dict[str, Any]) -> AdaPruneConfig:
+    folder = Path(name, hub.get("subfolder", ""))
+    if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
+        raise AdapterNotFoundError(f"There is no adapter in the folder '{folder}': it has no {CONFIG_NAME}.")
+    try:
+        config = PeftConfig.from_pretrained(name, **hub)
+    except ConfigError as error:
+        raise AdapterFileError(f"{CONFIG_NAME} of {name!r}: {error}") from None
+    except Exception as error:
+        # Whatever PEFT stumbles over in a file that may hold anything, one that is nested too deeply, say.
+        if isinstance(error, ValueError) and error.__cause__ is not None:
+            # PEFT says where it looked, and hides why it found nothing.
+            raise AdapterNotFoundError(f"There is no adapter {name!r} within reach: {error.__cause__}") from None
+        raise AdapterFileError(f"{CONFIG_NAME} of {name!r} is no adapter's configuration: {error!r}.") from None
+    if not isinstance(config, AdaPruneConfig):
+        method = getattr(config.peft_type, "value", config.peft_type)
+        raise AdapterFileError(f"{name!r} is an adapter of another method, {method}: open it with peft alone.")
+    if not config.is_stored:
+        raise AdapterFileError(f"{name!r} holds the configuration of an adapter that was never trained: no masks.")
+    if not config.num_parameters:
+        raise AdapterFileError(f"{CONFIG_NAME} of {name!r} lacks the `num_parameters` of its model: fetch it again.")
+    return config
+
+
+def _read_header(name: str, hub: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], int]:
+    folder = Path(name, hub.get("subfolder", ""))
+    if folder.is_dir():
+        path: Any = folder / SAFETENSORS_WEIGHTS_NAME
+    else:
+        filename, revision = folder.relative_to(name) / SAFETENSORS_WEIGHTS_NAME, hub.get("revision")
+        path = try_to_load_from_cache(name, filename.as_posix(), revision=revision)
+        if not isinstance(path, str):
+            return _read_remote_header(name, filename.as_posix(), revision, hub.get("token"))
+    return read_shapes(Path(path)), Path(path).stat().st_size
+
+
+def _read_remote_header(
+    name: str, filename: str, revision: str | None, token: str | bool | None
+) -> tuple[dict[str, tuple[int, ...]], int]:
+    try:
+        header = HfApi().parse_safetensors_file_metadata(name, filename, revision=revision, token=token)
+        size = get_hf_file_metadata(hf_hub_url(name, filename, revision=revision), token=token).size
+    except (EntryNotFoundError, SafetensorsParsingError) as error:
+        raise AdapterFileError(f"{name!r} has no weights that can be read: {error}. Fetch it again.") from None
+    return {key: tuple(tensor.shape) for key, tensor in header.tensors.items()}, size or 0

@@ -1,0 +1,187 @@
+"""The file that holds an adapter's masks and head: read from its header, and held against what must be in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import file_exists, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from ..errors import AdapterFileError, ConfigError
+from .tensor_names import PREFIX, plain_name
+
+
+if TYPE_CHECKING:
+    from ..config import AdaPruneConfig
+
+
+def read_masks(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: Any) -> dict[str, torch.Tensor]:
+    """Read a stored adapter's masks as they are stored, and nothing else of it.
+
+    Args:
+        name (`str`): The adapter's folder, or its name on the Hub.
+        config (`AdaPruneConfig`): Its configuration.
+        subfolder (`str`, *optional*): Where in it the adapter is.
+        hub: What `huggingface_hub.hf_hub_download` takes besides.
+
+    Returns:
+        `dict[str, torch.Tensor]`: For each mask a `uint8` tensor of shape `(ceil(entries / 8),)`, or a shorter one.
+
+    Raises:
+        AdapterFileError: If the weights are a pickle, or are not all there.
+    """
+    path = _find_weights(name, subfolder, **hub) or Path(name, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+    check_shapes(path, read_shapes(path), config)
+    with safe_open(path, framework="pt") as file:
+        masks = {module: file.get_tensor(f"{PREFIX}{module}.adaprune_mask") for module in config.mask_lengths}
+    strange = [module for module, mask in masks.items() if mask.dtype is not torch.uint8]
+    if strange:
+        raise AdapterFileError(f"{path} has masks for {strange} that are not torch.uint8. Fetch the adapter again.")
+    return masks
+
+
+def check_weights_file(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: Any) -> None:
+    """Raise if a stored adapter's weights are a pickle, or are not all there.
+
+    Args:
+        name (`str`): The adapter's folder, or its name on the Hub.
+        config (`AdaPruneConfig`): Its configuration.
+        subfolder (`str`, *optional*): Where in it the adapter is.
+        hub: What `huggingface_hub.hf_hub_download` takes besides.
+
+    Raises:
+        AdapterFileError: If they are.
+    """
+    path = _find_weights(name, subfolder, **hub)
+    if path is not None and path.exists():
+        check_shapes(path, read_shapes(path), config)
+
+
+def _find_weights(name: str, subfolder: str | None, **hub: Any) -> Path | None:
+    """Return where an adapter's weights are, or ought to be; `None` if the Hub cannot be asked."""
+    folder = Path(name, subfolder or "")
+    if folder.is_dir():
+        path = folder / SAFETENSORS_WEIGHTS_NAME
+        pickled = not path.exists() and (folder / WEIGHTS_NAME).exists()
+    else:
+        try:
+            return Path(hf_hub_download(name, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub))
+        except LocalEntryNotFoundError:
+            return None
+        except EntryNotFoundError:
+            path = folder / SAFETENSORS_WEIGHTS_NAME
+            known = {key: hub[key] for key in ("revision", "token") if key in hub}
+            pickled = file_exists(name, f"{subfolder}/{WEIGHTS_NAME}" if subfolder else WEIGHTS_NAME, **known)
+    if pickled:
+        raise AdapterFileError(_refusal(folder / WEIGHTS_NAME))
+    return path
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in a file of weights, from its header.
+
+    Raises:
+        AdapterFileError: If there is no such file, or it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        pickle = path.with_name(WEIGHTS_NAME)
+        if pickle.exists():
+            raise AdapterFileError(_refusal(pickle)) from None
+        raise AdapterFileError(f"There is no {path}: the adapter has no masks. Fetch it again.") from None
+    except (OSError, SafetensorError) as error:
+        raise AdapterFileError(
+            f"{path} cannot be read ({error}): it is cut short, or is no safetensors file. Fetch the adapter again."
+        ) from None
+
+
+def check_shapes(path: str | Path, shapes: dict[str, tuple[int, ...]], config: AdaPruneConfig) -> None:
+    """Raise if an adapter's file of weights has other entries than masks and head, or masks of the wrong size.
+
+    What else there was would be loaded too: scores, say, or weights of the base.
+
+    Args:
+        path (`str` or `Path`): The file, for the message.
+        shapes (`dict[str, tuple[int, ...]]`): The shapes of its tensors.
+        config (`AdaPruneConfig`): The adapter's configuration.
+
+    Raises:
+        AdapterFileError: If it does.
+    """
+    masks = {f"{module}.adaprune_mask": (size,) for module, size in config.mask_sizes.items()}
+    wanted = [f"{PREFIX}{key}" for key in (*masks, *(config.head_tensors or ()))]
+    missing = [plain_name(key) for key in wanted if key not in shapes]
+    surplus = sorted(shapes.keys() - set(wanted))
+    resized = [key for key, shape in masks.items() if shapes.get(f"{PREFIX}{key}", shape) != shape]
+    problems = {"has no": missing, "has masks of the wrong size:": resized, "has, and should not have,": surplus}
+    if any(problems.values()):
+        raise AdapterFileError(
+            f"{path} is not what was saved with its configuration: it "
+            f"{' and '.join(f'{what} {keys}' for what, keys in problems.items() if keys)}. Fetch the adapter again."
+        )
+
+
+def check_head(path: str | Path, shapes: dict[str, tuple[int, ...]], head_shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise if the head in an adapter's file of weights is not of the size of the model's.
+
+    Args:
+        path (`str` or `Path`): The file, for the message.
+        shapes (`dict[str, tuple[int, ...]]`): The shapes of its tensors.
+        head_shapes (`dict[str, tuple[int, ...]]`): Those of the head that the model has for the adapter.
+
+    Raises:
+        AdapterFileError: If it is not.
+    """
+    found = {key: shapes.get(f"{PREFIX}{key}") for key in head_shapes}
+    problems = [
+        f"{key!r} is {found[key] or 'not there'}, not {shape}"
+        for key, shape in head_shapes.items()
+        if found[key] != shape
+    ]
+    if problems:
+        raise AdapterFileError(
+            f"{path} does not fit the head of the model: {'; '.join(problems)}. Fetch the adapter again, or open it "
+            "on the base that it was made for."
+        )
+
+
+def check_not_pickled(folder: str | Path, aside: Path) -> None:
+    """Raise if an adapter's weights have just been saved as a pickle, before a configuration is put beside them.
+
+    Args:
+        folder (`str` or `Path`): Where the adapter is saved.
+        aside (`Path`): The configuration, not yet in place; deleted if it is not to be.
+
+    Raises:
+        ConfigError: If they have.
+    """
+    pickle, weights = Path(folder, WEIGHTS_NAME), Path(folder, SAFETENSORS_WEIGHTS_NAME)
+    if pickle.exists() and not (weights.exists() and weights.stat().st_mtime_ns >= pickle.stat().st_mtime_ns):
+        aside.unlink()
+        raise ConfigError(
+            f"{pickle} is a pickle, which no one could open: save with `safe_serialization=True`. What was in the "
+            "folder before is as it was."
+        )
+
+
+def check_no_pickle(path: str | Path) -> None:
+    """Raise if a file of weights is not of safetensors.
+
+    Raises:
+        AdapterFileError: If it is not.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise AdapterFileError(_refusal(path))
+
+
+def _refusal(path: str | Path) -> str:
+    return (
+        f"{path} is a pickle, and pickles are not read. Have the adapter's author save it with "
+        f"`safe_serialization=True`, as {SAFETENSORS_WEIGHTS_NAME}."
+    )

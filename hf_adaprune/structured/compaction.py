@@ -1,0 +1,229 @@
+"""A masked model made physically smaller: without the neurons and heads that its masks prune."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import AdaPruneConfig
+from ..deploy.example_inputs import dummy_inputs, tensor_sharing_copy
+from ..errors import CompactionError, NotPrunedError, StructureError
+from ..hub.compact_card import CompactCard
+from ..tuner.groups import Groups
+from ..tuner.layer import AdaPruneLayer
+from ..tuner.layer_average import LayerAverageHead
+from ..tuner.masked_layers import adaprune_layers, foreign_layers
+from ..tuner.merging import merged
+from ..tuner.structure import Unit, features, find_units
+from ..tuner.targets import maskable
+from .compact_model import MODEL_TYPE, config_class, model_class, plain_class
+from .shrink import compose_heads, keep_heads, keep_inputs, keep_outputs
+
+
+def compact(model: Any) -> PreTrainedModel:
+    """Return a dense model that computes what a masked one does, without the neurons and heads that its masks prune.
+
+    Where every feed-forward layer keeps as many neurons (`granularity="neuron"`, `scope="module"`) and no head is
+    pruned, the result is a stock transformers model of smaller `intermediate_size`: once saved, it is opened without
+    this package. Otherwise its layers differ in shape; then it is opened by the Auto classes wherever `hf_adaprune`
+    has been imported.
+
+    Args:
+        model (`peft.PeftModel` or `transformers.PreTrainedModel`):
+            A model with an active AdaPrune adapter, of neurons, heads, or of single weights if it prunes all that
+            read a neuron or a head. Not changed.
+
+    Returns:
+        `transformers.PreTrainedModel`: A plain model, in evaluation mode, with all of its parameters trainable.
+
+    Raises:
+        CompactionError: If the active masks prune no neuron and no head as a whole, or the model's forward pass cannot
+            do with fewer of them.
+
+    Example:
+
+        >>> model = AutoPeftModelForSequenceClassification.from_pretrained("me/bert-sst2-neurons")
+        >>> compact(model).save_pretrained("bert-sst2-small")
+    """
+    base = base_of(model)
+    if any(isinstance(module, LayerAverageHead) for module in base.modules()):
+        raise CompactionError(
+            '`head="layer_average"` is no part of the model that transformers would build again: leave the adapter on '
+            "its base."
+        )
+    kept, dense = kept_groups(base), merged(model)
+    expected, before = hidden_states(dense), dense.num_parameters()
+    shapes = {name: features(module) for name, module in maskable(dense)}
+    heads = _remove_groups(dense, kept)
+    widths = {name: features(module) for name, module in maskable(dense) if features(module) != shapes[name]}
+    is_stock = not heads and _is_stock(dense, shapes, widths)
+    if not is_stock:
+        _make_special(dense, widths, heads)
+    _compare(dense, expected)
+    blocks = [(unit.consumer, int(mask.sum()), len(mask), unit.kind) for unit, mask in kept]
+    CompactCard(active_config(base), type(dense).__name__, is_stock, before, dense.num_parameters(), blocks).attach(
+        dense
+    )
+    return dense.requires_grad_()
+
+
+def base_of(model: Any) -> PreTrainedModel:
+    """Return the transformers model that an adapter is on.
+
+    Raises:
+        CompactionError: If it is no transformers model, or has an adapter of another method too.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        raise CompactionError(f"A transformers model with an adapter is needed, got a {type(model).__name__}.")
+    if foreign_layers(base):
+        raise CompactionError("The model has an adapter of another method too: give one that has masks alone.")
+    return base
+
+
+def active_masks(layer: AdaPruneLayer) -> list[str]:
+    """Return the names of the adapters by whose masks a layer computes, merged or not."""
+    names = [] if layer.disable_adapters else layer.merged_adapters or layer.active_adapters
+    return [name for name in names if name in layer.adaprune_mask]
+
+
+def active_config(base: nn.Module) -> AdaPruneConfig:
+    """Return the configuration of the adapter by whose masks a model computes: the first of them.
+
+    Raises:
+        NotPrunedError: If there is none.
+    """
+    configs = (layer.config(name) for _, layer in adaprune_layers(base) for name in active_masks(layer))
+    config = next(configs, None)
+    if config is None:
+        raise NotPrunedError("The model has no active AdaPrune adapter: add one, or choose one with `set_adapter`.")
+    return config
+
+
+def kept_groups(base: nn.Module) -> list[tuple[Unit, torch.Tensor]]:
+    """Return for each block of a model what the active masks leave of its groups: boolean, one a group.
+
+    Raises:
+        CompactionError: If they leave all of them.
+    """
+    layers = dict(adaprune_layers(base))
+    kept = []
+    for unit in _units(base):
+        layer = layers.get(unit.consumer)
+        masks = [layer.mask(name) for name in active_masks(layer)] if layer else []
+        if masks:
+            kept.append((unit, Groups.of(unit, base).read(torch.stack(masks).all(0)).cpu()))
+    if all(mask.all() for _, mask in kept):
+        raise CompactionError(
+            "There is nothing to remove: the active masks prune no neuron and no head as a whole, and leave each "
+            'matrix its shape. Train with `granularity="neuron"`, "head" or "neuron+head"; for a 2:4 mask see '
+            "`to_semi_structured`."
+        )
+    return kept
+
+
+def _units(base: nn.Module) -> list[Unit]:
+    for kinds in (("neuron", "head"), ("neuron",)):
+        with suppress(StructureError):
+            return [unit for found in find_units(base, kinds).values() for unit in found]
+    return []
+
+
+def _remove_groups(dense: nn.Module, kept: Iterable[tuple[Unit, torch.Tensor]]) -> dict[str, dict[str, Any]]:
+    """Take the pruned groups out of the layers; return which heads each attention module is left with."""
+    heads: dict[str, dict[str, Any]] = {}
+    for unit, mask in kept:
+        if mask.all():
+            continue
+        if not mask.any():
+            raise CompactionError(f"The active masks leave {unit.consumer!r} no {unit.kind} at all: activate fewer.")
+        groups = Groups.of(unit, dense)
+        keep_inputs(groups.consumer, mask.repeat_interleave(unit.width))
+        for producer in groups.producers.values():
+            keep_outputs(producer, groups.rows(producer, mask))
+        if unit.kind == "head":
+            attention = unit.producers[0].rpartition(".")[0]
+            heads[attention] = {"of": unit.num_groups, "kept": mask.nonzero().squeeze(1).tolist()}
+            keep_heads(dense.get_submodule(attention), unit.num_groups, heads[attention]["kept"])
+    return heads
+
+
+def _is_stock(dense: Any, shapes: dict[str, tuple[int, int]], widths: dict[str, tuple[int, int]]) -> bool:
+    """Find the field of the stock configuration under which the model has the shapes that it has now, and set it."""
+    changes = {
+        (old, new) for name, now in widths.items() for old, new in zip(shapes[name], now, strict=True) if old != new
+    }
+    # One for all layers, and one more where a gated pair is one layer, twice as wide as the field says.
+    if len(changes) > 2:
+        return False
+    wanted = {name: tensor.shape for name, tensor in dense.state_dict().items()}
+    for old, new in changes:
+        for field, value in dense.config.to_dict().items():
+            if value != old or isinstance(value, bool):
+                continue
+            config = copy.deepcopy(dense.config)
+            try:
+                setattr(config, field, new)
+                with torch.device("meta"):
+                    built = type(dense)._from_config(config)
+            except Exception:  # another field of the same value, that cannot have this one
+                continue
+            if {name: tensor.shape for name, tensor in built.state_dict().items()} == wanted:
+                setattr(dense.config, field, new)
+                return True
+    return False
+
+
+def _make_special(dense: Any, widths: dict[str, tuple[int, int]], heads: dict[str, Any]) -> None:
+    """Make the model one of a class that has its shapes in its configuration."""
+    body = "" if dense.base_model is dense else f"{dense.base_model_prefix}."
+    old, cls = dense.config, plain_class(type(dense))
+    base_model_type = getattr(old, "base_model_type", old.model_type)
+    special = config_class(base_model_type)
+    # It may have been made smaller before.
+    widths_before, heads_before = getattr(old, "compact_widths", {}), getattr(old, "compact_heads", {})
+    wide = widths_before | {name.removeprefix(body): list(width) for name, width in widths.items()}
+    left = {name.removeprefix(body): head for name, head in heads.items()}
+    left |= {name: compose_heads(heads_before[name], head) for name, head in left.items() if name in heads_before}
+    shapes = {"compact_widths": wide, "compact_heads": heads_before | left}
+    types = {"model_type": MODEL_TYPE, "base_model_type": base_model_type}
+    config = special.from_dict(old.to_dict() | types | shapes)
+    config._attn_implementation = old._attn_implementation
+    config._name_or_path = old._name_or_path
+    for module in dense.modules():
+        if vars(module).get("config") is old:
+            vars(module)["config"] = config
+    dense.__class__ = model_class(cls, special)
+
+
+@torch.no_grad()
+def hidden_states(model: Any) -> torch.Tensor:
+    """Return a plain model's last hidden states for its example inputs, in float32."""
+    return tensor_sharing_copy(model).base_model(**dummy_inputs(model))[0].float()
+
+
+def differ(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> str:
+    """Return in words by how much hidden states differ, beyond the rounding of a dtype; nothing if they do not."""
+    error = float((found - expected).abs().max() / expected.abs().max())
+    allowed = 1e-4 if dtype == torch.float32 else 5e-2
+    return "" if error < allowed else f"its hidden states differ by {error:.2g} of their range"
+
+
+def _compare(dense: Any, expected: torch.Tensor) -> None:
+    """Raise if the smaller model does not compute the same."""
+    try:
+        problem = differ(hidden_states(dense), expected, dense.dtype)
+    except (RuntimeError, ValueError, IndexError) as cause:
+        problem = f"it cannot run ({cause})"
+    if problem:
+        raise CompactionError(
+            f"{type(dense).__name__} does not do with fewer neurons or heads: {problem}. Use `merge_and_unload()`, "
+            "which leaves them in place as zeros."
+        )

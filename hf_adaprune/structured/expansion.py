@@ -1,0 +1,126 @@
+"""Masks over a smaller model, made masks over the whole one: what was taken out counts as pruned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from transformers import PreTrainedModel
+
+from ..config import AdaPruneConfig
+from ..errors import BaseMismatchError, NotPrunedError
+from ..labels import LABEL_FIELDS
+from ..tuner.groups import Groups, join_kinds
+from ..tuner.layer import AdaPruneLayer
+from ..tuner.masked_layers import adaprune_layers
+from ..tuner.masks import pack_mask
+from ..tuner.merging import merged, unmasked
+from .compaction import active_config, active_masks, base_of, differ, hidden_states, kept_groups
+
+
+def expand(small: Any, whole: Any) -> PreTrainedModel:
+    """Return the base of `whole` with one adapter, which computes what masks over `compact(whole)` do.
+
+    Neurons and heads first, then single weights of what is left. Expanded, the two are one adapter over a base that
+    everybody has: it is saved, pushed and opened like any other, and `compact` makes the smaller model of it again.
+
+    Args:
+        small (`peft.PeftModel` or `transformers.PreTrainedModel`):
+            A model that `compact` has made, with an active AdaPrune adapter. Not changed.
+        whole (`peft.PeftModel` or `transformers.PreTrainedModel`):
+            The model that `compact` made it of, its adapter active. Not changed.
+
+    Returns:
+        `transformers.PreTrainedModel`: A copy of the base in evaluation mode, with the adapter `"default"`, which has
+        the head of `small`.
+
+    Raises:
+        NotPrunedError: If `small` has no active AdaPrune adapter, or several.
+        CompactionError: If the active masks of `whole` prune no neuron and no head as a whole.
+        BaseMismatchError: If `small` was not made of `whole` by these masks.
+
+    Example:
+
+        >>> trainer = Trainer(model, ..., callbacks=[AdaPruneCallback(AdaPruneConfig(granularity="neuron+head"))])
+        >>> trainer.train()
+        >>> small = compact(trainer.model)
+        >>> Trainer(small, ..., callbacks=[AdaPruneCallback]).train()
+        >>> expand(small, trainer.model).push_to_hub("me/bert-sst2")
+    """
+    small, whole = base_of(small), base_of(whole)
+    name, base, units = _active_adapter(small), unmasked(whole), kept_groups(whole)
+    left: dict[str, torch.Tensor] = {}
+    for unit, kept in units:
+        left |= Groups.of(unit, base).masks(kept)
+    masks = left | {module: _widened(layer, name, left.get(module)) for module, layer in adaprune_layers(small, name)}
+    for module, layer in adaprune_layers(whole):
+        for active in active_masks(layer):
+            mask = layer.mask(active).cpu()
+            masks[module] = mask & masks.get(module, mask)
+    config = _config_over(active_config(whole), active_config(small).for_masks(masks))
+    config.whole_groups = join_kinds({unit.kind for unit, kept in units if not kept.all()})
+    base.add_adapter(config)
+    for module, layer in adaprune_layers(base):
+        layer.adaprune_mask["default"].copy_(pack_mask(masks[module]))
+    base.peft_config["default"].is_filled = True
+    for module, state in (_trained_whole(whole) | _trained_whole(small)).items():
+        trained: Any = base.get_submodule(module)
+        trained.modules_to_save["default"].load_state_dict(state)
+    # In half precision wherever one of the two is.
+    dtype = base.dtype if base.dtype == small.dtype else torch.bfloat16
+    problem = differ(hidden_states(merged(base)), hidden_states(merged(small)), dtype)
+    if problem:
+        raise _mismatch(problem)
+    return base
+
+
+def _active_adapter(small: PreTrainedModel) -> str:
+    names = {name for _, layer in adaprune_layers(small) for name in active_masks(layer)}
+    if len(names) != 1:
+        raise NotPrunedError(
+            f"The smaller model must have one active AdaPrune adapter, it has {sorted(names)}: train one, or choose "
+            "one with `set_adapter`."
+        )
+    return names.pop()
+
+
+def _trained_whole(model: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the state of each module that the active adapter holds a copy of: the head, and what else was named."""
+    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    return {
+        name: wrapper.modules_to_save[wrapper.active_adapter].state_dict()
+        for name, wrapper in wrappers.items()
+        if wrapper.active_adapters
+    }
+
+
+def _widened(layer: AdaPruneLayer, name: str, left: torch.Tensor | None) -> torch.Tensor:
+    """Return a mask of the shape that the layer had, from one of what is left of it."""
+    mask = layer.mask(name).cpu()
+    if left is None:
+        return mask
+    if int(left.sum()) != mask.numel():
+        raise _mismatch(f"of a layer {tuple(mask.shape)} is left, by the masks it should be {int(left.sum())} weights")
+    widened = left.clone()
+    widened[left] = mask.flatten()
+    return widened
+
+
+def _config_over(first: AdaPruneConfig, config: AdaPruneConfig) -> AdaPruneConfig:
+    """Let a configuration be of an adapter over the base of the first one, with the labels that it tells itself."""
+    for field in ("base_model_name_or_path", "revision", "num_parameters"):
+        setattr(config, field, getattr(first, field))
+    config.modules_to_save = sorted({*(first.modules_to_save or ()), *(config.modules_to_save or ())}) or None
+    labels = {field: value for field, value in (config.model_config or {}).items() if field in LABEL_FIELDS}
+    whole_config = {field: value for field, value in (first.model_config or {}).items() if field not in LABEL_FIELDS}
+    config.model_config = whole_config | labels
+    config.combination = "intersection of masks of neurons and heads with masks of the weights that these left"
+    return config
+
+
+def _mismatch(reason: str) -> BaseMismatchError:
+    return BaseMismatchError(
+        f"The smaller model was not made of this one by its active masks: {reason}. Give `expand` the model that was "
+        "given to `compact`, with the same adapter active."
+    )

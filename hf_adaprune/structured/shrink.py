@@ -1,0 +1,110 @@
+"""Linear layers and attention modules made smaller, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..tuner.groups import input_dim
+
+
+# What attention modules call the number of their heads, and the width of all heads together.
+_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
+_WIDTHS = ("all_head_size", "split_size")
+
+
+def keep_inputs(layer: Any, kept: torch.Tensor) -> None:
+    """Leave a linear layer only some of its inputs.
+
+    Args:
+        layer (`torch.nn.Linear` or `Conv1D`): The layer; changed in place.
+        kept (`torch.Tensor`): Boolean, of shape `(inputs,)`, or the indices of those to keep.
+    """
+    _take(layer, "weight", input_dim(layer), kept)
+    _note_features(layer)
+
+
+def keep_outputs(layer: Any, kept: torch.Tensor) -> None:
+    """Leave a linear layer only some of its outputs; see `keep_inputs`."""
+    _take(layer, "weight", 1 - input_dim(layer), kept)
+    if layer.bias is not None:
+        _take(layer, "bias", 0, kept)
+    _note_features(layer)
+
+
+def keep_heads(attention: nn.Module, num_heads: int, kept: Sequence[int]) -> None:
+    """Tell an attention module, whose layers have lost heads already, which ones it has.
+
+    Inputs that come with one part a head (a bias by position, say) are cut to the heads that are left.
+
+    Args:
+        attention (`torch.nn.Module`): The module that holds the query, key and value layers; changed in place.
+        num_heads (`int`): How many heads it had.
+        kept (`Sequence[int]`): Which of them are left.
+    """
+    values = vars(attention)
+    for name in _COUNTS:
+        if values.get(name) == num_heads:
+            values[name] = len(kept)
+    for name in _WIDTHS:
+        if isinstance(values.get(name), int):
+            values[name] = values[name] // num_heads * len(kept)
+
+    attention.register_forward_pre_hook(_HeadsOfInputs(num_heads, list(kept)), with_kwargs=True)
+
+
+@dataclass(frozen=True)
+class _HeadsOfInputs:
+    """A hook that cuts inputs with one part a head; a class, because a model with a local function has no pickle."""
+
+    num_heads: int
+    kept: list[int]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return tuple(map(self._cut, args)), {name: self._cut(value) for name, value in kwargs.items()}
+
+    def _cut(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[1] == self.num_heads:
+            return value[:, self.kept]
+        return value
+
+
+def compose_heads(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which heads are left of the first many, where some of those that were left have gone since."""
+    return {"of": before["of"], "kept": [before["kept"][head] for head in after["kept"]]}
+
+
+def shrink(body: nn.Module, widths: Mapping[str, Sequence[int]], heads: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give a freshly built model the shapes that another one was shrunk to; its values are to be loaded.
+
+    Args:
+        body (`torch.nn.Module`): The model without its head; changed in place.
+        widths (`Mapping[str, Sequence[int]]`): For each linear layer that differs its inputs and outputs.
+        heads (`Mapping[str, Mapping[str, Any]]`): For each attention module that lost heads how many it had (`"of"`)
+            and which are left (`"kept"`).
+    """
+    for name, (inputs, outputs) in widths.items():
+        layer = body.get_submodule(name)
+        keep_inputs(layer, torch.arange(inputs))
+        keep_outputs(layer, torch.arange(outputs))
+    for name, head in heads.items():
+        keep_heads(body.get_submodule(name), head["of"], head["kept"])
+
+
+def _take(layer: Any, name: str, dim: int, kept: torch.Tensor) -> None:
+    parameter = getattr(layer, name)
+    index = (kept.nonzero().squeeze(1) if kept.dtype == torch.bool else kept).to(parameter.device)
+    taken = parameter.detach().index_select(dim, index)
+    setattr(layer, name, nn.Parameter(taken, requires_grad=parameter.requires_grad))
+
+
+def _note_features(layer: Any) -> None:
+    if isinstance(layer, Conv1D):
+        layer.nx, layer.nf = layer.weight.shape
+    else:
+        layer.out_features, layer.in_features = layer.weight.shape

@@ -1,0 +1,165 @@
+"""Thresholds and masks where scores are sharded over processes (FSDP2): no process ever holds all scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from ..errors import UnsupportedShardingError
+
+
+# The radixes, from the highest, in which a 32-bit key is searched: each takes one histogram from every process.
+_DIGITS = ((20, 12), (8, 12), (0, 8))
+
+
+def check_sharding(scores: Mapping[str, torch.Tensor], granularity: str) -> None:
+    """Raise if scores are trained in a way in which masks would not be theirs.
+
+    Args:
+        scores (`Mapping[str, torch.Tensor]`): The scores by the names of their layers.
+        granularity (`str`): What a score is of.
+
+    Raises:
+        UnsupportedShardingError: If they are.
+    """
+    if is_initialized() and AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
+        raise UnsupportedShardingError(
+            "DeepSpeed steps copies of the parameters that it keeps to itself, so scores cannot be started from the "
+            "inputs of the first step, nor the head's steps be scaled. Use DDP, or FSDP with `fsdp_version: 2`: see "
+            "examples/accelerate_configs."
+        )
+    if granularity != "weight":
+        if is_initialized() and AcceleratorState().distributed_type == DistributedType.FSDP:
+            raise UnsupportedShardingError(
+                f'`granularity="{granularity}"` needs all scores of a layer in one place: use DDP, or '
+                '`granularity="weight"`.'
+            )
+        return
+    for name, score in scores.items():
+        if score.dim() != 2:
+            raise UnsupportedShardingError(
+                f"The scores of {name!r} are no longer a matrix but of shape {tuple(score.shape)}: FSDP1 flattens "
+                "parameters. Set `fsdp_version: 2`."
+            )
+        if isinstance(score, DTensor) and [type(p) for p in score.placements] != [Shard]:
+            raise UnsupportedShardingError(
+                f"The scores of {name!r} are placed as {score.placements}; only FSDP2 over one mesh of processes, "
+                "without replicas, is known to work."
+            )
+
+
+def is_sharded(tensors: Iterable[torch.Tensor]) -> bool:
+    """Return whether each process has a part of the tensors only."""
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as every process can use it: one that is sharded is gathered."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def copy_whole(target: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy values, which every process has whole, into a tensor that may be sharded."""
+    if isinstance(target, DTensor):
+        replicas = [Replicate()] * target.device_mesh.ndim
+        values = DTensor.from_local(values, target.device_mesh, replicas, run_check=False).redistribute(
+            placements=target.placements
+        )
+    target.copy_(values)
+
+
+def sharded_topk_masks(
+    scores: Mapping[str, Any], weights: Mapping[str, Any], scopes: Sequence[Sequence[str]], num_kept: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """Do what `topk_masks` does, to the last bit, on scores of which each process has some rows.
+
+    Each threshold is found digit by digit: the processes add up histograms of the scores that may still be it, 8,448
+    numbers a scope in all. Then the masks are gathered, a byte a weight; the scores are not.
+
+    Args:
+        scores (`Mapping[str, DTensor]`): Finite scores of each layer, of two dimensions, sharded over the first.
+        weights (`Mapping[str, DTensor]`): The layers' weights, sharded alike.
+        scopes (`Sequence[Sequence[str]]`): The layers that share a threshold.
+        num_kept (`Sequence[int]`): How many entries of each scope to keep.
+
+    Returns:
+        `dict[str, torch.Tensor]`: A boolean mask for each layer, whole in every process.
+    """
+    parts = {name: score.to_local().reshape(-1) for name, score in scores.items()}
+    kept = {name: torch.zeros_like(part, dtype=torch.bool) for name, part in parts.items()}
+    tied = {name: torch.ones_like(part, dtype=torch.bool) for name, part in parts.items()}
+    one = scores[scopes[0][0]]
+    processes, missing = one.device_mesh.get_group(), torch.tensor(num_kept, device=one.device)
+    for deciding in (parts, {name: weight.detach().to_local().reshape(-1).abs() for name, weight in weights.items()}):
+        keys = {name: _ordered(values) for name, values in deciding.items()}
+        candidates = [torch.cat([keys[name][tied[name]] for name in scope]) for scope in scopes]
+        thresholds, missing, num_tied = _kth_largest(candidates, missing, processes)
+        for scope, threshold in zip(scopes, thresholds.tolist(), strict=True):
+            for name in scope:
+                kept[name] |= tied[name] & (keys[name] > threshold)
+                tied[name] &= keys[name] == threshold
+        if torch.equal(missing, num_tied):
+            break
+    _keep_first(kept, tied, scopes, missing.tolist(), processes)
+    return {name: _gather(mask, scores[name]) for name, mask in kept.items()}
+
+
+def _ordered(values: torch.Tensor) -> torch.Tensor:
+    """Return integers (int32) in the order of floating-point values; both zeros are one."""
+    bits = (values.float() + 0.0).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _kth_largest(
+    groups: list[torch.Tensor], k: torch.Tensor, processes: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return each group's k-th largest key of all processes, and how many equal it: those to be kept, and all."""
+    thresholds = num_equal = torch.zeros_like(k)
+    for shift, bits in _DIGITS:
+        # The highest bit is the sign, and a digit is to be none the less for it.
+        sign = 1 << (bits - 1) if shift + bits == 32 else 0
+        digits = [((keys >> shift) & ((1 << bits) - 1)) ^ sign for keys in groups]
+        counts = torch.stack([torch.bincount(digit, minlength=1 << bits) for digit in digits])
+        dist.all_reduce(counts, group=processes)
+        at_least = counts.flip(1).cumsum(1).flip(1)
+        chosen = (at_least >= k.unsqueeze(1)).sum(1, keepdim=True) - 1
+        num_equal = counts.gather(1, chosen).squeeze(1)
+        k = k - at_least.gather(1, chosen).squeeze(1) + num_equal
+        thresholds = (thresholds << bits) + chosen.squeeze(1)
+        groups = [keys[digit == c] for keys, digit, c in zip(groups, digits, chosen, strict=True)]
+    return thresholds - (1 << 31), k, num_equal
+
+
+def _keep_first(
+    kept: dict[str, torch.Tensor],
+    tied: dict[str, torch.Tensor],
+    scopes: Sequence[Sequence[str]],
+    missing: list[int],
+    processes: dist.ProcessGroup,
+) -> None:
+    """Keep, of entries that are equal in all, those that come first: by layer, by process, and by position there."""
+    own = torch.stack([part.count_nonzero() for part in tied.values()])
+    counts = [torch.empty_like(own) for _ in range(processes.size())]
+    dist.all_gather(counts, own, group=processes)
+    of_layer = dict(zip(tied, torch.stack(counts, 1).tolist(), strict=True))
+    for scope, left in zip(scopes, missing, strict=True):
+        for name in scope:
+            for rank, count in enumerate(of_layer[name]):
+                taken = min(left, count)
+                left -= taken
+                if rank == processes.rank() and taken:
+                    kept[name][tied[name].nonzero().squeeze(1)[:taken]] = True
+
+
+def _gather(mask: torch.Tensor, score: DTensor) -> torch.Tensor:
+    # As bytes: not every backend gathers booleans.
+    part = mask.view(torch.uint8).view(score.to_local().shape)
+    mesh, shape, stride = score.device_mesh, score.shape, score.stride()
+    whole_mask = whole(DTensor.from_local(part, mesh, score.placements, run_check=False, shape=shape, stride=stride))
+    return whole_mask.view(torch.bool)

@@ -1,0 +1,55 @@
+"""A word to who trains an adapter that nothing prunes: there is no error, and nothing is learned but a head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from ..tuner.masked_layers import adaprune_layers
+
+
+logger = logging.get_logger(__name__)
+
+# So many passes are no trial any more.
+_PATIENCE = 10
+
+
+class Unattended:
+    """Count the training passes of an adapter, until there is a `Pruner` for it; log a warning if none comes."""
+
+    def __init__(self, adapter_name: str) -> None:
+        self.adapter_name = adapter_name
+        self.num_passes = 0
+        self.handle: Any = None
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        if not (model.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return
+        self.num_passes += 1
+        if self.num_passes < _PATIENCE:
+            return
+        layers = [layer for _, layer in adaprune_layers(model, self.adapter_name)]
+        if any(self.adapter_name in layer.active_adapters and not layer.disable_adapters for layer in layers):
+            logger.warning(
+                f"Adapter {self.adapter_name!r} is being trained and nothing prunes it: its masks stay as they are. "
+                "Give the Trainer `callbacks=[AdaPruneCallback]`, or your own loop a `Pruner`."
+            )
+            self.handle.remove()
+        self.num_passes = 0  # it was another that was trained
+
+
+def watch(model: nn.Module, adapter_name: str) -> None:
+    """Begin to count the training passes of a model's new adapter."""
+    unattended = Unattended(adapter_name)
+    unattended.handle = model.register_forward_pre_hook(unattended)
+
+
+def stop_watching(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Count no more: there is a `Pruner` for the adapter, or none is left (`None`: of whatever name)."""
+    for module in model.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, Unattended) and adapter_name in (None, hook.adapter_name):
+                hook.handle.remove()

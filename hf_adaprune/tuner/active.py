@@ -1,0 +1,204 @@
+"""Which adapter of a model is active, and what goes with its masks: its head, and the names of its labels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import AdaPruneConfig
+from ..labels import LABEL_FIELDS, default_labels, stored_labels
+from .layer import AdaPruneLayer
+from .masked_layers import adaprune_layers
+
+
+# What transformers switches adapters by, besides `set_adapter`.
+SWITCHES = ("enable_adapters", "disable_adapters", "delete_adapter")
+
+
+class ActiveHead:
+    """Keep a model's head, and the labels in its configuration, those of the adapter whose masks are active.
+
+    A forward pre-hook. Adapters are switched through many doors; not each of them switches the head with the masks,
+    and none the labels; but all lead to a forward pass.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.base_labels = {field: getattr(model.config, field, None) for field in LABEL_FIELDS}
+        self.base_num_labels: int = getattr(model, "num_labels", model.config.num_labels)
+        if len(self.base_labels["id2label"] or {}) != self.base_num_labels:
+            # They have been changed already, for the adapter to come: the base's own are not known any more.
+            self.base_labels = default_labels(self.base_num_labels) | {"problem_type": None}
+        self.layers: list[AdaPruneLayer] = []
+        self.heads: list[ModulesToSaveWrapper] = []
+        self.shown: AdaPruneConfig | None = None
+        self.take_off: Callable[[Any], object] = lambda model: None
+        self.handle: Any = None
+
+    def __call__(self, model: Any, args: Any = ()) -> None:
+        if not torch.compiler.is_compiling():
+            self.follow(model, getattr(model, "peft_config", {}))
+
+    def follow(self, model: Any, configs: Mapping[str, Any]) -> None:
+        """Bring head and labels in step with the masks."""
+        enabled = not self.layers[0].disable_adapters
+        names = [name for name in self.layers[0].active_adapters if enabled and _is_ours(configs.get(name))]
+        for head in self.heads:
+            if any(name in configs and not _is_ours(configs[name]) for name in head.active_adapters):
+                continue  # An adapter of another method has its own way.
+            if head.disable_adapters == enabled:
+                head.enable_adapters(enabled)
+            active = [name for name in names if name in head.modules_to_save]
+            if enabled and head.active_adapters != active:
+                head.set_adapter(active, inference_mode=all(configs[name].inference_mode for name in active))
+        config = configs[names[0]] if names else None
+        if config is not self.shown:
+            self.record(model)
+            self.show(model, config)
+
+    def record(self, model: Any) -> None:
+        """Write the labels that the model's configuration tells into that of the adapter that they are of."""
+        stored = getattr(self.shown, "model_config", None)
+        if stored is not None and model.config.num_labels == self.num_labels(self.shown):
+            current = {field: getattr(model.config, field, None) for field in LABEL_FIELDS}
+            stored |= {field: value for field, value in current.items() if value is not None}
+
+    def show(self, model: Any, config: AdaPruneConfig | None) -> None:
+        """Have the model's configuration tell the labels of an adapter; without one, those of the base."""
+        self.shown = config
+        for field, value in (_labels(config) or self.base_labels).items():
+            setattr(model.config, field, value)
+        if hasattr(model, "num_labels"):
+            model.num_labels = model.config.num_labels
+
+    def num_labels(self, config: AdaPruneConfig | None) -> int:
+        """Return how many labels the head of an adapter has; without one, the head of the base."""
+        labels = _labels(config)
+        return self.base_num_labels if labels is None else len(labels["id2label"])
+
+
+def _is_ours(config: Any) -> bool:
+    return isinstance(config, AdaPruneConfig)
+
+
+def _labels(config: AdaPruneConfig | None) -> dict[str, Any] | None:
+    stored = getattr(config, "model_config", None)
+    return None if stored is None else stored_labels(stored)
+
+
+def active_head(model: nn.Module) -> ActiveHead | None:
+    """Return what keeps a model's head in step with its masks; `None` where there are no masks, or no labels."""
+    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, ActiveHead)), None)
+
+
+@contextmanager
+def active_only(model: nn.Module, adapter_name: str | None) -> Iterator[None]:
+    """Have one adapter active for the time of a block, with its head and labels; without a name, the base."""
+    modules = [module for module in model.modules() if isinstance(module, (AdaPruneLayer, ModulesToSaveWrapper))]
+    before = [(module._active_adapter, module._disable_adapters) for module in modules]
+    keeper = active_head(model)
+    try:
+        for module in modules:
+            has_it = isinstance(module, AdaPruneLayer) or adapter_name in module.modules_to_save
+            module._active_adapter = [adapter_name] if adapter_name is not None and has_it else []
+            module._disable_adapters = adapter_name is None
+        if keeper is not None:
+            keeper(model)
+        yield
+    finally:
+        for module, (active, disabled) in zip(modules, before, strict=True):
+            module._active_adapter, module._disable_adapters = active, disabled
+        if keeper is not None:
+            keeper(model)
+
+
+def attach(
+    model: PreTrainedModel, keeper: ActiveHead, configs: Mapping[str, Any], take_off: Callable[[Any], object]
+) -> None:
+    """Keep head and labels in step with the masks from here on, those of a new adapter too.
+
+    Args:
+        model (`transformers.PreTrainedModel`): A model that has just got an adapter.
+        keeper (`ActiveHead`): What the model has for that already, or one that was made before the adapter.
+        configs (`Mapping[str, Any]`): The configuration of each of its adapters.
+        take_off (`Callable`): What takes the masked layers off a model that has no adapter any more.
+    """
+    if keeper.handle is None:
+        keeper.take_off = take_off
+        keeper.handle = model.register_forward_pre_hook(keeper)
+        model.set_adapter = functools.partial(_set_adapter, model, keeper)
+        for name in SWITCHES:
+            setattr(model, name, functools.partial(_switch, name, model, keeper))
+    keeper.layers = [layer for _, layer in adaprune_layers(model)]
+    keeper.heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    # What the model's configuration tells now may be meant for the new adapter alone.
+    keeper.show(model, None)
+    keeper.follow(model, configs)
+
+
+@contextmanager
+def detached_labels(keeper: ActiveHead | None) -> Iterator[None]:
+    """Detach the labels in the model's configuration from the active adapter: they may be those of one to be added.
+
+    If the block fails, they are attached to it again.
+    """
+    if keeper is None:
+        yield
+        return
+    shown, keeper.shown = keeper.shown, None
+    try:
+        yield
+    except BaseException:
+        keeper.shown = shown
+        raise
+
+
+def check_one_head(heads: Iterable[ModulesToSaveWrapper], names: str | Sequence[str]) -> None:
+    """Raise if adapters that are to be active together have each a head.
+
+    Raises:
+        ValueError: If they have.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    own = [name for name in names if any(name in head.modules_to_save for head in heads)]
+    if len(own) > 1:
+        raise ValueError(
+            f"The adapters {own} have each a head of their own, and only one can compute. Make one adapter of them, "
+            "with the head that you choose: `combine_adapters`."
+        )
+
+
+def _switch(name: str, model: Any, keeper: ActiveHead, *args: Any, **kwargs: Any) -> None:
+    """Do what transformers does, and let head and labels follow at once: a loss may be waiting for its gradients."""
+    getattr(type(model), name)(model, *args, **kwargs)
+    left = [adapter for adapter in keeper.layers[0].active_adapters if adapter in getattr(model, "peft_config", {})]
+    if name == "delete_adapter" and left:
+        _set_adapter(model, keeper, left)  # each layer has chosen another by itself
+    keeper(model)
+    if not getattr(model, "peft_config", {}):
+        keeper.take_off(model)
+
+
+def _set_adapter(model: Any, keeper: ActiveHead, adapter_name: str | list[str]) -> None:
+    """Do what transformers does, which stops half way where an adapter has no head, or only a part of another's."""
+    names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+    configs = getattr(model, "peft_config", {})
+    missing = [name for name in names if name not in configs]
+    if missing:
+        raise ValueError(f"The model has no adapter {missing}, but {sorted(configs)}.")
+    check_one_head(keeper.heads, names)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter(adapter_name)
+        elif isinstance(module, ModulesToSaveWrapper):
+            own = [name for name in names if name in module.modules_to_save]
+            # Whether others that are active are being trained is nothing to this head.
+            module.set_adapter(own, all(configs[name].inference_mode for name in own))
+    keeper(model)

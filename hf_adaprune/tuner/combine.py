@@ -1,0 +1,128 @@
+"""The algebra of masks: a new adapter from those that a model has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
+
+from ..config import AdaPruneConfig
+from ..errors import CombineError
+from .groups import join_kinds
+from .layer import AdaPruneLayer
+from .masked_layers import adaprune_layers
+from .masks import pack_mask
+
+
+WAYS = ("intersection", "union", "majority")
+
+
+def combine_adapters(
+    model: Any, adapter_names: Sequence[str], how: str, new_name: str, *, head: str | None = None
+) -> None:
+    """Give a model a new adapter, made of the masks of several of its adapters. Which one is active does not change.
+
+    Args:
+        model (`peft.PeftModel` or `transformers.PreTrainedModel`): The model.
+        adapter_names (`Sequence[str]`): Two adapters or more. One that does not mask a module keeps all of it.
+        how (`str`):
+            `"intersection"`: keep what all keep, as several active masks do. `"union"`: keep what any keeps.
+            `"majority"`: keep what more than half of them keep.
+        new_name (`str`): The new adapter's name.
+        head (`str`, *optional*):
+            Whose head the new adapter gets, as a copy, with its labels: any adapter of the model. It must be said
+            wherever adapters have heads, for heads have no algebra.
+
+    Raises:
+        CombineError: If there is no such adapter, way or head, if the new name is taken, or if nothing would be kept.
+
+    Example:
+
+        >>> combine_adapters(model, ["sst2", "mrpc", "rte"], "majority", "common", head="mrpc")
+    """
+    tuner = model.base_model if isinstance(model, PeftModel) else model
+    base: Any = tuner.model if isinstance(tuner, BaseTuner) else tuner
+    wrappers = [module for module in base.modules() if isinstance(module, ModulesToSaveWrapper)]
+    _check(base, wrappers, list(adapter_names), how, new_name, head)
+    layers = {name: layer for name, layer in adaprune_layers(base) if {*adapter_names} & {*layer.adaprune_mask}}
+    grouped = _mask_the_same_groups(base.peft_config, list(layers.values()), adapter_names)
+    masks = {name: _combine(layer, adapter_names, how, grouped) for name, layer in layers.items()}
+    if not any(mask.any() for mask in masks.values()):
+        raise CombineError(f"The {how} of {list(adapter_names)} keeps nothing: they have no weight in common.")
+    config = _new_config(base.peft_config, adapter_names, head, masks, grouped)
+    if how == "intersection" and not grouped:
+        # What one of them prunes whole, all of them together do.
+        kinds = {kind for name in adapter_names for kind in base.peft_config[name].whole_kinds}
+        config.whole_groups = join_kinds(kinds)
+    config.combination = f"{how} of {', '.join(adapter_names)}"
+    _add(tuner, new_name, config)
+    for name, layer in layers.items():
+        layer.adaprune_mask[new_name].copy_(pack_mask(masks[name]))
+    pruned, total = zip(*(layer.count(new_name) for layer in layers.values()), strict=True)
+    stored = base.peft_config[new_name]
+    stored.final_sparsity, stored.is_filled = sum(pruned) / sum(total), True
+    for wrapper in wrappers:
+        if head in wrapper.modules_to_save:
+            wrapper.modules_to_save[new_name].load_state_dict(wrapper.modules_to_save[head].state_dict())
+
+
+def _check(
+    model: Any,
+    wrappers: list[ModulesToSaveWrapper],
+    names: list[str],
+    how: str,
+    new_name: str,
+    head: str | None,
+) -> None:
+    there = {name for _, layer in adaprune_layers(model) for name in layer.adaprune_mask}
+    unknown = sorted({*names, *([] if head is None else [head])} - there)
+    if unknown:
+        raise CombineError(f"The model has no adapter {unknown}, but {sorted(there)}.")
+    if len({*names}) < 2:
+        raise CombineError(f"A combination takes at least two adapters, got {names}.")
+    if how not in WAYS:
+        raise CombineError(f"`how` must be one of {list(WAYS)}, got {how!r}.")
+    if new_name in model.peft_config:
+        raise CombineError(f"There is an adapter {new_name!r} already: choose another `new_name`.")
+    with_head = [name for name in names if any(name in wrapper.modules_to_save for wrapper in wrappers)]
+    if head is None and with_head:
+        raise CombineError(f"{with_head} have heads: say with `head=` whose the combination is to get.")
+
+
+def _mask_the_same_groups(configs: Any, layers: list[AdaPruneLayer], names: Sequence[str]) -> bool:
+    """Return whether the adapters all mask neurons or heads, and the same: then groups are combined, not weights."""
+    return len({configs[name].granularity for name in names}) == 1 and all(
+        layer.groups(name) is not None for layer in layers for name in names
+    )
+
+
+def _combine(layer: AdaPruneLayer, names: Sequence[str], how: str, grouped: bool) -> torch.Tensor:
+    there = [name for name in names if name in layer.adaprune_mask]
+    masks = torch.stack([layer.entries(name) if grouped else layer.mask(name) for name in there])
+    # Where an adapter has no mask it keeps everything.
+    num_keeping = masks.sum(0) + (len(names) - len(there))
+    return num_keeping >= {"intersection": len(names), "union": 1, "majority": len(names) // 2 + 1}[how]
+
+
+def _new_config(
+    configs: Any, names: Sequence[str], head: str | None, masks: dict[str, torch.Tensor], grouped: bool
+) -> AdaPruneConfig:
+    config: AdaPruneConfig = configs[names[0] if head is None else head].for_masks(masks)
+    if grouped:
+        config.granularity, config.target_modules = configs[names[0]].granularity, configs[names[0]].target_modules
+    config.mask_embeddings = any(configs[name].mask_embeddings for name in names)
+    return config
+
+
+def _add(tuner: Any, new_name: str, config: AdaPruneConfig) -> None:
+    if isinstance(tuner, BaseTuner):
+        tuner.peft_config[new_name] = config
+        tuner.inject_adapter(tuner.model, new_name)
+        return
+    active = tuner.active_adapters()
+    tuner.add_adapter(config, new_name)
+    tuner.set_adapter(active)

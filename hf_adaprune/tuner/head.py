@@ -1,0 +1,244 @@
+"""Where a model's body ends and its head begins, and how a head that belongs to an adapter is put in place."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper, TaskType
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+
+from ..config import AdaPruneConfig
+from ..errors import AdapterFileError, BaseMismatchError, ConfigError
+from ..labels import stored_labels
+from .layer_average import LayerAverageHead, make_layer_average_head
+
+
+_TASK_TYPES = {
+    "ForSequenceClassification": TaskType.SEQ_CLS,
+    "ForTokenClassification": TaskType.TOKEN_CLS,
+    "ForQuestionAnswering": TaskType.QUESTION_ANS,
+    "ForCausalLM": TaskType.CAUSAL_LM,
+    "LMHeadModel": TaskType.CAUSAL_LM,
+    "ForMaskedLM": None,
+    "Model": TaskType.FEATURE_EXTRACTION,
+}
+
+# What PEFT itself adds to `modules_to_save`, whether it is there or not.
+PEFT_HEADS = {"classifier", "score", "qa_outputs"}
+
+# What PEFT takes from a model for these tasks.
+_GENERATES = {
+    "CAUSAL_LM": "prepare_inputs_for_generation",
+    "SEQ_2_SEQ_LM": "_prepare_encoder_decoder_kwargs_for_generation",
+}
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Return the names of the modules that make up a model's task head.
+
+    The head is everything with parameters outside of `model.base_model`, and the pooler inside it: a task layer by
+    use, and one that many checkpoints lack. A model without a head has no pooler to train, and the output layer of a
+    language model is pre-trained: both give an empty list. Where body and head are not apart, as in T5's model for
+    answering questions, the head is what has a name by which PEFT knows one.
+    """
+    body = getattr(model, "base_model", model)
+    if output_embeddings(model) is not None:
+        return []
+    if body is model:
+        return [name for name, child in model.named_children() if name in PEFT_HEADS and _has_parameters(child)]
+    outside = [name for name, child in model.named_children() if child is not body and _has_parameters(child)]
+    pooler = getattr(body, "pooler", None)
+    if pooler is None or not _has_parameters(pooler):
+        return outside
+    return [f"{model.base_model_prefix}.pooler", *outside]
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def output_embeddings(model: Any) -> nn.Module | None:
+    """Return a language model's output layer, or `None` for every other model."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def body_name(model: nn.Module) -> str:
+    """Return the name prefix of the modules of the body: `"bert."`, say, or `""` for a model without a head."""
+    return "" if getattr(model, "base_model", model) is model else f"{model.base_model_prefix}."
+
+
+def plan_head(model: nn.Module, config: AdaPruneConfig) -> None:
+    """Write into a configuration which modules are the head, and, for a fresh adapter, the model's configuration.
+
+    Args:
+        model (`torch.nn.Module`): The model that the adapter is about to be put on; not changed.
+        config (`AdaPruneConfig`): The adapter's configuration; changed in place.
+
+    Raises:
+        ConfigError: If the model cannot have the head that was asked for.
+    """
+    classifies = any(cls.__name__.endswith("ForSequenceClassification") for cls in type(model).__mro__)
+    fits = isinstance(model, PreTrainedModel) and classifies and hasattr(model, "classifier")
+    if config.head == "layer_average" and not fits:
+        raise ConfigError(
+            '`head="layer_average"` replaces the `classifier` of a transformers model for sequence classification; '
+            f'{type(model).__name__} is none, or has none. Use `head="model"`.'
+        )
+    if isinstance(model, PreTrainedModel) and config.model_config is None:
+        _record(model, config)
+    loose = [name for name, _ in model.named_parameters(recurse=False)] if body_name(model) else []
+    if loose and not config.is_stored:
+        warnings.warn(
+            f"{loose} of {type(model).__name__} belong to no module, and so not to the head: they are neither trained "
+            "nor saved. Put them into a module of their own if they are to be.",
+            stacklevel=2,
+        )
+    head = ["classifier"] if config.head == "layer_average" else head_modules(model)
+    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *head])) or None
+
+
+@contextmanager
+def fitting_head(model: nn.Module, config: AdaPruneConfig, num_labels: int | None) -> Iterator[None]:
+    """Have a model hold, for the time of a block, a head like that of an adapter: PEFT copies what it finds.
+
+    Afterwards the model's own is back in its place, as what computes when no adapter is active.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        config (`AdaPruneConfig`): The adapter's configuration, after `plan_head`.
+        num_labels (`int`, *optional*): How many labels the model's own head has, if it is one of transformers'.
+    """
+    fitting: dict[str, nn.Module] = {}
+    if isinstance(model, PreTrainedModel) and config.model_config is not None:
+        wanted = copy.deepcopy(model.config)
+        wanted.id2label = stored_labels(config.model_config)["id2label"]
+        if wanted.num_labels != num_labels:
+            fitting = _build_head(model, type(model)._from_config, wanted)
+        if config.head == "layer_average":
+            fitting["classifier"] = make_layer_average_head(model, wanted.num_labels)
+    own = {name: _swap(model, name, module) for name, module in fitting.items()}
+    try:
+        yield
+    finally:
+        for name, module in own.items():
+            is_wrapped = isinstance(model.get_submodule(name), ModulesToSaveWrapper)
+            _swap(model, name, module.requires_grad_(False) if is_wrapped else module)
+
+
+def _swap(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    parent, _, child = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    if isinstance(getattr(owner, child), ModulesToSaveWrapper):
+        owner, child = getattr(owner, child), "original_module"
+    current = getattr(owner, child)
+    setattr(owner, child, module)
+    return current
+
+
+def _record(model: PreTrainedModel, config: AdaPruneConfig) -> None:
+    name = type(model).__name__
+    if _is_of_another_head(model.config.problem_type, getattr(model, "num_labels", None), model.config.num_labels):
+        model.config.problem_type = None
+    config.model_config = model.config.to_diff_dict() | {
+        "architectures": [name],
+        "model_type": model.config.model_type,
+    }
+    if config.task_type is None:
+        config.task_type = _task_type(model)
+    if config.task_type is None:
+        config.auto_mapping = {"base_model_class": name, "parent_library": type(model).__module__}
+
+
+def _is_of_another_head(problem_type: str | None, former: int | None, num_labels: int) -> bool:
+    """Return whether a forward pass has noted in the configuration what the labels of another head were."""
+    if problem_type == "regression":
+        return former == 1 and num_labels > 1
+    return problem_type == "single_label_classification" and num_labels == 1
+
+
+def _task_type(model: PreTrainedModel) -> TaskType | None:
+    """Return the task by which PEFT's Auto classes open a model of this class again, if one of them does."""
+    task = next((task for ending, task in _TASK_TYPES.items() if type(model).__name__.endswith(ending)), None)
+    inner = {name for head in head_modules(model) for name, _ in model.get_submodule(head).named_modules()}
+    if any(name.rpartition(".")[2] in PEFT_HEADS for name in inner):
+        return None  # PEFT would make a copy of its own inside of that of the whole head
+    if task == TaskType.FEATURE_EXTRACTION:
+        built = AutoModel._model_mapping.get(type(model.config), ())
+        return task if type(model) in (built if isinstance(built, tuple) else (built,)) else None
+    return task
+
+
+def check_architecture(model: nn.Module, config: AdaPruneConfig) -> None:
+    """Raise if an adapter is for models of another class, or for what the model cannot do.
+
+    Raises:
+        BaseMismatchError: If a stored adapter was made for a model of another class.
+        ConfigError: If the adapter is for generating text, and the model does not.
+    """
+    if config.task_type in _GENERATES and not hasattr(model, _GENERATES[config.task_type]):
+        raise ConfigError(
+            f"`task_type={str(config.task_type)!r}` is for models that generate text; {type(model).__name__} is none: "
+            "leave `task_type` out, or name the task that the model is for."
+        )
+    if config.model_config is None or not isinstance(model, PreTrainedModel):
+        return
+    architecture = config.architecture or type(model).__name__
+    if architecture not in {cls.__name__ for cls in type(model).__mro__}:
+        raise BaseMismatchError(
+            f"The adapter was made for a {architecture}, the model is a {type(model).__name__}: heads and module "
+            f"names differ. Open the adapter with {architecture}, or the Auto class that gives it."
+        )
+
+
+def check_modules_to_save(model: nn.Module, config: AdaPruneConfig) -> None:
+    """Raise if PEFT would make copies of modules inside of others, or of which a stored adapter holds none.
+
+    Raises:
+        ConfigError: If one is inside another: what is saved of it could not be opened.
+        AdapterFileError: If an adapter does not hold all that it must.
+    """
+    added = {"modules_to_save", "original_module"}
+    modules = {name: module for name, module in model.named_modules() if name and not added & set(name.split("."))}
+    # As PEFT finds them.
+    endings = tuple(config.modules_to_save or ())
+    copied = {name: module for name, module in modules.items() if name.endswith(endings)}
+    if not config.is_stored:
+        inside = [f"{name!r} in {outer!r}" for name in copied for outer in copied if name.startswith(f"{outer}.")]
+        if inside:
+            raise ConfigError(
+                f"`modules_to_save={config.modules_to_save}` (the head is always among them) names modules inside of "
+                f"each other: {', '.join(inside)}. Name the outer ones alone, in as many words as it takes."
+            )
+        return
+    copied = {name: getattr(module, "original_module", module) for name, module in copied.items()}
+    if config.head == "layer_average":
+        copied["classifier"] = LayerAverageHead(1, 1, 1)
+    wanted = [f"{name}.{key}" for name, module in copied.items() for key in module.state_dict()]
+    missing = sorted(set(wanted) - set(config.head_tensors or ()))
+    if missing:
+        raise AdapterFileError(
+            f"By `modules_to_save={config.modules_to_save}` and `head={config.head!r}` the adapter has {missing}, by "
+            "its `head_tensors` it has not: its configuration is not what was saved. Fetch it again."
+        )
+
+
+def _build_head(model: PreTrainedModel, build: Any, wanted: Any) -> dict[str, nn.Module]:
+    """Build those modules of a head that differ in size from what the model has."""
+    with torch.device("meta"):
+        template = build(wanted)
+    reference = next(model.parameters())
+    built = {}
+    for name in head_modules(model):
+        fresh, current = template.get_submodule(name), model.get_submodule(name)
+        current = current.original_module if isinstance(current, ModulesToSaveWrapper) else current
+        if [p.shape for p in fresh.parameters()] != [p.shape for p in current.parameters()]:
+            fresh.to_empty(device=reference.device).to(reference.dtype)
+            fresh.apply(model._init_weights)
+            built[name] = fresh
+    return built

@@ -1,0 +1,340 @@
+"""What all layers have in common that multiply a frozen weight by a mask."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from ..codec import decode_mask, encode_mask, is_coded
+from ..config import AdaPruneConfig
+from ..training.scores import initial_scores
+from ..training.sharding import is_sharded, whole
+from .built_weight import BuiltWeight
+from .groups import Groups
+from .masks import SHORTEST, apply_mask, pack_mask, packed_ones, packed_size, unpack_mask
+from .score_state import remake_scores
+from .trained_weight import trained_weight
+
+
+class AdaPruneLayer(nn.Module, BaseTunerLayer):
+    """Hold the masks of one frozen weight, one per adapter.
+
+    A mask is one bit a weight: `adaprune_mask[adapter]`, a `uint8` buffer of shape `(ceil(weights / 8),)`, is what is
+    saved and loaded; one that was saved in less is decoded to that as soon as it is loaded (`packed`).
+    `adaprune_scores[adapter]`, real and of the weight's shape, exists only while an adapter is trained. Where whole
+    groups of inputs are masked, both have one entry a group (`Groups`). What `forward` computes depends on the mask
+    alone: scores only receive a gradient, and `Pruner` turns them into the next mask.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("adaprune_scores",)
+    other_param_names: tuple[str, ...] = ("adaprune_mask", "adaprune_growth", "_unpacked", "_configs", "_groups")
+    # Which dimension of the weight the inputs run along, if the inputs are real.
+    input_dim: int | None = None
+
+    if TYPE_CHECKING:
+        bias: torch.Tensor | None
+
+        def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None: ...
+        def _cast_input_dtype(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
+        def _get_embed_scale(self) -> torch.Tensor | None: ...
+
+        active_adapters: list[str]
+        disable_adapters: bool
+        merged: bool
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: AdaPruneConfig,
+        groups: Groups | None = None,
+        mask_bytes: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adaprune_scores = nn.ParameterDict()
+        self.adaprune_mask = BufferDict(persistent=True)
+        # The masks of adapters in training, unpacked: newer than the buffer, which is only packed to be saved.
+        self._unpacked: dict[str, torch.Tensor] = {}
+        self._configs: dict[str, AdaPruneConfig] = {}
+        self._groups: dict[str, Groups] = {}
+        # By how much scores have grown (`grow_scores`): a number, saved with them.
+        self.adaprune_growth = BufferDict(persistent=True)
+        self._built: BuiltWeight | None = None
+        self._removed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        self.in_features, self.out_features = self._features(base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, groups, mask_bytes)
+        # Masks that are coded are decoded now: a compiled model could not do it.
+        self.register_load_state_dict_post_hook(decode_loaded)
+
+    @staticmethod
+    def _features(base_layer: Any) -> tuple[int, int]:
+        return base_layer.in_features, base_layer.out_features
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: AdaPruneConfig,
+        groups: Groups | None = None,
+        mask_bytes: int | None = None,
+    ) -> None:
+        """Add an adapter that keeps every weight, with scores if it is to be trained.
+
+        One whose mask is to be loaded, and takes `mask_bytes`, less than a bit a weight, has no mask until then.
+        """
+        weight = self.base_weight
+        self._configs[adapter_name] = config
+        # There may have been one of this name, in a model that has been wrapped before.
+        for former in (self._unpacked, self._groups):
+            former.pop(adapter_name, None)
+        self._built = None
+        if groups is not None:
+            self._groups[adapter_name] = groups
+        num_entries = self._entries(adapter_name).numel()
+        packed = packed_ones(num_entries) if mask_bytes is None else torch.zeros(mask_bytes, dtype=torch.uint8)
+        self.adaprune_mask[adapter_name] = packed.to(weight.device)
+        if not config.inference_mode:
+            self.adaprune_scores[adapter_name] = nn.Parameter(initial_scores(self.magnitudes(adapter_name), config))
+            self.adaprune_growth[adapter_name] = torch.ones((), device=weight.device)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def get_base_layer(self) -> Any:
+        """Return the masked layer, without the failing attribute look-up that PEFT's costs each forward pass."""
+        base: Any = self._modules["base_layer"]
+        return super().get_base_layer() if "base_layer" in base._modules else base
+
+    @property
+    def base_weight(self) -> torch.Tensor:
+        """The base layer's own weight."""
+        weight: torch.Tensor = self.get_base_layer().weight
+        return weight
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The masked weight, for a model that multiplies by it without a call of the layer.
+
+        Of an embedding it is the base's own, which other layers may share.
+        """
+        return self.base_weight if self.input_dim is None else self.effective_weight()
+
+    def mask(self, adapter_name: str) -> torch.Tensor:
+        """Return the adapter's mask: boolean, of the weight's shape, True = kept."""
+        return self.spread(adapter_name, self.entries(adapter_name))
+
+    def entries(self, adapter_name: str) -> torch.Tensor:
+        """Return the adapter's mask as it is scored: one entry a group where groups are masked, else one a weight."""
+        if adapter_name in self._unpacked:
+            return self._unpacked[adapter_name].to(self.base_weight.device)
+        return unpack_mask(self.packed(adapter_name), self._entries(adapter_name))
+
+    def packed(self, adapter_name: str) -> torch.Tensor:
+        """Return the adapter's mask as packed bits. What was loaded in less is decoded now, and stays so.
+
+        Raises:
+            AdapterFileError: If it was coded by other weights than this layer's.
+        """
+        stored = self.adaprune_mask[adapter_name]
+        if is_coded(stored, self._entries(adapter_name).numel()):
+            self.adaprune_mask[adapter_name] = stored = self.decode(adapter_name, stored)
+        return stored
+
+    def decode(self, adapter_name: str, stored: torch.Tensor) -> torch.Tensor:
+        """Return a mask of this layer as packed bits, from how it is stored."""
+        if not is_coded(stored, self._entries(adapter_name).numel()):
+            return stored
+        with torch.inference_mode(False), torch.no_grad():
+            return decode_mask(stored, whole(self._unmerged_weight()), self.input_dim)
+
+    def encode(self, adapter_name: str, packed: torch.Tensor) -> torch.Tensor:
+        """Return a mask of this layer as it is stored in the fewest bytes, from packed bits."""
+        weight = self._unmerged_weight()
+        if self.groups(adapter_name) is not None or weight.is_meta or is_sharded([weight]):
+            return packed
+        return encode_mask(unpack_mask(packed, weight.shape), weight, self.input_dim)
+
+    def takes(self, adapter_name: str, stored: torch.Tensor) -> bool:
+        """Return whether a tensor has the dtype and a shape that the adapter's mask may be stored in."""
+        size = packed_size(self._entries(adapter_name).numel())
+        shorter = self._configs[adapter_name].mask_codec == SHORTEST and stored.numel() < size
+        return stored.dtype == torch.uint8 and stored.dim() == 1 and (stored.numel() == size or shorter)
+
+    def _unmerged_weight(self) -> torch.Tensor:
+        weight = self.base_weight.detach()
+        if self._removed:
+            weight = weight.clone()
+            for pruned, values in reversed(self._removed.values()):
+                weight[pruned] = values
+        return weight
+
+    def groups(self, adapter_name: str) -> Groups | None:
+        """Return the groups that the adapter masks as a whole, or `None` where it masks single weights."""
+        return self._groups.get(adapter_name)
+
+    def magnitudes(self, adapter_name: str) -> torch.Tensor:
+        """Return what is known of each entry of the mask beforehand: the weight, or the sum of |w| over the group."""
+        groups = self.groups(adapter_name)
+        return whole(self.base_weight.detach()) if groups is None else groups.magnitudes()
+
+    def _entries(self, adapter_name: str) -> torch.Size:
+        groups = self.groups(adapter_name)
+        return self.base_weight.shape if groups is None else groups.shape
+
+    def spread(self, adapter_name: str, values: torch.Tensor) -> torch.Tensor:
+        """Return one value a weight, of the weight's shape, from one value an entry of the adapter's mask."""
+        groups = self.groups(adapter_name)
+        return values if groups is None else groups.spread(values)
+
+    def config(self, adapter_name: str) -> AdaPruneConfig:
+        """Return the adapter's configuration."""
+        return self._configs[adapter_name]
+
+    def set_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
+        """Replace the mask of an adapter in training, as it is scored (see `entries`)."""
+        self._unpacked[adapter_name], self._built = mask, None
+
+    def count(self, adapter_name: str) -> tuple[int, int]:
+        """Return how many weights the adapter's mask prunes, and how many it decides on, in other layers too."""
+        mask, groups = self.entries(adapter_name), self.groups(adapter_name)
+        size = 1 if groups is None else groups.size
+        return (mask.numel() - int(mask.count_nonzero())) * size, mask.numel() * size
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Zero the pruned weights in the base layer; what was there is kept for `unmerge`."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.adaprune_mask:
+                continue
+            weight, pruned = self.base_weight.data, ~self.mask(name)
+            if safe_merge and not torch.isfinite(weight).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            self._removed[name] = pruned, weight[pruned]
+            weight[pruned] = 0
+            self.merged_adapters.append(name)
+        self._built = None
+
+    def unmerge(self) -> None:
+        """Put back what `merge` zeroed, to the last bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            pruned, values = self._removed.pop(self.merged_adapters.pop())
+            weight = self.base_weight.data
+            weight[pruned.to(weight.device)] = values.to(weight)  # the model may have been moved or cast since
+
+    def effective_weight(self) -> torch.Tensor:
+        """Return the weight times the product of the active masks.
+
+        With gradients enabled and an active adapter in training the result carries the gradient to its scores.
+        Otherwise it is built once and reused until a mask or the weight changes.
+        """
+        if self.merged and self.disable_adapters:
+            self.unmerge()
+        weight = self.base_weight
+        if self.merged or self.disable_adapters:
+            return weight
+        names = self._active_masks()
+        if torch.is_grad_enabled() and (weight.requires_grad or any(self.is_trained(name) for name in names)):
+            self._built = None
+            return trained_weight(self, weight, names)
+        if not names:
+            return weight
+        # A compiled model cannot tell what was built from what would be: it unpacks its masks in each pass.
+        if torch.compiler.is_compiling():
+            return self._masked(weight, names)
+        if self._built is None or not self._built.holds(self):
+            self._built = self._build_weight(weight, names)
+        return self._built.product
+
+    def trained_mask(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return scores and mask, of the weight's shape, if one mask is being trained straight-through."""
+        if not torch.is_grad_enabled() or self.merged_adapters or self._disable_adapters:
+            return None
+        names = self._active_masks()
+        if len(names) != 1 or not self.is_trained(names[0]) or self.base_weight.requires_grad:
+            return None
+        if self._configs[names[0]].estimator != "straight_through":
+            return None
+        self._built = None
+        return self.spread(names[0], self.adaprune_scores[names[0]]), self.mask(names[0])
+
+    def is_trained(self, adapter_name: str) -> bool:
+        """Return whether the adapter has scores here that receive a gradient."""
+        return adapter_name in self.adaprune_scores and self.adaprune_scores[adapter_name].requires_grad
+
+    def _active_masks(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.adaprune_mask]
+
+    def _masked(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
+        for name in names:
+            weight = apply_mask(weight, self.mask(name))
+        return weight
+
+    def _build_weight(self, weight: torch.Tensor, names: list[str]) -> BuiltWeight:
+        # Built outside of inference mode, so that it may take part in a later backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            product = self._masked(weight.detach(), names)
+        masks = {name: self.adaprune_mask[name] for name in names}
+        return BuiltWeight(product, weight, self._active_adapter, masks)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._built = None
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.adaprune_mask.keys())
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Only moved, never cast: scores in half precision would stand still under small steps.
+        device = device or self.base_weight.device
+        if adapter_name in self.adaprune_mask and device.type != "meta":
+            self.adaprune_mask[adapter_name] = self.adaprune_mask[adapter_name].to(device)
+        if adapter_name not in self.adaprune_scores or device.type == "meta":
+            return
+        if self.adaprune_scores[adapter_name].is_meta:
+            # The mask has just been loaded, under `low_cpu_mem_usage`: an optimizer needs real scores.
+            remake_scores(self, adapter_name)
+        else:
+            self.adaprune_scores[adapter_name].data = self.adaprune_scores[adapter_name].data.to(device)
+            self.adaprune_growth[adapter_name] = self.adaprune_growth[adapter_name].to(device)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, mask in self._unpacked.items():
+            self.adaprune_mask[name] = pack_mask(mask)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self.adaprune_mask:
+            stored = state_dict.get(f"{prefix}adaprune_mask.{name}")
+            if stored is None:
+                continue
+            if stored.shape != self.adaprune_mask[name].shape and self.takes(name, stored):
+                # The same masks may be stored in more bytes or in less.
+                self.adaprune_mask[name] = torch.empty_like(stored, device=self.adaprune_mask[name].device)
+            self._unpacked.pop(name, None)
+            self._built = None
+            self._configs[name].is_filled = True
+            scores_key = f"{prefix}adaprune_scores.{name}"
+            if scores_key in state_dict:
+                # A state of training: no longer what was saved.
+                self._configs[name].adapter_fingerprint = None
+            elif name in self.adaprune_scores:
+                # An adapter's file has no scores; those at hand stay until a `Pruner` is made.
+                state_dict[scores_key] = self.adaprune_scores[name]
+                state_dict[f"{prefix}adaprune_growth.{name}"] = self.adaprune_growth[name]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def decode_loaded(layer: Any, incompatible_keys: Any = None) -> None:
+    """Decode the masks of a layer that have been loaded in less than packed bits, if there are weights to do it by."""
+    for name, stored in layer.adaprune_mask.items():
+        if not (stored.is_meta or layer.base_weight.is_meta):
+            layer.packed(name)

@@ -1,0 +1,104 @@
+"""The layers that can be masked, each kind with its forward pass."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..config import AdaPruneConfig
+from .binarize import masked_linear
+from .built_weight import BuiltWeight
+from .groups import Groups
+from .layer import AdaPruneLayer
+
+
+class Linear(AdaPruneLayer):
+    """A masked `torch.nn.Linear`."""
+
+    input_dim = 1
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            # Short, and before all else: it is most of what an adapter adds to a forward pass of a single sentence.
+            built: BuiltWeight | None = self._built
+            if built is not None and built.holds(self):
+                weight, base = built.product, self._modules["base_layer"]
+                x = x if x.dtype == weight.dtype else self._cast_input_dtype(x, weight.dtype)
+                return F.linear(x, weight, base._parameters["bias"])  # type: ignore[union-attr]
+        trained = self.trained_mask()
+        if trained is not None:
+            weight = self.base_weight
+            return masked_linear(self._cast_input_dtype(x, weight.dtype), weight, *trained, self.bias)
+        weight = self.effective_weight()
+        return F.linear(self._cast_input_dtype(x, weight.dtype), weight, self.bias)
+
+
+class Conv1DLinear(AdaPruneLayer):
+    """A masked `transformers` `Conv1D`: a linear layer whose weight is stored transposed, `(in, out)`."""
+
+    input_dim = 0
+
+    @staticmethod
+    def _features(base_layer: Any) -> tuple[int, int]:
+        return tuple(base_layer.weight.shape)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        trained = self.trained_mask()
+        if trained is not None:
+            scores, mask = trained
+            x, bias = self._cast_input_dtype(x, self.base_weight.dtype), self.get_base_layer().bias
+            return masked_linear(x, self.base_weight.t(), scores.t(), mask.t(), bias)
+        weight = self.effective_weight()
+        x = self._cast_input_dtype(x, weight.dtype)
+        output = torch.addmm(self.get_base_layer().bias, x.reshape(-1, self.in_features), weight)
+        return output.view(*x.shape[:-1], self.out_features)
+
+
+class Embedding(AdaPruneLayer):
+    """A masked `torch.nn.Embedding`."""
+
+    @staticmethod
+    def _features(base_layer: Any) -> tuple[int, int]:
+        return base_layer.num_embeddings, base_layer.embedding_dim
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        embedded = F.embedding(x, self.effective_weight(), self.get_base_layer().padding_idx)
+        scale = self._get_embed_scale()
+        return embedded if scale is None else embedded * scale.to(embedded.dtype)
+
+
+def masked_class(module: nn.Module) -> type[AdaPruneLayer] | None:
+    """Return the class of masked layer that computes what a module does, or `None` if there is none."""
+    # With a forward pass of its own, or a weight that is computed, a layer may compute anything.
+    if "forward" in vars(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return None
+    for base_cls, layer_cls in ((nn.Linear, Linear), (Conv1D, Conv1DLinear), (nn.Embedding, Embedding)):
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            return None  # a look-up changes the weight
+        scales = base_cls is nn.Embedding and hasattr(module, "embed_scale")
+        if isinstance(module, base_cls) and (type(module).forward is base_cls.forward or scales):
+            return layer_cls
+    return None
+
+
+def wrap(
+    module: nn.Module,
+    adapter_name: str,
+    config: AdaPruneConfig,
+    groups: Groups | None = None,
+    mask_bytes: int | None = None,
+) -> AdaPruneLayer | None:
+    """Return the masked layer for a module, or `None` if there is none for its type."""
+    layer_cls = masked_class(module)
+    if layer_cls is not None and (module._forward_hooks or module._forward_pre_hooks):
+        warnings.warn(
+            f"A {type(module).__name__} with hooks is being masked, and they are called no more: register them on the "
+            "masked layer, afterwards.",
+            stacklevel=2,
+        )
+    return None if layer_cls is None else layer_cls(module, adapter_name, config, groups, mask_bytes)

@@ -1,0 +1,62 @@
+"""Plain copies of a masked model: with zeros where it is pruned, or as it was."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from transformers import PreTrainedModel
+
+from ..errors import NotPrunedError
+from .masked_layers import adaprune_layers, has_masks
+from .model import AdaPruneModel
+
+
+def merged(model: Any) -> PreTrainedModel:
+    """Return what `merge_and_unload` would, and leave the model as it is.
+
+    Args:
+        model (`peft.PeftModel` or `transformers.PreTrainedModel`):
+            A model with an adapter, put on it by `peft` or by transformers itself.
+
+    Returns:
+        `transformers.PreTrainedModel`: A plain copy, in evaluation mode, with all of its parameters trainable.
+
+    Raises:
+        NotPrunedError: If the model has no AdaPrune adapter.
+        MergeError: If it has one of another method around the masks.
+    """
+    return _cleared(_tuner_of_copy(model).merge_and_unload())
+
+
+def unmasked(model: Any) -> PreTrainedModel:
+    """Return the base, with its own weights, head and labels, and leave the model as it is; see `merged`.
+
+    `unload` is not the same: it leaves the head of the active adapter.
+    """
+    tuner = _tuner_of_copy(model)
+    for _, layer in adaprune_layers(tuner):
+        if layer.merged:
+            layer.unmerge()
+    tuner._enable_adapter_layers(False)
+    for module in tuner.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module._active_adapter = []
+    return _cleared(tuner.unload())
+
+
+def _tuner_of_copy(model: Any) -> AdaPruneModel:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not has_masks(base):
+        raise NotPrunedError(f"There is no AdaPrune adapter on this {type(base).__name__}.")
+    return AdaPruneModel.around(copy.deepcopy(base))
+
+
+def _cleared(plain: Any) -> PreTrainedModel:
+    """Take off a model what transformers leaves of an adapter: a card, a flag, and how its keys are renamed."""
+    for module in plain.modules():  # of sentence-transformers' model the one inside
+        for name in ("create_or_update_model_card", "_hf_peft_config_loaded", "_weight_conversions"):
+            vars(module).pop(name, None)
+    return plain.requires_grad_().eval()

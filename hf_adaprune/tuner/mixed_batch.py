@@ -1,0 +1,145 @@
+"""One batch, many tasks: each sample is computed with its own adapter."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from ..errors import MixedBatchError
+from .active import active_head, active_only
+from .masked_layers import adaprune_layers
+
+
+BASE = "__base__"
+"""The name that stands for the base: no masks, and its own head."""
+
+
+@contextmanager
+def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+    """Compute each sample of a batch with its own adapter, for the time of a block.
+
+    The rows of each adapter are computed together, one adapter after the other, and put back in their order: the
+    result is that of running each adapter's rows by themselves. `peft_model(**batch, adapter_names=[...])` does the
+    same. The weights of one adapter at a time are built, at each forward pass.
+
+    A loss is the mean over all labels of the batch. There is no cache, so `generate` is not for mixed batches.
+
+    Args:
+        model (`torch.nn.Module`): A transformers model with AdaPrune adapters, in evaluation mode.
+        adapter_names (`Sequence[str]`): One for each sample; `"__base__"` is the base, with its own head.
+
+    Raises:
+        MixedBatchError: If a name is unknown, heads have different sizes, the model is in training mode or merged,
+            or, at the forward pass, there is not one name for each sample.
+
+    Example:
+
+        >>> with mixed_batch(model, ["sst2", "mrpc", "__base__"]):
+        ...     logits = model(**batch).logits
+    """
+    _check(model, adapter_names)
+    own = vars(model).get("forward")
+    model.forward = functools.partial(_forward, model, model.forward, list(adapter_names))
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
+
+
+def _check(model: nn.Module, adapter_names: Sequence[str]) -> None:
+    if model.training:
+        raise MixedBatchError(
+            "A mixed batch is for inference, and the model is in training mode: call `model.eval()` first."
+        )
+    layers = [layer for _, layer in adaprune_layers(model)]
+    if any(layer.merged for layer in layers):
+        raise MixedBatchError("An adapter is merged into the model's weights: call `unmerge_adapter()` first.")
+    if isinstance(adapter_names, str):
+        raise MixedBatchError(f"`adapter_names` must be a list with a name for each sample, got {adapter_names!r}.")
+    there = {name for layer in layers for name in layer.adaprune_mask}
+    unknown = sorted({str(name) for name in adapter_names} - there - {BASE})
+    if unknown:
+        raise MixedBatchError(f"The model has no adapter {unknown}, but {sorted(there)}, and {BASE!r} for the base.")
+    head = active_head(model)
+    if head is None or not head.heads:
+        return
+    configs: Any = model.peft_config
+    sizes = {name: head.num_labels(None if name == BASE else configs[name]) for name in adapter_names}
+    if len(set(sizes.values())) > 1:
+        raise MixedBatchError(
+            f"The heads of a mixed batch must have one size, got {sizes}: there is no tensor that could hold the "
+            "results. Make a batch for each size."
+        )
+
+
+def _forward(
+    model: nn.Module, forward: Callable[..., Any], adapter_names: list[str], *args: Any, **kwargs: Any
+) -> Any:
+    if kwargs.get("past_key_values") is not None:
+        raise MixedBatchError("A mixed batch has no cache, so it cannot generate: generate for each adapter apart.")
+    size = _batch_size(model, args, kwargs)
+    if len(adapter_names) != size:
+        raise MixedBatchError(
+            f"`adapter_names` must have a name for each sample, got {len(adapter_names)} names for {size} samples."
+        )
+    groups = {
+        name: torch.tensor([row for row, it in enumerate(adapter_names) if it == name])
+        for name in dict.fromkeys(adapter_names)
+    }
+    parts, weights = [], []
+    for name, rows in groups.items():
+        part_args, part_kwargs = _take((args, kwargs), rows, size)
+        with active_only(model, None if name == BASE else name):
+            parts.append(forward(*part_args, **part_kwargs))
+        weights.append(_num_scored(model, part_kwargs.get("labels"), len(rows)))
+    order = torch.cat(list(groups.values())).argsort()
+    return _put_together(parts, weights, order)
+
+
+def _batch_size(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    main = [kwargs.get(name) for name in (getattr(model, "main_input_name", "input_ids"), "inputs_embeds")]
+    inputs = [value for value in (*main, *args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim()]
+    return len(inputs[0]) if inputs else 0
+
+
+def _take(value: Any, rows: torch.Tensor, size: int) -> Any:
+    """Return the given rows of every tensor that has one for each sample."""
+    if isinstance(value, torch.Tensor):
+        return value[rows.to(value.device)] if value.dim() and len(value) == size else value
+    if isinstance(value, dict):
+        return {key: _take(item, rows, size) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_take(item, rows, size) for item in value)
+    return value
+
+
+def _put_together(parts: list[Any], weights: list[int], order: torch.Tensor) -> Any:
+    first = parts[0]
+    if isinstance(first, torch.Tensor) and not first.dim():
+        scored = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
+        return sum(part * weight for part, weight in scored) / max(sum(weights), 1)
+    if isinstance(first, torch.Tensor):
+        return torch.cat(parts)[order.to(first.device)]
+    if isinstance(first, dict):
+        return type(first)(**{key: _put_together([part[key] for part in parts], weights, order) for key in first})
+    if isinstance(first, (list, tuple)):
+        return type(first)(_put_together(list(items), weights, order) for items in zip(*parts, strict=True))
+    return None if isinstance(first, Cache) else first
+
+
+def _num_scored(model: nn.Module, labels: torch.Tensor | None, num_samples: int) -> int:
+    """Return of how many labels a part's loss is the mean."""
+    if labels is None:
+        return num_samples
+    if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        labels = labels[..., 1:]  # each token predicts the next
+    return labels.numel() if labels.is_floating_point() else int((labels != -100).sum())

@@ -1,0 +1,292 @@
+"""The tuner: puts masks on a model, takes them off, and says what of them is stored."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import AdaPruneConfig
+from ..errors import ConfigError, MergeError, NoMatchingModuleError
+from ..hub.publish import push_with_card
+from ..storage.adapter_state import check_loaded, head_shapes, masks_to_store
+from ..storage.checks import CheckOnce, check_base, run_checks, vocabulary_size
+from ..storage.fingerprint import fingerprints_are_checked
+from ..storage.model_files import forget_check, load_checked, save_weights_first
+from ..training.dropout import restore_dropout
+from ..training.selection import check_reachable
+from ..training.unattended import stop_watching, watch
+from .active import SWITCHES, ActiveHead, active_head, attach, check_one_head, detached_labels
+from .combine import combine_adapters
+from .groups import Groups
+from .head import check_architecture, check_modules_to_save, fitting_head, plan_head
+from .layer import AdaPruneLayer
+from .layer_average import refuse_to_save
+from .maskable import wrap
+from .masked_layers import adaprune_layers, foreign_layers
+from .mixed_batch import mixed_batch
+from .structure import check_patterns, plan_units
+from .targets import check_targets, linear_endings, no_match, resolve_targets, unmaskable
+
+
+# What a model with masks has functions of its own for.
+_OVERRIDES = ("save_pretrained", "set_adapter", *SWITCHES, "_load_pretrained_model", "_upload_modified_files")
+
+
+class AdaPruneModel(BaseTuner):
+    """Adapt a frozen model by masks over its weights (arXiv 2105.03343). Made by `peft.get_peft_model`."""
+
+    prefix = "adaprune_"
+    tuner_layer_cls = AdaPruneLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    @classmethod
+    def around(cls, model: nn.Module) -> AdaPruneModel:
+        """Take hold of a model that has adapters in it already, put there by transformers, say."""
+        tuner = cls.__new__(cls)
+        nn.Module.__init__(tuner)
+        tuner.model = model
+        return tuner
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Put an adapter on the model: PEFT's own injection, on a checked configuration and a checked base."""
+        # What is written into it is of this adapter alone: the caller's own may be used again.
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        config.is_filled, config.vocab_size = False, vocabulary_size(model)
+        try:
+            self._inject(model, adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            if "peft_config" not in vars(model):
+                vars(model).pop("_hf_peft_config_loaded", None)  # transformers has set it: it may be tried again
+            raise
+
+    def _inject(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        config: AdaPruneConfig,
+        autocast_adapter_dtype: bool,
+        low_cpu_mem_usage: bool,
+        state_dict: dict[str, torch.Tensor] | None,
+    ) -> None:
+        # All checks come before the first change to the model.
+        if not adapter_name or "." in adapter_name:
+            raise ConfigError(f"An adapter's name must not be empty or contain a dot, got {adapter_name!r}.")
+        if any(layer.merged for _, layer in adaprune_layers(model)):
+            raise MergeError(
+                f"The masks of an adapter are merged into the base, which {adapter_name!r} must be put on as it is: "
+                "call `unmerge_adapter()` first."
+            )
+        check_architecture(model, config)
+        plan_head(model, config)
+        check_modules_to_save(model, config)
+        check_base(model, adapter_name, config)
+        if config.num_parameters is None:
+            config.num_parameters = _count_parameters(model)
+        if state_dict is not None:
+            config.target_modules = {key.rpartition(f".{self.prefix}")[0] for key in state_dict if self.prefix in key}
+        self._plan(model, config)
+        targets = config.target_modules
+        keeper = (active_head(model) or ActiveHead(model)) if isinstance(model, PreTrainedModel) else None
+        num_labels = None if keeper is None else keeper.base_num_labels
+        try:
+            with fitting_head(model, config, num_labels), detached_labels(keeper):
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except NoMatchingPeftModuleError as error:
+            message = no_match(config.target_modules, linear_endings(model))
+            raise NoMatchingModuleError(f"{message} ({error})") from None
+        # PEFT shortens long lists, and a bare `embed_tokens` means "save the embeddings whole" to it.
+        config.target_modules = targets
+        if isinstance(model, PreTrainedModel) and keeper is not None:
+            attach(model, keeper, self.peft_config, _take_off)
+            model.save_pretrained = functools.partial(save_weights_first, model)
+            vars(model).pop("push_to_hub", None)  # of a model that was made smaller, with its card
+            if config.is_stored:
+                shapes = head_shapes(model, adapter_name)
+                model._load_pretrained_model = functools.partial(load_checked, config, shapes)
+        if not config.inference_mode:
+            watch(model, adapter_name)
+        if config.is_stored and fingerprints_are_checked():
+            check = CheckOnce(adapter_name, config)
+            check.handle = model.register_forward_pre_hook(check)
+
+    def _plan(self, model: nn.Module, config: AdaPruneConfig) -> None:
+        """Write into the configuration which modules have masks, and find the groups that these are of."""
+        everywhere = config.target_modules in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND)
+        resolve_targets(model, config)
+        units = plan_units(model, config, everywhere)
+        self._groups = {name: Groups.of(unit, model) for name, unit in units.items()}
+        if not config.inference_mode:
+            check_reachable(self._groups, config)
+        check_patterns(model, config)
+        check_targets(model, config)
+
+    def _create_and_replace(
+        self,
+        peft_config: AdaPruneConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        groups, mask_bytes = self._groups.get(current_key), (peft_config.mask_bytes or {}).get(current_key)
+        if isinstance(target, AdaPruneLayer):
+            target.update_layer(adapter_name, peft_config, groups, mask_bytes)
+            return
+        layer = wrap(target, adapter_name, peft_config, groups, mask_bytes)
+        if layer is None:
+            raise unmaskable(current_key, target)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        layer._disable_adapters = any(other.disable_adapters for _, other in islice(adaprune_layers(self.model), 1))
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            # PEFT would hand over `weight` and `bias`, which a head of several layers does not have.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Have one adapter active, with its head and its labels; or several, whose masks multiply."""
+        if keeper := active_head(self.model):
+            check_one_head(keeper.heads, adapter_name)
+        super().set_adapter(adapter_name, inference_mode)
+        self._follow()
+
+    def combine_adapters(
+        self, adapter_names: Sequence[str], how: str, new_name: str, *, head: str | None = None
+    ) -> None:
+        """Make a new adapter of the masks of several: see `hf_adaprune.combine_adapters`."""
+        combine_adapters(self, adapter_names, how, new_name, head=head)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        with nullcontext() if names is None else mixed_batch(self.model, names):
+            yield
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._follow()
+
+    def _follow(self) -> None:
+        if keeper := active_head(self.model):
+            keeper(self.model)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, from layers too whose names contain PEFT's prefix for this method."""
+        super().delete_adapter(adapter_name)
+        for _, layer in adaprune_layers(self.model, adapter_name):
+            layer.delete_adapter(adapter_name)
+        if names := [name for name in self.active_adapters if name in self.peft_config]:
+            # Each layer has chosen another by itself.
+            self.set_adapter(names, all(self.peft_config[name].inference_mode for name in names))
+        self._follow()
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if foreign_layers(self.model):
+            raise MergeError(
+                "There are, or were, layers of another method around the masked ones, which cannot be merged or taken "
+                "off alone: open the adapter with masks on its base anew, without the other."
+            )
+        if merge:
+            run_checks(self.model)
+            self._enable_adapter_layers()  # weights, head and labels are of one adapter, or of none
+            if kwargs.get("adapter_names"):
+                # With the masks go their head and labels.
+                self.set_adapter(kwargs["adapter_names"])
+            self._check_merge_allowed()  # before anything is zeroed
+            self._zero_producers(kwargs.get("adapter_names"))
+        for hook in list(self.model._forward_pre_hooks.values()):
+            if isinstance(hook, (ActiveHead, CheckOnce)):
+                hook.handle.remove()
+        stop_watching(self.model)
+        plain = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        restore_dropout(plain)
+        for module in plain.modules():
+            for name in _OVERRIDES if isinstance(module, PreTrainedModel) else ():
+                vars(module).pop(name, None)
+        refuse_to_save(plain)
+        return plain
+
+    def _zero_producers(self, adapter_names: list[str] | None) -> None:
+        for _, layer in adaprune_layers(self.model):
+            for name in {*(adapter_names or layer.active_adapters), *layer.merged_adapters}:
+                groups = layer.groups(name)
+                if groups is not None:
+                    groups.zero_producers(layer.entries(name))
+
+    def _check_merge_allowed(self) -> None:
+        for name, layer in adaprune_layers(self.model):
+            if not {*layer.merged_adapters, *layer.active_adapters} & {*layer.adaprune_mask}:
+                continue  # its weight stays as it is
+            shared = [
+                key
+                for key, parameter in self.model.named_parameters(remove_duplicate=False)
+                if parameter is layer.base_weight and not key.startswith(f"{name}.")
+            ]
+            if shared:
+                raise MergeError(
+                    f"{name!r} shares its weight with {shared}, under another mask or none: merging prunes both. "
+                    "Load the base with `tie_word_embeddings=False` and copy the weight, or leave the masks unmerged."
+                )
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: AdaPruneConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        push_with_card(model)
+        return masks_to_store(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: AdaPruneConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        forget_check(model)  # PEFT has loaded the file by itself
+        if config.is_filled and config.inference_mode:
+            # In training the same is what loads the best checkpoint.
+            raise ConfigError(
+                f"There is an adapter {adapter_name!r} on the model already. Load this one under another name, or "
+                f"call `delete_adapter({adapter_name!r})` first."
+            )
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return check_loaded(model, config, adapter_name, remapped)
+
+
+def _take_off(model: PreTrainedModel) -> None:
+    """Put back the layers of a model whose last adapter was deleted: it is saved as what it was before the first."""
+    if not foreign_layers(model):
+        AdaPruneModel.around(model).unload()
+
+
+def _count_parameters(model: nn.Module) -> int:
+    added = {"adaprune_scores", "modules_to_save"}
+    return sum(p.numel() for name, p in model.named_parameters() if not added & set(name.split(".")))

@@ -1,0 +1,286 @@
+"""Where a model's neurons and attention heads are: found in the shapes of its linear layers, proven by one pass."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..config import AdaPruneConfig
+from ..deploy.example_inputs import dummy_inputs, tensor_sharing_copy
+from ..errors import NoMatchingModuleError, StructureError
+from .head import body_name
+from .targets import maskable
+
+
+# How many linear layers produce a hidden vector, how many times as wide as it they are together, and what that makes:
+# query, key and value, in three layers or in one; a gate and what it gates, in two or in one; a plain feed-forward.
+_PATTERNS = {(3, 3): "head", (1, 3): "head", (2, 2): "neuron", (1, 2): "neuron", (1, 1): "neuron"}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One feed-forward or attention block: the linear layers that produce a hidden vector, and the one that reads it.
+
+    A group is a stretch of the vector: one entry (a neuron), or those of an attention head. To it belong the columns
+    of the consumer that read it, and the rows of the producers that make it; where the former are zero the latter
+    have no effect.
+
+    Args:
+        kind (`str`): What a group is, `"neuron"` or `"head"`.
+        consumer (`str`): Name of the layer that reads the vector.
+        producers (`tuple[str, ...]`): Names of the layers that produce it.
+        num_groups (`int`): How many groups there are.
+        width (`int`): How many entries of the vector a group has.
+    """
+
+    kind: str
+    consumer: str
+    producers: tuple[str, ...]
+    num_groups: int
+    width: int
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The names of all linear layers of the block."""
+        return (*self.producers, self.consumer)
+
+
+def plan_units(model: Any, config: AdaPruneConfig, everywhere: bool) -> dict[str, Unit]:
+    """Find what an adapter of structured granularity masks, and name its layers in the configuration.
+
+    Args:
+        model (`torch.nn.Module`): The model; not changed.
+        config (`AdaPruneConfig`): The adapter's configuration; `target_modules` becomes the names of the consumers.
+        everywhere (`bool`): Whether every layer of the model is to have what the granularity names.
+
+    Returns:
+        `dict[str, Unit]`: The blocks by the names of their consumers; empty where each weight has a score of its own.
+
+    Raises:
+        StructureError: If the model is not built so that its neurons or heads can be told apart.
+        NoMatchingModuleError: If `target_modules` names no layer of any.
+    """
+    if not config.group_kinds:
+        return {}
+    by_layer = find_units(model, config.group_kinds)
+    units = [unit for found in by_layer.values() for unit in found]
+    if not config.is_stored and not any(parameter.is_meta for parameter in model.parameters()):
+        units = verified(model, units)
+    for layer, found in by_layer.items():
+        missing = set(config.group_kinds) - {unit.kind for unit in found if unit in units}
+        if missing and everywhere:
+            raise StructureError(_not_found(model, layer, config, missing))
+    chosen = [unit for unit in units if _is_chosen(unit, config)]
+    if not chosen:
+        endings = sorted({name.rpartition(".")[2] for unit in units for name in unit.modules})
+        raise NoMatchingModuleError(
+            f"`granularity={config.granularity!r}` needs `target_modules` (got {config.target_modules!r}) to name a "
+            f"layer of a block that it masks, and `exclude_modules` none: {endings}."
+        )
+    config.target_modules = {unit.consumer for unit in chosen}
+    return {unit.consumer: unit for unit in chosen}
+
+
+def stored_units(model: Any, config: AdaPruneConfig) -> dict[str, Unit]:
+    """Return the blocks whose groups a stored adapter masks, by the names of their consumers."""
+    if not config.group_counts:
+        return {}
+    units = [unit for found in find_units(model, config.group_kinds).values() for unit in found]
+    return {unit.consumer: unit for unit in units if unit.consumer in config.group_counts}
+
+
+def check_patterns(model: nn.Module, config: AdaPruneConfig) -> None:
+    """Raise if an n:m mask does not fit the inputs of a layer that it is for.
+
+    Raises:
+        StructureError: If the inputs of a layer are no multiple of m, or it has no real inputs.
+    """
+    if config.n_of_m is None:
+        return
+    chosen = {name: module for name, module in model.named_modules() if check_target_module_exists(config, name)}
+    offenders = {name: features(module)[0] for name, module in maskable(model) if name in chosen}
+    offenders = {name: inputs for name, inputs in offenders.items() if inputs % config.n_of_m[1]}
+    embeddings = [
+        name for name, module in chosen.items() if isinstance(getattr(module, "base_layer", module), nn.Embedding)
+    ]
+    if offenders or embeddings:
+        raise StructureError(
+            f"`granularity={config.granularity!r}` needs layers whose inputs are a multiple of {config.n_of_m[1]}; "
+            f"these have as many: {offenders}; these are embeddings: {embeddings}. List them in `exclude_modules`."
+        )
+
+
+def features(module: Any) -> tuple[int, int]:
+    """Return how wide the inputs and the outputs of a linear layer are."""
+    return tuple(module.weight.shape) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+
+
+def find_units(model: Any, kinds: Collection[str]) -> dict[str, list[Unit]]:
+    """Return the blocks that a model has by the shapes of its layers, by the name of the numbered layer they are in.
+
+    Args:
+        model (`torch.nn.Module`): The model, with adapters or without; not changed.
+        kinds (`Collection[str]`): What groups to look for: `"neuron"`, `"head"`, or both.
+
+    Raises:
+        StructureError: If it has no numbered layers, or does not tell how many heads it has.
+    """
+    layers: dict[str, list[tuple[str, tuple[int, int]]]] = defaultdict(list)
+    for name, module in maskable(model):
+        numbered = re.match(r"(.*\.\d+)\.", name)
+        if numbered and name.startswith(body_name(model)):
+            layers[numbered[1]].append((name, features(module)))
+    if not layers:
+        raise StructureError(
+            f"{' and '.join(f'{kind}s' for kind in kinds).capitalize()} are looked for in a transformer; "
+            f"{type(model).__name__} has no numbered layers."
+        )
+    num_heads = _heads_by_name(model) if "head" in kinds else lambda attention: 1
+    return {
+        layer: [unit for unit in _blocks(linears, num_heads) if unit.kind in kinds]
+        for layer, linears in layers.items()
+    }
+
+
+def _heads_by_name(model: Any) -> Callable[[str], int]:
+    """Return what tells how many heads an attention module has: all as many, but where `compact` has taken some."""
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    num_heads = getattr(text_config, "num_attention_heads", None)
+    if not isinstance(num_heads, int):
+        raise StructureError(
+            f"The configuration of {type(model).__name__} has no `num_attention_heads`: its heads cannot be told "
+            'apart. Use `granularity="neuron"`.'
+        )
+    left = {
+        f"{body_name(model)}{name}": len(head["kept"]) for name, head in getattr(config, "compact_heads", {}).items()
+    }
+    return lambda attention: left.get(attention, num_heads)
+
+
+def _blocks(linears: list[tuple[str, tuple[int, int]]], num_heads: Callable[[str], int]) -> Iterator[Unit]:
+    """Take the linear layers of one transformer layer, in order, apart into blocks."""
+    position = 0
+    while position < len(linears):
+        for num_producers in (3, 2, 1):
+            unit = _block(linears[position : position + num_producers + 1], num_producers, num_heads)
+            if unit is not None:
+                yield unit
+                position += num_producers
+                break
+        position += 1
+
+
+def _block(
+    linears: list[tuple[str, tuple[int, int]]], num_producers: int, num_heads: Callable[[str], int]
+) -> Unit | None:
+    if len(linears) != num_producers + 1:
+        return None
+    *producers, (consumer, (hidden, outputs)) = linears
+    shapes = {shape for _, shape in producers}
+    inputs, produced = producers[0][1]
+    kind = _PATTERNS.get((num_producers, num_producers * produced // hidden))
+    if len(shapes) != 1 or inputs != outputs or num_producers * produced % hidden or kind is None:
+        return None
+    num_groups = hidden if kind == "neuron" else num_heads(producers[0][0].rpartition(".")[0])
+    if hidden % num_groups:
+        return None
+    return Unit(kind, consumer, tuple(name for name, _ in producers), num_groups, hidden // num_groups)
+
+
+def _is_chosen(unit: Unit, config: AdaPruneConfig) -> bool:
+    """Return whether a module of the block is targeted, and none is excluded."""
+    all_named = copy.copy(config)
+    all_named.target_modules = set(unit.modules)
+    return any(check_target_module_exists(config, name) for name in unit.modules) and all(
+        check_target_module_exists(all_named, name) for name in unit.modules
+    )
+
+
+def _not_found(model: Any, layer: str, config: AdaPruneConfig, missing: set[str]) -> str:
+    linears = {
+        name.removeprefix(f"{layer}."): "{} -> {}".format(*features(module))
+        for name, module in maskable(model)
+        if name.startswith(f"{layer}.")
+    }
+    return (
+        f"`granularity={config.granularity!r}`: no {' and no '.join(sorted(missing))}s were found in {layer!r} of "
+        f"{type(model).__name__}, whose linear layers are {linears}. Heads need a query, a key and a value (or the "
+        "three in one, in this order) as wide as the input of the layer that follows; neurons need one layer, or a "
+        "gated pair, as wide as the input of the one that follows; and each must be made by rows of its own. Name the "
+        'layers that have them in `target_modules`, or use another granularity ("weight" works everywhere).'
+    )
+
+
+def verified(model: Any, units: list[Unit]) -> list[Unit]:
+    """Return the blocks that are what their shapes say, by the gradients of one forward pass.
+
+    Every second group of a consumer's inputs is looked at: its gradient must reach the outputs of the producers, and
+    of these no entry but those of the same groups. Between blocks no gradient flows.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise StructureError(
+            f"Neurons and heads are looked for in a transformers model, got a {type(model).__name__}. Use "
+            '`granularity="weight"`.'
+        )
+    if model.main_input_name != "input_ids":
+        raise StructureError(
+            "Neurons and heads are found by a forward pass over tokens, and what "
+            f'{type(model).__name__} takes is `{model.main_input_name}`. Use `granularity="weight"`.'
+        )
+    produced: dict[str, list[torch.Tensor]] = defaultdict(list)
+    read: list[torch.Tensor] = []
+    tried = tensor_sharing_copy(model)
+    _watch(tried, units, produced, read)
+    with torch.enable_grad():
+        tried.base_model(**dummy_inputs(model))
+        outputs = [output for unit in units for name in unit.producers for output in produced[name]]
+        total = sum(read, torch.zeros((), requires_grad=True))
+        found = iter(torch.autograd.grad(total, outputs, allow_unused=True) if outputs else ())
+    verified = []
+    for unit in units:
+        by_output = [next(found) for name in unit.producers for _ in produced[name]]
+        shape = (-1, unit.num_groups, unit.width)
+        reached = [gradient.unflatten(-1, shape) for gradient in by_output if gradient is not None]
+        inside = any(gradient[..., ::2, :].any() for gradient in reached)
+        outside = any(gradient[..., 1::2, :].any() for gradient in reached)
+        if len(reached) == len(by_output) and inside and not outside:
+            verified.append(unit)
+    return verified
+
+
+def _watch(
+    model: nn.Module, units: list[Unit], produced: dict[str, list[torch.Tensor]], read: list[torch.Tensor]
+) -> None:
+    def cut(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            produced[name].append(output.detach().requires_grad_())
+            return produced[name][-1].clone()  # a model may change it in place
+
+        return hook
+
+    def look(unit: Unit) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            groups = args[0].unflatten(-1, (unit.num_groups, unit.width))[..., ::2, :]
+            # Weights that differ: a softmax passes the plain sum of its outputs no gradient.
+            weights = torch.arange(1, groups.numel() + 1, device=groups.device).cos()
+            read.append((groups.reshape(-1).float() * weights).sum().cpu())
+
+        return hook
+
+    for unit in units:
+        for name in unit.producers:
+            model.get_submodule(name).register_forward_hook(cut(name))
+        consumer = model.get_submodule(unit.consumer)
+        consumer.register_forward_pre_hook(look(unit))
+        consumer.register_forward_hook(lambda module, args, output: output.detach())

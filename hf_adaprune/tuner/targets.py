@@ -1,0 +1,164 @@
+"""Which modules of a model are masked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from difflib import get_close_matches
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import nn
+
+from ..config import AdaPruneConfig
+from ..errors import ConfigError, NoMatchingModuleError
+from .head import PEFT_HEADS, body_name, head_modules, output_embeddings
+from .layer import AdaPruneLayer
+from .maskable import Conv1DLinear, Linear, masked_class
+
+
+def resolve_targets(model: Any, config: AdaPruneConfig) -> None:
+    """Write into the configuration the full names of the modules to mask, where the user left that open.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        config (`AdaPruneConfig`): The configuration; `target_modules` is changed in place.
+
+    Raises:
+        NoMatchingModuleError: If nothing is to be masked, or one of the names in `target_modules`, `exclude_modules`
+            or `modules_to_save` matches no module.
+    """
+    _check_names(model, "exclude_modules", config.exclude_modules)
+    _check_names(model, "modules_to_save", set(config.modules_to_save or ()) - PEFT_HEADS)
+    names = config.target_modules
+    if names is None or (isinstance(names, str) and names.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND):
+        trained = [*(config.modules_to_save or []), *head_modules(model)]
+        found = {name for name, module in maskable(model) if not _is_under(name, trained)}
+        names = {name for name in found if name.startswith(body_name(model))} - _headless_pooler(model)
+    if config.mask_embeddings:
+        embeddings = _input_embeddings(model)
+        names = names | {embeddings} if isinstance(names, set) else f"(?:{names})|{re.escape(embeddings)}"
+    if isinstance(names, set):
+        unmatched = _unmatched(names, [name for name, _ in model.named_modules()])
+        if unmatched or config.target_modules == set():
+            raise NoMatchingModuleError(no_match(unmatched, linear_endings(model)))
+        if not names:
+            raise NoMatchingModuleError(
+                f"{type(model).__name__} has no linear layer in its body, and nothing else is masked unless it is "
+                "named in `target_modules`: `torch.nn.Linear`, `torch.nn.Embedding` and transformers' `Conv1D` can be."
+            )
+    config.target_modules = names
+
+
+def _input_embeddings(model: Any) -> str:
+    """Return the name of the one module that looks up every token."""
+    try:
+        found = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        found = None
+    plain = getattr(found, "base_layer", found)
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    sharing = [name for name, table in tables.items() if plain is not None and table.weight is plain.weight]
+    if len(sharing) != 1:
+        raise NoMatchingModuleError(
+            f"`mask_embeddings=True` needs a model whose input embeddings are one module, {type(model).__name__} has "
+            f"{sharing or 'none'}. Name in `target_modules` what is to be masked instead."
+        )
+    return sharing[0].removesuffix(".base_layer")
+
+
+def _check_names(model: nn.Module, field: str, names: Collection[str] | str | None) -> None:
+    modules = [name for name, _ in model.named_modules()]
+    if isinstance(names, str):
+        unmatched = [] if any(re.fullmatch(names, module) for module in modules) else [names]
+    else:
+        unmatched = _unmatched(names or (), modules)
+    if unmatched:
+        endings = {".".join(module.split(".")[-length:]) for module in modules for length in (1, 2, 3)}
+        near = sorted({near for name in unmatched for near in get_close_matches(name, endings, n=2)})
+        raise NoMatchingModuleError(
+            f"No module matched `{field}={unmatched}`. "
+            + (f"Near to that: {', '.join(map(repr, near))}." if near else "Name modules, or endings of their names.")
+        )
+
+
+def _unmatched(names: Collection[str], modules: Collection[str]) -> list[str]:
+    return sorted(name for name in names if not any(_ends_with(module, name) for module in modules))
+
+
+def check_targets(model: nn.Module, config: AdaPruneConfig) -> None:
+    """Raise if a configuration targets what cannot be masked.
+
+    Raises:
+        ConfigError: If a module has an adapter of another method around it.
+        NoMatchingModuleError: If a module is of a kind that cannot be masked.
+    """
+    targets = config.target_modules if isinstance(config.target_modules, set) else set()
+    for name, module in model.named_modules():
+        is_other = isinstance(module, BaseTunerLayer) and not isinstance(module, AdaPruneLayer)
+        inside = any(target.startswith(f"{name}.") for target in targets)
+        if is_other and (inside or check_target_module_exists(config, name)):
+            raise ConfigError(
+                f"{name!r} has an adapter of another method around it, a {type(module).__module__} layer: put "
+                "masks on the model first, and the other adapter on afterwards; or name in `target_modules` "
+                "layers that it leaves alone."
+            )
+    for name, module in model.named_modules():
+        can_be = isinstance(module, BaseTunerLayer) or masked_class(module)
+        if not can_be and check_target_module_exists(config, name):
+            raise unmaskable(name, module)
+
+
+def unmaskable(name: str, module: nn.Module) -> NoMatchingModuleError:
+    """Return the error for a module that is targeted and cannot be masked."""
+    return NoMatchingModuleError(
+        f"`target_modules` matched {name!r}, a {type(module).__name__}. Only `torch.nn.Embedding`, and "
+        "`torch.nn.Linear` and transformers' `Conv1D` without a forward pass of their own can be masked: list it in "
+        "`exclude_modules`."
+    )
+
+
+def no_match(names: object, endings: list[str]) -> str:
+    """Return the message for names that match no module of a model whose linear modules have these endings."""
+    there = (
+        f"Linear modules end in: {', '.join(map(repr, endings))}." if endings else "The model has no linear module."
+    )
+    return f"No module matched `target_modules={names!r}`. {there}"
+
+
+def linear_endings(model: nn.Module) -> list[str]:
+    """Return the last parts of the names of all modules that could be masked by default."""
+    return sorted({name.rpartition(".")[2] for name, _ in maskable(model)})
+
+
+def maskable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the names and modules that can be masked: every linear layer but a language model's output layer."""
+    head = output_embeddings(model)
+    wrapped: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(wrapped) and wrapped:
+            continue
+        if isinstance(module, AdaPruneLayer):
+            wrapped += (f"{name}.",)
+            if module.input_dim is None:  # an embedding
+                continue
+        elif masked_class(module) not in (Linear, Conv1DLinear):
+            continue
+        if module is not head and name:
+            yield name, module
+
+
+def _headless_pooler(model: nn.Module) -> set[str]:
+    # The pooler of a model without a head gets no gradient from most losses: it is left as it is.
+    if body_name(model):
+        return set()
+    return {name for name, _ in maskable(model) if name == "pooler" or name.startswith("pooler.")}
+
+
+def _ends_with(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
+
+
+def _is_under(module: str, parents: list[str]) -> bool:
+    return any(module == parent or module.startswith(f"{parent}.") for parent in parents)
