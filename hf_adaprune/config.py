@@ -164,8 +164,8 @@ class AdaPruneConfig(PeftConfig):
         self.peft_type = PeftType("ADAPRUNE")
         # Whether this comes with a stored adapter: asked now, since what is written into it later is of one in memory.
         self.is_stored = self.module_counts is not None
-        self.is_filled = False  # whether the stored masks are in place
-        self.is_attended = False  # whether a `Pruner` has made masks
+        self.masks_loaded = False  # whether the stored masks are in place
+        self.has_pruner = False  # whether a `Pruner` has made masks
         self.vocab_size: int | None = None  # of the model that the masks are on
         problems = mistyped(self) or problems_of_storage(self) or problems_of_values(self)
         if problems:
@@ -182,14 +182,14 @@ class AdaPruneConfig(PeftConfig):
         return () if self.granularity == "weight" or self.n_of_m else tuple(self.granularity.split("+"))
 
     @property
-    def whole_kinds(self) -> tuple[str, ...]:
+    def removable_kinds(self) -> tuple[str, ...]:
         """What is pruned whole, by masks of groups or by masks of single weights that were made from some."""
         return self.group_kinds or tuple(self.whole_groups.split("+") if self.whole_groups else ())
 
     @property
-    def prunes_groups(self) -> bool:
+    def is_structured(self) -> bool:
         """Whether whole neurons or heads are pruned, so that `compact` has something to remove."""
-        return bool(self.whole_kinds)
+        return bool(self.removable_kinds)
 
     @property
     def architecture(self) -> str | None:
@@ -215,7 +215,7 @@ class AdaPruneConfig(PeftConfig):
         return (int(found[1]), int(found[2])) if found else None
 
     @property
-    def mask_lengths(self) -> dict[str, int]:
+    def mask_entries(self) -> dict[str, int]:
         """How many entries each mask of a stored adapter has: weights, or groups."""
         return {name: length for name, (_, length) in (self.group_counts or self.module_counts or {}).items()}
 
@@ -227,9 +227,9 @@ class AdaPruneConfig(PeftConfig):
         )
 
     @property
-    def mask_sizes(self) -> dict[str, int]:
+    def mask_num_bytes(self) -> dict[str, int]:
         """How many bytes each mask of a stored adapter takes: one bit an entry, or less."""
-        return {name: packed_size(length) for name, length in self.mask_lengths.items()} | (self.mask_bytes or {})
+        return {name: packed_size(length) for name, length in self.mask_entries.items()} | (self.mask_bytes or {})
 
     def for_masks(self, masks: Mapping[str, torch.Tensor]) -> AdaPruneConfig:
         """Return a copy for an adapter that is not trained: its masks, of single weights, are there already.
@@ -283,7 +283,7 @@ class AdaPruneConfig(PeftConfig):
         if self.module_counts is not None and self.has_patterns:
             # What is stored is matched by nobody's regular expression.
             output.update(dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")))
-            output["target_modules"] = sorted(self.mask_lengths)
+            output["target_modules"] = sorted(self.mask_entries)
         if self.model_config is not None:
             output["labels_fingerprint"] = labels_fingerprint(self.model_config)
         os.makedirs(save_directory, exist_ok=True)

@@ -55,7 +55,7 @@ def problems_of_storage(config: AdaPruneConfig) -> list[str]:
         for name, counts in (getattr(config, field) or {}).items()
         if not _are_counts(counts)
     ]
-    packed = {name: packed_size(length) for name, length in config.mask_lengths.items()} if not problems else {}
+    packed = {name: packed_size(length) for name, length in config.mask_entries.items()} if not problems else {}
     problems += [
         f"`mask_bytes` must be of masks that take less than one bit a weight, got {name!r}: {size}. "
         "Fetch the adapter again."

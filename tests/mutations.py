@@ -238,7 +238,9 @@ def config_field(rng: random.Random, files: Files) -> None:
     elif what == 1:
         config[rng.choice([*PATHS, one.upper(), "runtime_config", "__class__", "self", "kwargs"])] = config.pop(one)
     elif what == 2:
-        config[rng.choice(["self", "is_stored", "is_filled", "_problems", "peft_version", "r"])] = rng.choice(VALUES)
+        config[rng.choice(["self", "is_stored", "masks_loaded", "_problems", "peft_version", "r"])] = rng.choice(
+            VALUES
+        )
     elif what == 3:
         config[one], config[other] = config[other], config[one]
     text = json.dumps(config)

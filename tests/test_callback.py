@@ -251,7 +251,7 @@ def test_a_learning_rate_that_makes_noise_of_the_masks_is_warned_of(
 
 def test_training_an_adapter_that_nothing_prunes_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("hf_adaprune.training.unattended.logger.warning", said.append)
+    monkeypatch.setattr("hf_adaprune.training.pruner_reminder.logger.warning", said.append)
     model = fresh(wrapped=True)
     trainer(model, tmp_path / "a", AdaPruneCallback, max_steps=12).train()
     # Another adapter, that waits: the first is trained on.
@@ -323,7 +323,7 @@ def test_the_best_masks_are_kept_where_no_whole_groups_come_to_the_target(tmp_pa
 
     class Watch(TrainerCallback):
         def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            kept[state.global_step] = {name: layer.entries("default") for name, layer in adaprune_layers(model)}
+            kept[state.global_step] = {name: layer.scored_mask("default") for name, layer in adaprune_layers(model)}
 
     config = AdaPruneConfig(granularity="neuron+head", scope="global", settle=False, score_init="magnitude")
     model = get_peft_model(make_model("llama"), config)
@@ -333,7 +333,7 @@ def test_the_best_masks_are_kept_where_no_whole_groups_come_to_the_target(tmp_pa
     scores = iter([0.0] * 6 + [1.0, 0.0])
     run.compute_metrics = lambda output: {"accuracy": next(scores)}
     run.train()
-    now = {name: layer.entries("default") for name, layer in adaprune_layers(model)}
+    now = {name: layer.scored_mask("default") for name, layer in adaprune_layers(model)}
     assert run.state.best_global_step == 7
     assert all(torch.equal(now[name], mask) for name, mask in kept[7].items())
     assert not all(torch.equal(now[name], mask) for name, mask in kept[8].items())

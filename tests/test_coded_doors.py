@@ -142,7 +142,7 @@ def test_an_adapter_that_is_merged_hides_nothing_from_one_that_is_not_decoded(
 ) -> None:
     model = DOORS["PeftModel.from_pretrained"](str(base), str(adapters["packed"]))
     layers = dict(adaprune_layers(model.base_model.model))
-    expected = {name: layer.packed("default").clone() for name, layer in layers.items()}
+    expected = {name: layer.packed_mask("default").clone() for name, layer in layers.items()}
     model.merge_adapter()
 
     coded = masks_in(adapters["coded"])

@@ -63,7 +63,7 @@ def test_what_one_prunes_whole_the_intersection_does_too() -> None:
     prune_at_random(model, "weights", 0)
     for how, kinds in (("intersection", ("neuron", "head")), ("union", ())):
         combine_adapters(model, ["default", "weights"], how, how)
-        assert model.peft_config[how].whole_kinds == kinds
+        assert model.peft_config[how].removable_kinds == kinds
     model.set_adapter("intersection")
     small = compact(model)
     torch.testing.assert_close(logits_of(small, "none"), logits_of(model, "none"))
@@ -104,7 +104,7 @@ def test_neurons_and_heads_are_combined(first: str, second: str, how: str, tmp_p
     for seed, name in enumerate("xy"):
         generator = torch.Generator().manual_seed(seed)
         for _, layer in adaprune_layers(model, name):
-            layer.set_mask(name, torch.rand(layer.entries(name).shape, generator=generator) < 0.6)
+            layer.set_mask(name, torch.rand(layer.scored_mask(name).shape, generator=generator) < 0.6)
     combine_adapters(model, ["x", "y"], how, "new")
     assert model.peft_config["new"].granularity == (first if first == second else "weight")
     for _, layer in adaprune_layers(model, "new"):
@@ -193,7 +193,7 @@ def test_group_masks_with_little_in_common_have_a_union() -> None:
             mask[start : start + 2] = number > 0  # one neuron of the first block in common
             layer.set_mask(name, mask)
     combine_adapters(model, ["x", "y"], "union", "both")
-    pruned = [int((~layer.entries("both")).sum()) for _, layer in adaprune_layers(model, "both")]
+    pruned = [int((~layer.scored_mask("both")).sum()) for _, layer in adaprune_layers(model, "both")]
     assert pruned == [1, 0]
 
 
@@ -204,7 +204,7 @@ def test_a_combination_of_groups_of_two_sizes_tells_how_many_weights_it_prunes(t
     model.add_adapter("y", config)
     for name in "xy":
         for _, layer in adaprune_layers(model, name):
-            mask = torch.ones_like(layer.entries(name))
+            mask = torch.ones_like(layer.scored_mask(name))
             mask[: 1 if len(mask) == 4 else 5] = False
             layer.set_mask(name, mask)
     combine_adapters(model, ["x", "y"], "union", "new")

@@ -208,7 +208,9 @@ def test_two_active_masks_leave_what_both_keep() -> None:
     model.set_adapter("other")
     train_masks(model, steps=2, head="none", adapter_name="other")
     model.base_model.set_adapter(["default", "other"])
-    kept = [int((layer.entries("default") & layer.entries("other")).sum()) for _, layer in adaprune_layers(model)]
+    kept = [
+        int((layer.scored_mask("default") & layer.scored_mask("other")).sum()) for _, layer in adaprune_layers(model)
+    ]
     small = compact(model)
     assert [layer.intermediate.dense.out_features for layer in small.encoder.layer] == kept
     assert difference(small, model, "none") < 1e-6

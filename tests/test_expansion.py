@@ -78,9 +78,9 @@ def test_one_that_is_trained_on_keeps_the_sparsity_of_each_matrix(tmp_path: Path
     assert "intersection" in str(model.peft_config["default"].combination)
     pruner = Pruner(model.train(), total_steps=2)
     assert model.peft_config["default"].combination is None
-    before = {name: layer.count("default") for name, layer in pruner.layers.items()}
+    before = {name: layer.pruned_and_total("default") for name, layer in pruner.layers.items()}
     pruner.step()
-    assert {name: layer.count("default") for name, layer in pruner.layers.items()} == before
+    assert {name: layer.pruned_and_total("default") for name, layer in pruner.layers.items()} == before
     assert len({pruned / total for pruned, total in before.values()}) > 2
 
 

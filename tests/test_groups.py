@@ -33,8 +33,8 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return train(architecture, "sequence", tmp_path_factory.mktemp("adapter"), config)
 
 
-def entries(model: Any, adapter_name: str = "default") -> dict[str, torch.Tensor]:
-    return {name: layer.entries(adapter_name) for name, layer in adaprune_layers(model, adapter_name)}
+def scored_masks(model: Any, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+    return {name: layer.scored_mask(adapter_name) for name, layer in adaprune_layers(model, adapter_name)}
 
 
 def test_half_of_the_weights_is_pruned_in_whole_groups(trained: Trained) -> None:
@@ -86,10 +86,10 @@ def test_merging_for_a_while_leaves_no_trace(trained: Trained) -> None:
 def test_training_goes_on_from_the_mask_of_a_stored_adapter(trained: Trained) -> None:
     model = PeftModel.from_pretrained(trained.load_base(), trained.adapter, is_trainable=True)
     pruner = Pruner(model, 4)
-    stored = entries(trained.model)
-    assert all(torch.equal(mask, stored[name]) for name, mask in entries(model).items())
+    stored = scored_masks(trained.model)
+    assert all(torch.equal(mask, stored[name]) for name, mask in scored_masks(model).items())
     pruner.step()
-    assert all(torch.equal(mask, stored[name]) for name, mask in entries(model).items())
+    assert all(torch.equal(mask, stored[name]) for name, mask in scored_masks(model).items())
 
 
 @pytest.mark.parametrize("architecture", ["bert", "modernbert", "gpt2"])
@@ -98,7 +98,7 @@ def test_a_pruned_group_has_no_effect_and_a_kept_one_has(architecture: str) -> N
     train_masks(model)
     before = logits_of(model)
     for name, layer in adaprune_layers(model):
-        groups, mask = layer.groups("default"), layer.entries("default")
+        groups, mask = layer.groups("default"), layer.scored_mask("default")
         assert groups is not None
         for touched, changed in ((~mask, False), (mask, True)):
             other = copy.deepcopy(model)
@@ -123,7 +123,7 @@ def test_gradients_of_groups_are_those_of_finite_differences(
     batch = make_batch()
     loss_of(model(**batch)).backward()
     for name, layer in adaprune_layers(model):
-        groups, mask, weight = layer.groups("default"), layer.entries("default"), layer.base_weight.data
+        groups, mask, weight = layer.groups("default"), layer.scored_mask("default"), layer.base_weight.data
         scores = layer.adaprune_scores["default"]
         assert groups is not None
         sigmoid = (0.5 * scores.detach() * config.score_lr_ratio).sigmoid()
@@ -133,8 +133,8 @@ def test_gradients_of_groups_are_those_of_finite_differences(
             gate, losses = mask.double(), []
             for step in (1e-4, -1e-4):
                 gate[group] = float(mask[group]) + step
-                gated = weight * groups.spread(gate)
-                monkeypatch.setattr(layer, "_built", None)
+                gated = weight * groups.broadcast(gate)
+                monkeypatch.setattr(layer, "_cached", None)
                 monkeypatch.setattr(layer, "effective_weight", lambda gated=gated: gated)
                 with torch.no_grad():
                     losses.append(loss_of(model(**batch)).item())
@@ -212,7 +212,7 @@ def test_every_layer_keeps_as_many_neurons_unless_the_scope_is_wider() -> None:
         config = AdaPruneConfig(granularity="neuron", final_sparsity=0.33, scope=scope, score_init="constant")
         model = get_peft_model(base, config)
         Pruner(model, 1).step()
-        kept[scope] = [int(mask.sum()) for mask in entries(model).values()]
+        kept[scope] = [int(mask.sum()) for mask in scored_masks(model).values()]
     assert kept["module"] == [27, 27, 27]
     assert sum(kept["kind"]) == sum(kept["global"]) == 80
     assert len(set(kept["kind"])) > 1
@@ -299,7 +299,7 @@ def test_a_block_keeps_its_best_group_when_scores_fall_below_zero() -> None:
     model = get_peft_model(make_model(), config)
     pruner = Pruner(model, 1)
     pruner.step()
-    assert [int(mask.sum()) for mask in entries(model).values()] == [1, 1, 1, 1]
+    assert [int(mask.sum()) for mask in scored_masks(model).values()] == [1, 1, 1, 1]
     assert pruner.finished
 
 
@@ -309,9 +309,9 @@ def test_a_run_that_is_cut_short_is_pruned_to_whole_groups(recwarn: pytest.Warni
     pruner.step()
     with pytest.warns(UserWarning, match="lowest scores were pruned"):
         pruner.finalize()
-    assert [int(mask.sum()) for mask in entries(model).values()] == [27, 27]
+    assert [int(mask.sum()) for mask in scored_masks(model).values()] == [27, 27]
     pruner.finalize()
-    assert [int(mask.sum()) for mask in entries(model).values()] == [27, 27]
+    assert [int(mask.sum()) for mask in scored_masks(model).values()] == [27, 27]
 
 
 def test_masks_of_weights_and_of_groups_stand_side_by_side_on_one_base() -> None:
@@ -352,7 +352,7 @@ def test_masks_of_groups_pick_the_highest_scores_of_their_block() -> None:
     train_masks(model)
     for _, layer in adaprune_layers(model):
         scores = layer.adaprune_scores["default"].detach()
-        assert torch.equal(layer.entries("default"), topk_mask(scores, 30, layer.magnitudes("default")))
+        assert torch.equal(layer.scored_mask("default"), topk_mask(scores, 30, layer.tie_breakers("default")))
 
 
 def test_masks_of_groups_are_read_without_their_base_as_masks_of_all_their_weights(trained: Trained) -> None:

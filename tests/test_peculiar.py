@@ -65,7 +65,7 @@ def keep(model: Any, kind: str, mask: torch.Tensor) -> None:
     """Set the mask over the groups of a kind, in each block."""
     for _, layer in adaprune_layers(model):
         groups = layer.groups("default")
-        if groups is not None and groups.unit.kind == kind:
+        if groups is not None and groups.block.kind == kind:
             layer.set_mask("default", mask)
 
 

@@ -53,7 +53,7 @@ def train(model: nn.Module, pruner: Pruner, steps: int, lr: float = 1e-3, seed: 
 
 
 def pruned_count(model: nn.Module) -> int:
-    return sum(layer.count("default")[0] for _, layer in adaprune_layers(model))
+    return sum(layer.pruned_and_total("default")[0] for _, layer in adaprune_layers(model))
 
 
 def test_an_adapter_that_is_not_active_is_not_pruned() -> None:
@@ -311,7 +311,7 @@ def test_a_run_that_was_broken_off_leaves_the_next_one_scores_in_their_unit() ->
 
 def test_scores_that_share_a_threshold_are_made_anew_together(tmp_path: Path) -> None:
     model = make(scope="global", score_init="constant")
-    masks = {name: layer.entries("default").clone() for name, layer in adaprune_layers(model)}
+    masks = {name: layer.scored_mask("default").clone() for name, layer in adaprune_layers(model)}
     for name, layer in adaprune_layers(model):
         if not name.endswith("first"):  # which keeps all: any scores would do for it alone
             masks[name][:, ::2] = False
@@ -323,7 +323,7 @@ def test_scores_that_share_a_threshold_are_made_anew_together(tmp_path: Path) ->
     pruner = Pruner(opened, 4)
     pruner.step()
     for name, layer in adaprune_layers(opened):
-        assert torch.equal(layer.entries("default"), masks[name]), name
+        assert torch.equal(layer.scored_mask("default"), masks[name]), name
 
 
 def test_a_run_that_has_ended_itself_prunes_no_further() -> None:

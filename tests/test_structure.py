@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, GPTNeoXConfig, GPTNeoXForSequenc
 from hf_adaprune import AdaPruneConfig
 from hf_adaprune.errors import ConfigError, NoMatchingModuleError, StructureError
 from hf_adaprune.tuner.masked_layers import adaprune_layers
-from hf_adaprune.tuner.structure import Unit, plan_units, verified
+from hf_adaprune.tuner.structure import Block, plan_blocks, verified
 
 
 # The hidden layers of each kind: who produces them, who reads them.
@@ -39,39 +39,39 @@ BLOCKS = {
 BLOCKS |= {"roberta": BLOCKS["bert"], "electra": BLOCKS["bert"]}
 
 
-def units_of(model: Any, granularity: str, **options: Any) -> dict[str, Any]:
+def blocks_of(model: Any, granularity: str, **options: Any) -> dict[str, Any]:
     masked = get_peft_model(model, AdaPruneConfig(granularity=granularity, **options))
     groups = [layer.groups("default") for _, layer in adaprune_layers(masked)]
-    return {group.unit.consumer: group.unit for group in groups if group is not None}
+    return {group.block.consumer: group.block for group in groups if group is not None}
 
 
 @pytest.mark.parametrize("architecture", BLOCKS)
 def test_heads_and_neurons_are_found_in_every_layer(architecture: str) -> None:
-    units = units_of(make_model(architecture), "neuron+head")
+    blocks = blocks_of(make_model(architecture), "neuron+head")
     found = {}
-    for consumer, unit in units.items():
+    for consumer, block in blocks.items():
         layer = consumer[
             : consumer.rindex(
                 next(b.split(" > ")[1] for b in BLOCKS[architecture] if consumer.endswith(b.split(" > ")[1]))
             )
         ]
-        found[layer, unit.kind] = " > ".join(
-            [" ".join(n.removeprefix(layer) for n in unit.producers), consumer.removeprefix(layer)]
+        found[layer, block.kind] = " > ".join(
+            [" ".join(n.removeprefix(layer) for n in block.producers), consumer.removeprefix(layer)]
         )
     num_layers = 1 if architecture == "albert" else 2
     head, neuron = BLOCKS[architecture]
     assert sorted(found.values()) == sorted([head, neuron] * num_layers)
     hidden = {"gpt2": 128}.get(architecture, 40)
-    assert {(unit.kind, unit.num_groups, unit.width) for unit in units.values()} == {
+    assert {(block.kind, block.num_groups, block.width) for block in blocks.values()} == {
         ("head", 2, 16),
         ("neuron", hidden, 1),
     }
 
 
 def test_a_feed_forward_as_wide_as_the_model_is_not_taken_for_attention() -> None:
-    units = units_of(make_model("bert", intermediate_size=32), "neuron+head")
-    assert sorted(unit.kind for unit in units.values()) == ["head", "head", "neuron", "neuron"]
-    assert units["bert.encoder.layer.0.output.dense"].kind == "neuron"
+    blocks = blocks_of(make_model("bert", intermediate_size=32), "neuron+head")
+    assert sorted(block.kind for block in blocks.values()) == ["head", "head", "neuron", "neuron"]
+    assert blocks["bert.encoder.layer.0.output.dense"].kind == "neuron"
 
 
 def test_finding_them_leaves_the_model_as_it_was() -> None:
@@ -80,7 +80,7 @@ def test_finding_them_leaves_the_model_as_it_was() -> None:
     modes = [module.training for module in model.modules()]
     state = torch.random.get_rng_state()
     config = AdaPruneConfig(granularity="head", target_modules=["query"])
-    assert len(plan_units(model, config, everywhere=False)) == 2
+    assert len(plan_blocks(model, config, everywhere=False)) == 2
     assert [module.training for module in model.modules()] == modes
     assert [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks] == []
     assert [parameter for parameter in model.parameters() if parameter.grad is not None] == []
@@ -103,33 +103,33 @@ def test_finding_them_leaves_the_model_as_it_was() -> None:
 def test_a_block_is_masked_if_one_of_its_layers_is_named_and_none_is_excluded(
     options: dict[str, Any], expected: set[str]
 ) -> None:
-    units = units_of(make_model(), "neuron+head", **options)
-    assert {name.removeprefix("bert.encoder.") for name in units} == expected
+    blocks = blocks_of(make_model(), "neuron+head", **options)
+    assert {name.removeprefix("bert.encoder.") for name in blocks} == expected
 
 
 def test_a_model_without_what_is_asked_for_is_refused_with_its_layers() -> None:
     with pytest.raises(
         StructureError, match=r"no heads were found in 'model.layers.0'.*'self_attn.k_proj': '32 -> 16'"
     ):
-        units_of(make_model("llama", num_key_value_heads=1), "head")
-    assert len(units_of(make_model("llama", num_key_value_heads=1), "neuron")) == 2
+        blocks_of(make_model("llama", num_key_value_heads=1), "head")
+    assert len(blocks_of(make_model("llama", num_key_value_heads=1), "neuron")) == 2
     with pytest.raises(StructureError, match="no numbered layers"):
-        units_of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False), "neuron")
+        blocks_of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False), "neuron")
 
 
 def test_a_model_that_takes_no_tokens_is_refused() -> None:
     config = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
     model = AutoModel.from_config(AutoConfig.for_model("vit", **config, image_size=16, patch_size=8))
     with pytest.raises(StructureError, match=r"over tokens, and what ViTModel takes is `pixel_values`"):
-        units_of(model, "neuron")
+        blocks_of(model, "neuron")
 
 
 def test_layers_that_only_look_like_attention_are_not_taken_for_it() -> None:
     # Keys and queries of positions stand between value and output, all of one shape.
     model = make_model("deberta-v2", share_att_key=False)
     with pytest.raises(StructureError, match=r"no heads were found in 'deberta.encoder.layer.0'"):
-        units_of(model, "head")
-    assert {unit.consumer[-20:] for unit in units_of(model, "neuron").values()} == {
+        blocks_of(model, "head")
+    assert {block.consumer[-20:] for block in blocks_of(model, "neuron").values()} == {
         "layer.0.output.dense",
         "layer.1.output.dense",
     }
@@ -142,21 +142,21 @@ def test_heads_whose_rows_lie_otherwise_are_refused() -> None:
     )
     model = GPTNeoXForSequenceClassification(config)
     with pytest.raises(StructureError, match="no heads were found"):
-        units_of(model, "head")
-    assert [unit.num_groups for unit in units_of(model, "neuron").values()] == [40]
+        blocks_of(model, "head")
+    assert [block.num_groups for block in blocks_of(model, "neuron").values()] == [40]
 
 
 def test_a_layer_that_has_no_part_in_what_is_read_is_no_producer() -> None:
     layer = "bert.encoder.layer.0"
-    true = Unit("neuron", f"{layer}.output.dense", (f"{layer}.intermediate.dense",), 40, 1)
-    false = Unit("neuron", f"{layer}.output.dense", (*true.producers, f"{layer}.attention.self.query"), 8, 5)
+    true = Block("neuron", f"{layer}.output.dense", (f"{layer}.intermediate.dense",), 40, 1)
+    false = Block("neuron", f"{layer}.output.dense", (*true.producers, f"{layer}.attention.self.query"), 8, 5)
     assert verified(make_model(), [true]) == [true]
     assert verified(make_model(num_attention_heads=4, hidden_size=40), [false]) == []
 
 
 def test_masks_that_no_layer_is_named_for_are_refused() -> None:
     with pytest.raises(NoMatchingModuleError, match=r"\{'query'\}.*\['dense'\]"):
-        units_of(make_model(), "neuron", target_modules=["query"])
+        blocks_of(make_model(), "neuron", target_modules=["query"])
 
 
 @pytest.mark.parametrize(
@@ -187,12 +187,12 @@ def test_granularities_that_cannot_be_are_refused(granularity: str, options: dic
 def test_sparsities_that_no_whole_groups_reach_are_refused(granularity: str, sparsity: float, message: str) -> None:
     model = make_model()
     with pytest.raises(ConfigError, match=message):
-        units_of(model, granularity, final_sparsity=sparsity)
+        blocks_of(model, granularity, final_sparsity=sparsity)
     assert not list(adaprune_layers(model))
 
 
 def test_layers_that_an_n_of_m_mask_does_not_fit_are_refused() -> None:
     with pytest.raises(StructureError, match=r"multiple of 4.*'bert.encoder.layer.0.output.dense': 42"):
-        units_of(make_model(intermediate_size=42), "2:4")
+        blocks_of(make_model(intermediate_size=42), "2:4")
     with pytest.raises(StructureError, match="word_embeddings"):
-        units_of(make_model(), "2:4", target_modules=["word_embeddings"])
+        blocks_of(make_model(), "2:4", target_modules=["word_embeddings"])

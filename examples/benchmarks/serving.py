@@ -79,7 +79,7 @@ def size_of(model: nn.Module) -> int:
     """Return the bytes of a model's parameters and buffers, and of the weights that it has built, each once."""
     tensors = [*model.parameters(), *model.buffers()]
     for _, layer in adaprune_layers(model):
-        tensors += [] if layer._built is None else [layer._built.product]
+        tensors += [] if layer._cached is None else [layer._cached.product]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 

@@ -107,7 +107,7 @@ class Training:
 
     def held(self) -> dict[str, float]:
         """Return the MiB of what is held from step to step, and of a step's gradients."""
-        masks = [layer.entries("default") for _, layer in adaprune_layers(self.model)]
+        masks = [layer.scored_mask("default") for _, layer in adaprune_layers(self.model)]
         state = [tensor for values in self.optimizer.state.values() for tensor in values.values()]
         return {
             "weights": _mib(self.model.parameters()) + _mib(self.model.buffers()),

@@ -98,7 +98,7 @@ def attention_heads(masks: Masks, config: PretrainedConfig | AdaPruneConfig) -> 
         if rows.shape[0] % groups:
             raise ValueError(f"{name!r} must have a multiple of {groups} heads' rows, got {rows.shape[0]}.")
         share = rows.reshape(groups, -1).mean(1, dtype=torch.float64).cpu().numpy()
-        attention = layer_of(name) + " (cross)" * _is_cross(component_of(name))
+        attention = layer_of(name) + (" (cross)" if _is_cross(component_of(name)) else "")
         layers[attention][part] = np.repeat(share, num_heads // groups)
     if not layers:
         raise ValueError(

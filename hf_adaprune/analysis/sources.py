@@ -23,7 +23,7 @@ from ..tuner.groups import Groups
 from ..tuner.layer import AdaPruneLayer
 from ..tuner.masked_layers import adaprune_layers
 from ..tuner.masks import unpack_mask
-from ..tuner.structure import stored_units
+from ..tuner.structure import stored_blocks
 from .names import in_order
 
 
@@ -71,15 +71,15 @@ def load_masks(name_or_path: str | Path, *, subfolder: str | None = None, **hub:
         return model_masks(read_adapter(name_or_path, subfolder=subfolder, **given).open())
     packed = read_masks(str(name_or_path), config, subfolder, **hub)
     skeleton: Any = _skeleton(config)
-    units = {} if skeleton is None else stored_units(skeleton, config)
+    blocks = {} if skeleton is None else stored_blocks(skeleton, config)
     masks: dict[str, torch.Tensor] = {}
     for name, bits in packed.items():
         module: Any = None if skeleton is None else skeleton.get_submodule(name)
-        if name in units:
-            groups = Groups.of(units[name], skeleton)
+        if name in blocks:
+            groups = Groups.of(blocks[name], skeleton)
             masks |= groups.masks(unpack_mask(bits, groups.shape))
         else:
-            shape = torch.Size([config.mask_lengths[name]]) if module is None else module.weight.shape
+            shape = torch.Size([config.mask_entries[name]]) if module is None else module.weight.shape
             masks[name] = unpack_mask(bits, shape)
     return _outputs_first(masks, skeleton)
 
@@ -103,7 +103,7 @@ def model_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, to
     masks: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
         groups = layer.groups(adapter_name)
-        masks |= {name: layer.mask(adapter_name)} if groups is None else groups.masks(layer.entries(adapter_name))
+        masks |= {name: layer.mask(adapter_name)} if groups is None else groups.masks(layer.scored_mask(adapter_name))
     return _outputs_first(masks, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
@@ -197,9 +197,9 @@ def _skeleton(config: AdaPruneConfig) -> nn.Module | None:
         for key, parameter in skeleton.named_parameters(remove_duplicate=False)
         if key.endswith(".weight")
     }
-    strangers = [name for name in config.mask_lengths if name not in sizes]
+    strangers = [name for name in config.mask_entries if name not in sizes]
     if not config.group_counts:
-        strangers += [name for name, length in config.mask_lengths.items() if sizes.get(name, length) != length]
+        strangers += [name for name, length in config.mask_entries.items() if sizes.get(name, length) != length]
     if strangers:
         raise _no_model(f"it has no {strangers} of that size")
     return skeleton

@@ -23,7 +23,7 @@ Change = Callable[[AdaPruneLayer, str, torch.Generator], None]
 
 def shuffle_mask(layer: AdaPruneLayer, adapter_name: str, generator: torch.Generator) -> None:
     """Permute a layer's mask at random: as many weights (or groups) are kept, but others."""
-    mask = layer.entries(adapter_name)
+    mask = layer.scored_mask(adapter_name)
     order = torch.randperm(mask.numel(), generator=generator).to(mask.device)
     layer.set_mask(adapter_name, mask.reshape(-1)[order].view(mask.shape))
 

@@ -55,7 +55,7 @@ class FixedMaskCallback(AdaPruneCallback):
         for _, layer in adaprune_layers(model, self.adapter_name):
             if self.adapter_name in layer.adaprune_scores:
                 scores = layer.adaprune_scores[self.adapter_name].requires_grad_(False)
-                scores.copy_(layer.entries(self.adapter_name))
+                scores.copy_(layer.scored_mask(self.adapter_name))
 
 
 class RandomMaskCallback(FixedMaskCallback):

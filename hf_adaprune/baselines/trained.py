@@ -43,12 +43,11 @@ class TrainedWeightsCallback(AdaPruneCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Put masks on the Trainer's model, before its optimizer is made; remember the weights."""
-        adapted = hasattr(model, "peft_config") or has_masks(model)
+        adapted = " with masks or an adapter" if hasattr(model, "peft_config") or has_masks(model) else ""
         if not isinstance(model, PreTrainedModel) or adapted:
             raise NotPrunedError(
                 f"`{type(self).__name__}` trains the weights of a plain transformers model, got a "
-                f"{type(model).__name__}{' with masks or an adapter' * adapted}. Give the Trainer the "
-                "model as `from_pretrained` loads it."
+                f"{type(model).__name__}{adapted}. Give the Trainer the model as `from_pretrained` loads it."
             )
         self._initial = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         self._parameters = dict(model.named_parameters())

@@ -1,5 +1,6 @@
 """The commands of `hf-adaprune`."""
 
+import math
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -222,7 +223,7 @@ def compare(
         | {"layers": {name: _overlap(part) for name, part in report.by_layer().items()}}
         for pair, report in pairs.items()
     ]
-    return Answer({"pairs": found, "figure": figure and str(figure)}, [overlap_table(pairs)])
+    return Answer({"pairs": found, "figure": None if figure is None else str(figure)}, [overlap_table(pairs)])
 
 
 _MEASURES = ("agreement", "chance_agreement", "jaccard", "chance_jaccard", "kappa")
@@ -231,7 +232,7 @@ _MEASURES = ("agreement", "chance_agreement", "jaccard", "chance_jaccard", "kapp
 def _overlap(overlap: Overlap) -> dict[str, float | None]:
     # JSON has no NaN.
     values = {measure: getattr(overlap, measure) for measure in _MEASURES}
-    return {measure: value if value == value else None for measure, value in values.items()}
+    return {measure: None if math.isnan(value) else value for measure, value in values.items()}
 
 
 @app.command()

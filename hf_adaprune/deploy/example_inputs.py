@@ -13,15 +13,15 @@ from torch import nn
 from ..errors import SizeError
 
 
-RELATIVE = 1024
-"""How many tokens a row may have where positions are relative, and set no limit."""
+# How many tokens a row may have where positions are relative, and set no limit.
+DEFAULT_MAX_LENGTH = 1024
 
 
 def input_names(model: Any) -> list[str]:
     """Return which inputs a text model takes: `token_type_ids` only where it tells segments apart."""
     known = inspect.signature(model.forward).parameters
     has_segments = "token_type_ids" in known and getattr(model.config, "type_vocab_size", 0) > 1
-    return ["input_ids", "attention_mask"] + ["token_type_ids"] * has_segments
+    return ["input_ids", "attention_mask", *(["token_type_ids"] if has_segments else [])]
 
 
 def example_inputs(model: Any, batch_size: int, length: int, *, padded: bool = False) -> dict[str, torch.Tensor]:
@@ -82,4 +82,4 @@ def longest_input(model: Any) -> int:
         ):
             return module.num_embeddings - module.padding_idx - 1
     longest = getattr(model.config, "max_position_embeddings", None) or 0
-    return longest if longest > 0 else RELATIVE  # XLNet says -1
+    return longest if longest > 0 else DEFAULT_MAX_LENGTH  # XLNet says -1

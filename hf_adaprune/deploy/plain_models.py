@@ -72,7 +72,7 @@ def save_onnx(adapter: StoredAdapter, folder: str | Path, base: str | None = Non
     """
     with _whole(adapter, folder, base) as aside:
         opened = adapter.open(base)
-        model = compact(opened) if adapter.config.prunes_groups else merged(opened)
+        model = compact(opened) if adapter.config.is_structured else merged(opened)
         export_onnx(model, aside)
     return model
 

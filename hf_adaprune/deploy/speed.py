@@ -164,7 +164,7 @@ def measure_speed(
 def _plain_forms(model: Any) -> dict[str, Any]:
     config = active_config(model)
     forms: dict[str, Any] = {BASE: unmasked(model), "merged": merged(model)}
-    if config.prunes_groups:
+    if config.is_structured:
         forms["compacted"] = compact(model)
     elif config.n_of_m == (2, 4):
         # Where they cannot be used, or on no layer, the advice for 2:4 masks says what they need.

@@ -9,8 +9,8 @@ def speed_advice(config: AdaPruneConfig) -> str:
     Args:
         config (`AdaPruneConfig`): The adapter's configuration.
     """
-    if config.prunes_groups:
-        what = " and ".join(f"{kind}s" for kind in config.whole_kinds)
+    if config.is_structured:
+        what = " and ".join(f"{kind}s" for kind in config.removable_kinds)
         return (
             "Merged, the model computes as much as its base: expect no speed-up. `hf_adaprune.compact(model)` removes "
             f"the pruned {what}; what is left is a smaller dense model, which computes less: `hf-adaprune speed` "

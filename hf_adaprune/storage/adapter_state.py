@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError
-from ..tuner.active import active_head
+from ..tuner.head_sync import head_sync_of
 from ..tuner.layer import AdaPruneLayer
 from ..tuner.masked_layers import adaprune_layers, module_counts
 from ..tuner.masks import SHORTEST
@@ -39,9 +39,9 @@ def masks_to_store(
         `dict[str, torch.Tensor]`: uint8, by their names in the model: one bit an entry, or less.
     """
     base = model.base_model.model if isinstance(model, PeftModel) else model
-    keeper = active_head(base)
-    if keeper is not None and keeper.shown is config:
-        keeper.record(base)
+    head_sync = head_sync_of(base)
+    if head_sync is not None and head_sync.shown is config:
+        head_sync.record(base)
     layers = dict(adaprune_layers(model, adapter_name))
     keys = {name: f"{name}.adaprune_mask.{adapter_name}" for name in layers}
     masks = {key: layers[name].decode(adapter_name, state_dict[key]) for name, key in keys.items()}
@@ -49,7 +49,7 @@ def masks_to_store(
         plain_name(name): list(count) for name, count in module_counts(model, adapter_name).items()
     }
     config.group_counts = _group_counts(layers, adapter_name)
-    if not config.is_attended and any(adapter_name in layer.adaprune_scores for layer in layers.values()):
+    if not config.has_pruner and any(adapter_name in layer.adaprune_scores for layer in layers.values()):
         _report_unpruned(config)
     head = {stored_name(key, adapter_name): state_dict[key] for key in head_keys(model, adapter_name)}
     _leave_out_embeddings(model, state_dict)
@@ -82,7 +82,7 @@ def check_loaded(
         mask, size = state.get(keys[name]), layer.adaprune_mask[adapter_name].numel()
         if mask is None:
             problems.append(f"no mask for {name!r}")
-        elif not layer.takes(adapter_name, mask):
+        elif not layer.accepts(adapter_name, mask):
             problems.append(f"the mask for {name!r} is {tuple(mask.shape)} {mask.dtype}, not ({size},) torch.uint8")
     if problems:
         raise AdapterFileError(
@@ -92,7 +92,7 @@ def check_loaded(
     if config.is_stored:
         shapes = {f"{PREFIX}{stored_name(key, adapter_name)}": tuple(tensor.shape) for key, tensor in state.items()}
         check_head("The adapter's file", shapes, head_shapes(model, adapter_name))
-    config.is_filled = True
+    config.masks_loaded = True
     return state
 
 
@@ -117,7 +117,9 @@ def _leave_out_embeddings(model: nn.Module, state_dict: dict[str, torch.Tensor])
 
 def _group_counts(layers: dict[str, AdaPruneLayer], adapter_name: str) -> dict[str, list[int]] | None:
     masks = {
-        plain_name(name): layer.entries(adapter_name) for name, layer in layers.items() if layer.groups(adapter_name)
+        plain_name(name): layer.scored_mask(adapter_name)
+        for name, layer in layers.items()
+        if layer.groups(adapter_name)
     }
     return {name: [int((~mask).sum()), mask.numel()] for name, mask in masks.items()} or None
 

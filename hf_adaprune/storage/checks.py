@@ -127,7 +127,7 @@ class CheckOnce:
             return
         state = model.state_dict()
         head = [state[key] for key in head_keys(model, self.adapter_name)]
-        masks = [layer.packed(self.adapter_name) for _, layer in adaprune_layers(model, self.adapter_name)]
+        masks = [layer.packed_mask(self.adapter_name) for _, layer in adaprune_layers(model, self.adapter_name)]
         if matches([*masks, *head], expected) is False:
             raise AdapterFileError(
                 f"The masks or the head of adapter {self.adapter_name!r} are not those that were saved: its files are "

@@ -37,7 +37,7 @@ def read_masks(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: 
     path = _find_weights(name, subfolder, **hub) or Path(name, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
     check_shapes(path, read_shapes(path), config)
     with safe_open(path, framework="pt") as file:
-        masks = {module: file.get_tensor(f"{PREFIX}{module}.adaprune_mask") for module in config.mask_lengths}
+        masks = {module: file.get_tensor(f"{PREFIX}{module}.adaprune_mask") for module in config.mask_entries}
     strange = [module for module, mask in masks.items() if mask.dtype is not torch.uint8]
     if strange:
         raise AdapterFileError(f"{path} has masks for {strange} that are not torch.uint8. Fetch the adapter again.")
@@ -114,7 +114,7 @@ def check_shapes(path: str | Path, shapes: dict[str, tuple[int, ...]], config: A
     Raises:
         AdapterFileError: If it does.
     """
-    masks = {f"{module}.adaprune_mask": (size,) for module, size in config.mask_sizes.items()}
+    masks = {f"{module}.adaprune_mask": (size,) for module, size in config.mask_num_bytes.items()}
     wanted = [f"{PREFIX}{key}" for key in (*masks, *(config.head_tensors or ()))]
     missing = [plain_name(key) for key in wanted if key not in shapes]
     surplus = sorted(shapes.keys() - set(wanted))

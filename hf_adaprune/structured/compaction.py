@@ -19,9 +19,9 @@ from ..hub.compact_card import CompactCard
 from ..tuner.groups import Groups
 from ..tuner.layer import AdaPruneLayer
 from ..tuner.layer_average import LayerAverageHead
-from ..tuner.masked_layers import adaprune_layers, foreign_layers
+from ..tuner.masked_layers import adaprune_layers, has_foreign_layers
 from ..tuner.merging import merged
-from ..tuner.structure import Unit, features, find_units
+from ..tuner.structure import Block, features, find_blocks
 from ..tuner.targets import maskable
 from .compact_model import MODEL_TYPE, config_class, model_class, plain_class
 from .shrink import compose_heads, keep_heads, keep_inputs, keep_outputs
@@ -67,7 +67,7 @@ def compact(model: Any) -> PreTrainedModel:
     if not is_stock:
         _make_special(dense, widths, heads)
     _compare(dense, expected)
-    blocks = [(unit.consumer, int(mask.sum()), len(mask), unit.kind) for unit, mask in kept]
+    blocks = [(block.consumer, int(mask.sum()), len(mask), block.kind) for block, mask in kept]
     CompactCard(active_config(base), type(dense).__name__, is_stock, before, dense.num_parameters(), blocks).attach(
         dense
     )
@@ -83,7 +83,7 @@ def base_of(model: Any) -> PreTrainedModel:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base, PreTrainedModel):
         raise CompactionError(f"A transformers model with an adapter is needed, got a {type(model).__name__}.")
-    if foreign_layers(base):
+    if has_foreign_layers(base):
         raise CompactionError("The model has an adapter of another method too: give one that has masks alone.")
     return base
 
@@ -107,7 +107,7 @@ def active_config(base: nn.Module) -> AdaPruneConfig:
     return config
 
 
-def kept_groups(base: nn.Module) -> list[tuple[Unit, torch.Tensor]]:
+def kept_groups(base: nn.Module) -> list[tuple[Block, torch.Tensor]]:
     """Return for each block of a model what the active masks leave of its groups: boolean, one a group.
 
     Raises:
@@ -115,11 +115,11 @@ def kept_groups(base: nn.Module) -> list[tuple[Unit, torch.Tensor]]:
     """
     layers = dict(adaprune_layers(base))
     kept = []
-    for unit in _units(base):
-        layer = layers.get(unit.consumer)
+    for block in _find_kept_blocks(base):
+        layer = layers.get(block.consumer)
         masks = [layer.mask(name) for name in active_masks(layer)] if layer else []
         if masks:
-            kept.append((unit, Groups.of(unit, base).read(torch.stack(masks).all(0)).cpu()))
+            kept.append((block, Groups.of(block, base).read(torch.stack(masks).all(0)).cpu()))
     if all(mask.all() for _, mask in kept):
         raise CompactionError(
             "There is nothing to remove: the active masks prune no neuron and no head as a whole, and leave each "
@@ -129,29 +129,29 @@ def kept_groups(base: nn.Module) -> list[tuple[Unit, torch.Tensor]]:
     return kept
 
 
-def _units(base: nn.Module) -> list[Unit]:
+def _find_kept_blocks(base: nn.Module) -> list[Block]:
     for kinds in (("neuron", "head"), ("neuron",)):
         with suppress(StructureError):
-            return [unit for found in find_units(base, kinds).values() for unit in found]
+            return [block for found in find_blocks(base, kinds).values() for block in found]
     return []
 
 
-def _remove_groups(dense: nn.Module, kept: Iterable[tuple[Unit, torch.Tensor]]) -> dict[str, dict[str, Any]]:
+def _remove_groups(dense: nn.Module, kept: Iterable[tuple[Block, torch.Tensor]]) -> dict[str, dict[str, Any]]:
     """Take the pruned groups out of the layers; return which heads each attention module is left with."""
     heads: dict[str, dict[str, Any]] = {}
-    for unit, mask in kept:
+    for block, mask in kept:
         if mask.all():
             continue
         if not mask.any():
-            raise CompactionError(f"The active masks leave {unit.consumer!r} no {unit.kind} at all: activate fewer.")
-        groups = Groups.of(unit, dense)
-        keep_inputs(groups.consumer, mask.repeat_interleave(unit.width))
+            raise CompactionError(f"The active masks leave {block.consumer!r} no {block.kind} at all: activate fewer.")
+        groups = Groups.of(block, dense)
+        keep_inputs(groups.consumer, mask.repeat_interleave(block.width))
         for producer in groups.producers.values():
             keep_outputs(producer, groups.rows(producer, mask))
-        if unit.kind == "head":
-            attention = unit.producers[0].rpartition(".")[0]
-            heads[attention] = {"of": unit.num_groups, "kept": mask.nonzero().squeeze(1).tolist()}
-            keep_heads(dense.get_submodule(attention), unit.num_groups, heads[attention]["kept"])
+        if block.kind == "head":
+            attention = block.producers[0].rpartition(".")[0]
+            heads[attention] = {"of": block.num_groups, "kept": mask.nonzero().squeeze(1).tolist()}
+            keep_heads(dense.get_submodule(attention), block.num_groups, heads[attention]["kept"])
     return heads
 
 

@@ -49,21 +49,21 @@ def expand(small: Any, whole: Any) -> PreTrainedModel:
         >>> expand(small, trainer.model).push_to_hub("me/bert-sst2")
     """
     small, whole = base_of(small), base_of(whole)
-    name, base, units = _active_adapter(small), unmasked(whole), kept_groups(whole)
+    name, base, blocks = _active_adapter(small), unmasked(whole), kept_groups(whole)
     left: dict[str, torch.Tensor] = {}
-    for unit, kept in units:
-        left |= Groups.of(unit, base).masks(kept)
+    for block, kept in blocks:
+        left |= Groups.of(block, base).masks(kept)
     masks = left | {module: _widened(layer, name, left.get(module)) for module, layer in adaprune_layers(small, name)}
     for module, layer in adaprune_layers(whole):
         for active in active_masks(layer):
             mask = layer.mask(active).cpu()
             masks[module] = mask & masks.get(module, mask)
     config = _config_over(active_config(whole), active_config(small).for_masks(masks))
-    config.whole_groups = join_kinds({unit.kind for unit, kept in units if not kept.all()})
+    config.whole_groups = join_kinds({block.kind for block, kept in blocks if not kept.all()})
     base.add_adapter(config)
     for module, layer in adaprune_layers(base):
         layer.adaprune_mask["default"].copy_(pack_mask(masks[module]))
-    base.peft_config["default"].is_filled = True
+    base.peft_config["default"].masks_loaded = True
     for module, state in (_trained_whole(whole) | _trained_whole(small)).items():
         trained: Any = base.get_submodule(module)
         trained.modules_to_save["default"].load_state_dict(state)

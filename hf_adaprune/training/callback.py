@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from huggingface_hub import HfApi
@@ -22,12 +21,12 @@ from ..hub.publish import fetch_card
 from ..storage.checks import run_checks
 from ..tuner.masked_layers import adaprune_layers, has_masks
 from .checkpoints import (
+    expose_resume_state,
     folder_of_step,
     load_best_state,
-    put_state_in_place,
-    save_state_no_more,
+    quarantine_torn_checkpoints,
     save_state_with_checkpoints,
-    set_torn_aside,
+    stop_saving_state,
 )
 from .pruner import Pruner
 from .trainer_card import complete_trainer_card, training_settings
@@ -59,7 +58,7 @@ class AdaPruneCallback(TrainerCallback):
     pruner_cls: type[Pruner] = Pruner
 
     def __init__(self, config: AdaPruneConfig | None = None, adapter_name: str = "default") -> None:
-        if not isinstance(config, (AdaPruneConfig, NoneType)):
+        if config is not None and not isinstance(config, AdaPruneConfig):
             raise ConfigError(
                 f"`AdaPruneCallback` takes an `AdaPruneConfig`, got {config!r}: as in "
                 "`AdaPruneCallback(AdaPruneConfig(final_sparsity=0.8))`."
@@ -75,7 +74,7 @@ class AdaPruneCallback(TrainerCallback):
         """Put masks on the Trainer's model, before its optimizer is made, and torn checkpoints out of the way."""
         with args.main_process_first(local=args.save_on_each_node, desc="looking for torn checkpoints"):
             if args.should_save:
-                set_torn_aside(args.output_dir)
+                quarantine_torn_checkpoints(args.output_dir)
         # `Trainer.push_to_hub` writes a card of its own over the adapter's, and then has the model complete it.
         model.create_or_update_model_card = self._complete_card  # type: ignore[assignment]
         run_checks(model)  # now: FSDP is about to shard it
@@ -107,7 +106,8 @@ class AdaPruneCallback(TrainerCallback):
             )
         if self.adapter_name in names:
             for _, layer in adaprune_layers(model, self.adapter_name):
-                layer.config(self.adapter_name).is_filled = False  # until a checkpoint is loaded: see `_check_resumed`
+                # Until a checkpoint is loaded: see `_check_resumed`.
+                layer.config(self.adapter_name).masks_loaded = False
             return
         if self.config is None:
             raise ConfigError(
@@ -203,7 +203,7 @@ class AdaPruneCallback(TrainerCallback):
         """See that all processes have the masks that were saved; put the scores where a resumed run looks for them."""
         self._running.check_masks()
         if args.should_save:
-            put_state_in_place(folder_of_step(args, state))
+            expose_resume_state(folder_of_step(args, state))
         self._forget_best(state)
 
     def on_push_begin(
@@ -223,7 +223,7 @@ class AdaPruneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """End at exactly the sparsity that was asked for."""
-        save_state_no_more(self._running.model)
+        stop_saving_state(self._running.model)
         if args.load_best_model_at_end and state.best_global_step:
             load_best_state(kwargs["model"], Path(str(state.best_model_checkpoint)))
             told = self._running.config.training or {}
@@ -251,7 +251,7 @@ class AdaPruneCallback(TrainerCallback):
 
 def _check_resumed(pruner: Pruner, num_steps: int) -> None:
     """Raise if a run goes on in the middle of its schedule with masks of its beginning: its own did not arrive."""
-    if num_steps and pruner.trains_scores and not pruner.config.is_filled:
+    if num_steps and pruner.trains_scores and not pruner.config.masks_loaded:
         raise NotPrunedError(
             f"The run goes on after {num_steps} of {pruner.total_steps} steps, and its checkpoint has no masks "
             "under the names that they have in this model. Resume with the same form of model (wrapped by "

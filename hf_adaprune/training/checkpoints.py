@@ -44,13 +44,13 @@ def save_state_with_checkpoints(model: Any, num_processes: int, resumable: bool)
         num_processes (`int`): How many processes train it; each leaves files of its own in a checkpoint.
         resumable (`bool`): Whether the Trainer saves its optimizer; if not, scores are not saved either.
     """
-    save_state_no_more(model)
+    stop_saving_state(model)
     if not hasattr(model, "save_pretrained"):
         return  # of somebody's own class: the Trainer saves all of it, masks and scores too
     model.save_pretrained = functools.partial(_save, model.save_pretrained, model, num_processes, resumable)
 
 
-def save_state_no_more(model: Any) -> None:
+def stop_saving_state(model: Any) -> None:
     """Have a model's `save_pretrained` be what it was."""
     save = vars(model).get("save_pretrained")
     if isinstance(save, functools.partial) and save.func is _save:
@@ -90,7 +90,7 @@ def _save_state(model: nn.Module, path: Path, num_processes: int, resumable: boo
     for name, layer in adaprune_layers(model):
         names |= {f"{name}.adaprune_mask.{adapter}" for adapter in layer.adaprune_mask}
         if resumable:
-            names |= {f"{name}.adaprune_growth.{adapter}" for adapter in layer.adaprune_growth}
+            names |= {f"{name}.adaprune_score_scale.{adapter}" for adapter in layer.adaprune_score_scale}
         else:
             names -= {f"{name}.adaprune_scores.{adapter}" for adapter in layer.adaprune_scores}
     files = [OPTIMIZER_NAME, SCHEDULER_NAME] if resumable else []
@@ -105,7 +105,7 @@ def folder_of_step(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
-def put_state_in_place(checkpoint: Path) -> None:
+def expose_resume_state(checkpoint: Path) -> None:
     """Have a Trainer that resumes from a checkpoint find the scores in it.
 
     It loads a checkpoint's `model.safetensors` into the model in training in preference to its adapter, plain and
@@ -133,7 +133,7 @@ def load_best_state(model: nn.Module, checkpoint: Path) -> None:
         model.load_state_dict(load_file(path), strict=False)
 
 
-def set_torn_aside(folder: str | Path) -> None:
+def quarantine_torn_checkpoints(folder: str | Path) -> None:
     """Rename the checkpoints in a folder that were not written, or not deleted, to their end; complete the others.
 
     A run that is resumed takes the checkpoint of the highest number, whole or not: a torn one keeps its number under
@@ -142,14 +142,14 @@ def set_torn_aside(folder: str | Path) -> None:
     Args:
         folder (`str` or `Path`): A Trainer's `output_dir`.
     """
-    put_state_in_place(Path(folder, _LAST_CHECKPOINT))
+    expose_resume_state(Path(folder, _LAST_CHECKPOINT))
     for path in sorted(Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         if not (path.is_dir() and _CHECKPOINT.fullmatch(path.name)):
             continue
         if (path / MODEL_CONFIG).exists() and not (path / ADAPTER_CONFIG).exists():
             continue  # a whole model's
         if _is_whole(path):
-            put_state_in_place(path)
+            expose_resume_state(path)
             continue
         torn = path.with_name(f"torn-{path.name}")
         while torn.exists():

@@ -9,7 +9,7 @@ import torch
 
 from ..config import AdaPruneConfig
 from .selection import protect_best, prune_groups, threshold_mask, threshold_scopes, topk_masks
-from .sharding import whole
+from .sharding import full_tensor
 
 
 if TYPE_CHECKING:
@@ -37,12 +37,12 @@ class MaskSelector:
 
     def masks(self) -> Masks:
         """Return the masks that the layers have, as they are scored."""
-        return {name: layer.entries(self.adapter_name) for name, layer in self.layers.items()}
+        return {name: layer.scored_mask(self.adapter_name) for name, layer in self.layers.items()}
 
     def by_sign(self) -> Masks:
         """Return the masks of Algorithm 1: what has a positive score is kept."""
         keeps_best = bool(self.config.group_kinds)
-        return {name: whole(threshold_mask(score, keeps_best)) for name, score in self.scores().items()}
+        return {name: full_tensor(threshold_mask(score, keeps_best)) for name, score in self.scores().items()}
 
     def at_sparsity(self, sparsity: float) -> Masks:
         """Return the masks of the highest scores that prune exactly a fraction `sparsity` in [0, 1] of all weights.
@@ -77,7 +77,7 @@ class MaskSelector:
         scores, magnitudes = self.scores(), self._magnitudes()
         masks: Masks = {}
         for names in scopes:
-            sizes = [self.layers[name].count(self.adapter_name)[1] // len(scores[name]) for name in names]
+            sizes = [self.layers[name].pruned_and_total(self.adapter_name)[1] // len(scores[name]) for name in names]
             chosen = prune_groups(
                 [scores[name] for name in names], [magnitudes[name] for name in names], sizes, sparsity
             )
@@ -89,7 +89,9 @@ class MaskSelector:
         if not self.config.group_kinds:
             return {name: layer.base_weight for name, layer in self.layers.items()}
         if not self._group_magnitudes:
-            self._group_magnitudes = {name: layer.magnitudes(self.adapter_name) for name, layer in self.layers.items()}
+            self._group_magnitudes = {
+                name: layer.entry_weights(self.adapter_name) for name, layer in self.layers.items()
+            }
         return self._group_magnitudes
 
     def _protected(self, scores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

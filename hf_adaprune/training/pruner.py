@@ -14,15 +14,15 @@ from ..errors import MergeError, NonFiniteError, NotPrunedError
 from ..storage.checks import check_statistics, check_vocabulary, run_checks
 from ..tuner.masked_layers import adaprune_layers
 from ..tuner.masks import pack_mask, unpack_mask
-from ..tuner.score_state import calibrate_scores, grow_scores, remake_scores
+from ..tuner.score_state import calibrate_scores, remake_scores, scale_scores
 from .calibration import InputMoments
 from .dropout import restore_dropout, set_dropout
-from .head_steps import HeadSteps
+from .head_learning_rate import HeadLearningRate
 from .mask_selector import MaskSelector
+from .pruner_reminder import remove_reminder
 from .replicas import check_same_masks
 from .schedule import cubic_sparsity, settling
-from .sharding import check_sharding, is_sharded, whole
-from .unattended import stop_watching
+from .sharding import check_sharding, full_tensor, is_sharded
 
 
 logger = logging.get_logger(__name__)
@@ -85,7 +85,7 @@ class Pruner:
                 "First call `unmerge_adapter()`, or `enable_adapters()` (leave `disable_adapter()` of a `PeftModel`)."
             )
         run_checks(model)  # before the masks change
-        stop_watching(model, adapter_name)
+        remove_reminder(model, adapter_name)
         self.config: AdaPruneConfig = next(iter(self.layers.values())).config(adapter_name)
         check_vocabulary(model, self.config)
         check_statistics(model)
@@ -99,7 +99,7 @@ class Pruner:
         restore_dropout(model)  # a run may have been broken off
         if self.config.training_dropout is not None:
             set_dropout(model, self.config.training_dropout)
-        self._head = HeadSteps(model, adapter_name, self.config.head_lr_ratio)
+        self._head = HeadLearningRate(model, adapter_name, self.config.head_lr_ratio)
         self._reference: dict[str, torch.Tensor] = {}
         self._remember()
         if self.trains_scores:
@@ -107,15 +107,15 @@ class Pruner:
             self.config.combination = self.config.whole_groups = None
         # An adapter that is trained on starts from its mask, and not from the schedule's beginning.
         self._start_sparsity = min(self.sparsity, self.config.final_sparsity)
-        self._num_weights = sum(layer.count(adapter_name)[1] for layer in self.layers.values())
+        self._num_weights = sum(layer.pruned_and_total(adapter_name)[1] for layer in self.layers.values())
         calibrates = self.config.score_init == "wanda" and self._start_sparsity == 0
         self._inputs = InputMoments(self.layers, adapter_name) if calibrates else None
 
     @property
     def sparsity(self) -> float:
         """The fraction of the masked weights that is pruned now, in [0, 1]."""
-        pruned, total = zip(*(layer.count(self.adapter_name) for layer in self.layers.values()), strict=True)
-        return sum(pruned) / sum(total)
+        counts = [layer.pruned_and_total(self.adapter_name) for layer in self.layers.values()]
+        return sum(pruned for pruned, _ in counts) / sum(total for _, total in counts)
 
     @property
     def target_sparsity(self) -> float:
@@ -153,7 +153,7 @@ class Pruner:
             NonFiniteError: If a gradient of the scores or of the head is NaN or infinite.
         """
         gradients = [p.grad for p in (*self._selector.scores().values(), *self._head.parameters) if p.grad is not None]
-        if gradients and not torch.isfinite(whole(nn.utils.get_total_norm(gradients))):
+        if gradients and not torch.isfinite(full_tensor(nn.utils.get_total_norm(gradients))):
             raise NonFiniteError(
                 f"A gradient is NaN or infinite after step {self.num_steps} of {self.total_steps}; the model is as it "
                 "was after that step and can be saved. Lower the learning rate, or look for bad values in the data."
@@ -182,8 +182,8 @@ class Pruner:
                 "each step of the optimizer; where gradients are accumulated that is not once a batch."
             )
         self.num_steps += 1
-        self.config.is_attended = True
-        self._head.carry_on()
+        self.config.has_pruner = True
+        self._head.scale_last_step()
         self._calibrate()
         self._settle()
         scores = self._selector.scores()
@@ -191,7 +191,7 @@ class Pruner:
         for name, score in scores.items():
             if drift:
                 score -= drift
-            if not torch.isfinite(whole(score.sum())):
+            if not torch.isfinite(full_tensor(score.sum())):
                 raise NonFiniteError(
                     f"The scores of {name!r} are NaN or infinite at step {self.num_steps} of {self.total_steps}; its "
                     "masks are as they were after the step before. Lower the learning rate."
@@ -223,7 +223,7 @@ class Pruner:
         self._close_inputs()
         restore_dropout(self.model)
         for layer in self.layers.values():
-            grow_scores(layer, self.adapter_name, 1.0)  # another run may follow
+            scale_scores(layer, self.adapter_name, 1.0)  # another run may follow
         if not self.at_target:
             self._prune_to_target()
         self.check_masks()
@@ -247,7 +247,7 @@ class Pruner:
 
         Of whole groups, as many go as come nearest to that.
         """
-        self.config.is_attended = True
+        self.config.has_pruner = True
         self._set(self._selector.at_sparsity(sparsity))
 
     def pop_flip_rate(self) -> float:
@@ -311,7 +311,7 @@ class Pruner:
         if self.config.settles:
             progress = min(self.num_steps, self.total_steps - 1) / self.total_steps
             for layer in self.layers.values():
-                grow_scores(layer, self.adapter_name, 1 / settling(progress, self.config.pruning_end))
+                scale_scores(layer, self.adapter_name, 1 / settling(progress, self.config.pruning_end))
 
     @torch.no_grad()
     def _match_scores_to_masks(self) -> None:

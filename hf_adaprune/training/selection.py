@@ -45,11 +45,11 @@ def check_reachable(groups: Mapping[str, Groups], config: AdaPruneConfig) -> Non
     """
     sparsity = config.final_sparsity
     for names in threshold_scopes(groups, config.scope):
-        units, sizes = [groups[name].unit for name in names], [groups[name].size for name in names]
-        total = sum(unit.num_groups * size for unit, size in zip(units, sizes, strict=True))
+        blocks, sizes = [groups[name].block for name in names], [groups[name].size for name in names]
+        total = sum(block.num_groups * size for block, size in zip(blocks, sizes, strict=True))
         most = total - sum(sizes)
-        there = ", ".join(f"{unit.num_groups} {unit.kind}s in {unit.consumer!r}" for unit in units[:2])
-        there += ", ..." if len(units) > 2 else ""
+        there = ", ".join(f"{block.num_groups} {block.kind}s in {block.consumer!r}" for block in blocks[:2])
+        there += ", ..." if len(blocks) > 2 else ""
         advice = f'Choose another `final_sparsity`, or a wider `scope` than {config.scope!r} ("kind", "global").'
         if most < sparsity * total - min(sizes) / 2:
             raise ConfigError(

@@ -59,12 +59,12 @@ def is_sharded(tensors: Iterable[torch.Tensor]) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor as every process can use it: one that is sharded is gathered."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def copy_whole(target: torch.Tensor, values: torch.Tensor) -> None:
+def copy_to_shards(target: torch.Tensor, values: torch.Tensor) -> None:
     """Copy values, which every process has whole, into a tensor that may be sharded."""
     if isinstance(target, DTensor):
         replicas = [Replicate()] * target.device_mesh.ndim
@@ -161,5 +161,5 @@ def _gather(mask: torch.Tensor, score: DTensor) -> torch.Tensor:
     # As bytes: not every backend gathers booleans.
     part = mask.view(torch.uint8).view(score.to_local().shape)
     mesh, shape, stride = score.device_mesh, score.shape, score.stride()
-    whole_mask = whole(DTensor.from_local(part, mesh, score.placements, run_check=False, shape=shape, stride=stride))
-    return whole_mask.view(torch.bool)
+    sharded = DTensor.from_local(part, mesh, score.placements, run_check=False, shape=shape, stride=stride)
+    return full_tensor(sharded).view(torch.bool)

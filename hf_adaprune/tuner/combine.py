@@ -56,15 +56,15 @@ def combine_adapters(
     config = _new_config(base.peft_config, adapter_names, head, masks, grouped)
     if how == "intersection" and not grouped:
         # What one of them prunes whole, all of them together do.
-        kinds = {kind for name in adapter_names for kind in base.peft_config[name].whole_kinds}
+        kinds = {kind for name in adapter_names for kind in base.peft_config[name].removable_kinds}
         config.whole_groups = join_kinds(kinds)
     config.combination = f"{how} of {', '.join(adapter_names)}"
     _add(tuner, new_name, config)
     for name, layer in layers.items():
         layer.adaprune_mask[new_name].copy_(pack_mask(masks[name]))
-    pruned, total = zip(*(layer.count(new_name) for layer in layers.values()), strict=True)
+    pruned, total = zip(*(layer.pruned_and_total(new_name) for layer in layers.values()), strict=True)
     stored = base.peft_config[new_name]
-    stored.final_sparsity, stored.is_filled = sum(pruned) / sum(total), True
+    stored.final_sparsity, stored.masks_loaded = sum(pruned) / sum(total), True
     for wrapper in wrappers:
         if head in wrapper.modules_to_save:
             wrapper.modules_to_save[new_name].load_state_dict(wrapper.modules_to_save[head].state_dict())
@@ -102,7 +102,7 @@ def _mask_the_same_groups(configs: Any, layers: list[AdaPruneLayer], names: Sequ
 
 def _combine(layer: AdaPruneLayer, names: Sequence[str], how: str, grouped: bool) -> torch.Tensor:
     there = [name for name in names if name in layer.adaprune_mask]
-    masks = torch.stack([layer.entries(name) if grouped else layer.mask(name) for name in there])
+    masks = torch.stack([layer.scored_mask(name) if grouped else layer.mask(name) for name in there])
     # Where an adapter has no mask it keeps everything.
     num_keeping = masks.sum(0) + (len(names) - len(there))
     return num_keeping >= {"intersection": len(names), "union": 1, "majority": len(names) // 2 + 1}[how]

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 if TYPE_CHECKING:
-    from .structure import Unit
+    from .structure import Block
 
 
 def join_kinds(kinds: Collection[str]) -> str | None:
@@ -27,35 +27,35 @@ class Groups:
     would do. Were the producers masked too, what they put there would be zero, and so would that gradient.
 
     Args:
-        unit (`Unit`): The block.
+        block (`Block`): The block.
         consumer (`torch.nn.Module`): Its layer that reads the groups: a `torch.nn.Linear`, or a `Conv1D`.
         producers (`Mapping[str, torch.nn.Module]`): Its layers that make them, by name.
     """
 
-    def __init__(self, unit: Unit, consumer: Any, producers: Mapping[str, Any]) -> None:
-        self.unit = unit
+    def __init__(self, block: Block, consumer: Any, producers: Mapping[str, Any]) -> None:
+        self.block = block
         self.consumer = consumer
         self.producers = dict(producers)
 
     @classmethod
-    def of(cls, unit: Unit, model: nn.Module) -> Groups:
+    def of(cls, block: Block, model: nn.Module) -> Groups:
         """Find the layers of a block in a model, beneath what adapters have put around them."""
-        layers = {name: _innermost(model.get_submodule(name)) for name in unit.modules}
-        return cls(unit, layers.pop(unit.consumer), layers)
+        layers = {name: _innermost(model.get_submodule(name)) for name in block.modules}
+        return cls(block, layers.pop(block.consumer), layers)
 
     @property
     def shape(self) -> torch.Size:
         """The shape of a mask, and of scores: one entry a group."""
-        return torch.Size([self.unit.num_groups])
+        return torch.Size([self.block.num_groups])
 
     @property
     def size(self) -> int:
         """How many weights belong to a group, in all layers together."""
-        return sum(total for _, total in self.counts(0).values()) // self.unit.num_groups
+        return sum(total for _, total in self.counts(0).values()) // self.block.num_groups
 
-    def spread(self, values: torch.Tensor) -> torch.Tensor:
+    def broadcast(self, values: torch.Tensor) -> torch.Tensor:
         """Turn one value a group into one for each weight of the consumer (a view where that is possible)."""
-        per_input = values.repeat_interleave(self.unit.width) if self.unit.width > 1 else values
+        per_input = values.repeat_interleave(self.block.width) if self.block.width > 1 else values
         if input_dim(self.consumer) == 0:
             per_input = per_input.unsqueeze(1)
         return per_input.expand(self.consumer.weight.shape)
@@ -63,7 +63,7 @@ class Groups:
     def read(self, mask: torch.Tensor) -> torch.Tensor:
         """Return which groups the consumer still reads under a mask of its weight's shape: boolean, one a group."""
         per_input = mask.movedim(input_dim(self.consumer), 0)
-        return per_input.reshape(self.unit.num_groups, -1).any(1)
+        return per_input.reshape(self.block.num_groups, -1).any(1)
 
     def interactions(self, moments: torch.Tensor) -> torch.Tensor:
         """Return the inner products of what any two groups put into the consumer's output, over all inputs seen.
@@ -76,26 +76,27 @@ class Groups:
         """
         weight = self.consumer.weight.detach().float().movedim(input_dim(self.consumer), 0)
         pairs = (weight @ weight.T) * moments
-        return pairs.view(2 * (self.unit.num_groups, self.unit.width)).sum((1, 3))
+        num_groups, width = self.block.num_groups, self.block.width
+        return pairs.view(num_groups, width, num_groups, width).sum((1, 3))
 
     def magnitudes(self) -> torch.Tensor:
         """Return the sum of |w| over the weights of each group, in all layers: float32."""
         per_input = self.consumer.weight.detach().float().abs().movedim(input_dim(self.consumer), 0)
-        total = per_input.reshape(self.unit.num_groups, -1).sum(1)
+        total = per_input.reshape(self.block.num_groups, -1).sum(1)
         for producer in self.producers.values():
             per_output = producer.weight.detach().float().abs().sum(input_dim(producer))
-            total = total + per_output.view(-1, self.unit.num_groups, self.unit.width).sum((0, 2))
+            total = total + per_output.view(-1, self.block.num_groups, self.block.width).sum((0, 2))
         return total
 
     def rows(self, producer: Any, groups: torch.Tensor) -> torch.Tensor:
         """Turn one value a group into one for each output of a producer."""
         outputs = producer.weight.shape[1 - input_dim(producer)]
-        per_entry = groups.repeat_interleave(self.unit.width)
+        per_entry = groups.repeat_interleave(self.block.width)
         return per_entry.repeat(outputs // len(per_entry))
 
     def masks(self, groups: torch.Tensor) -> dict[str, torch.Tensor]:
         """Turn one value a group into one for each weight of each layer of the block."""
-        masks = {self.unit.consumer: self.spread(groups)}
+        masks = {self.block.consumer: self.broadcast(groups)}
         for name, producer in self.producers.items():
             rows = self.rows(producer, groups)
             masks[name] = (rows if input_dim(producer) == 0 else rows.unsqueeze(1)).expand(producer.weight.shape)
@@ -103,9 +104,9 @@ class Groups:
 
     def counts(self, num_pruned: int) -> dict[str, tuple[int, int]]:
         """Return, for each layer of the block, how many weights go with so many groups, and how many it has."""
-        layers = {**self.producers, self.unit.consumer: self.consumer}
+        layers = {**self.producers, self.block.consumer: self.consumer}
         totals = {name: layer.weight.numel() for name, layer in layers.items()}
-        return {name: (num_pruned * total // self.unit.num_groups, total) for name, total in totals.items()}
+        return {name: (num_pruned * total // self.block.num_groups, total) for name, total in totals.items()}
 
     @torch.no_grad()
     def zero_producers(self, mask: torch.Tensor) -> None:

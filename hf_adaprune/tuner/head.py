@@ -25,7 +25,6 @@ _TASK_TYPES = {
     "ForQuestionAnswering": TaskType.QUESTION_ANS,
     "ForCausalLM": TaskType.CAUSAL_LM,
     "LMHeadModel": TaskType.CAUSAL_LM,
-    "ForMaskedLM": None,
     "Model": TaskType.FEATURE_EXTRACTION,
 }
 

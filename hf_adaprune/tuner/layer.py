@@ -13,8 +13,8 @@ from torch import nn
 from ..codec import decode_mask, encode_mask, is_coded
 from ..config import AdaPruneConfig
 from ..training.scores import initial_scores
-from ..training.sharding import is_sharded, whole
-from .built_weight import BuiltWeight
+from ..training.sharding import full_tensor, is_sharded
+from .cached_weight import CachedWeight
 from .groups import Groups
 from .masks import SHORTEST, apply_mask, pack_mask, packed_ones, packed_size, unpack_mask
 from .score_state import remake_scores
@@ -25,14 +25,15 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
     """Hold the masks of one frozen weight, one per adapter.
 
     A mask is one bit a weight: `adaprune_mask[adapter]`, a `uint8` buffer of shape `(ceil(weights / 8),)`, is what is
-    saved and loaded; one that was saved in less is decoded to that as soon as it is loaded (`packed`).
+    saved and loaded; one that was saved in less is decoded to that as soon as it is loaded (`packed_mask`).
     `adaprune_scores[adapter]`, real and of the weight's shape, exists only while an adapter is trained. Where whole
     groups of inputs are masked, both have one entry a group (`Groups`). What `forward` computes depends on the mask
     alone: scores only receive a gradient, and `Pruner` turns them into the next mask.
     """
 
     adapter_layer_names: tuple[str, ...] = ("adaprune_scores",)
-    other_param_names: tuple[str, ...] = ("adaprune_mask", "adaprune_growth", "_unpacked", "_configs", "_groups")
+    # PEFT's `delete_adapter` removes an adapter's entry from each of these.
+    other_param_names: tuple[str, ...] = ("adaprune_mask", "adaprune_score_scale", "_unpacked", "_configs", "_groups")
     # Which dimension of the weight the inputs run along, if the inputs are real.
     input_dim: int | None = None
 
@@ -63,9 +64,9 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         self._unpacked: dict[str, torch.Tensor] = {}
         self._configs: dict[str, AdaPruneConfig] = {}
         self._groups: dict[str, Groups] = {}
-        # By how much scores have grown (`grow_scores`): a number, saved with them.
-        self.adaprune_growth = BufferDict(persistent=True)
-        self._built: BuiltWeight | None = None
+        # By how much scores have grown (`scale_scores`): a number, saved with them.
+        self.adaprune_score_scale = BufferDict(persistent=True)
+        self._cached: CachedWeight | None = None
         self._removed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -96,15 +97,15 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         # There may have been one of this name, in a model that has been wrapped before.
         for former in (self._unpacked, self._groups):
             former.pop(adapter_name, None)
-        self._built = None
+        self._cached = None
         if groups is not None:
             self._groups[adapter_name] = groups
-        num_entries = self._entries(adapter_name).numel()
+        num_entries = self._mask_shape(adapter_name).numel()
         packed = packed_ones(num_entries) if mask_bytes is None else torch.zeros(mask_bytes, dtype=torch.uint8)
         self.adaprune_mask[adapter_name] = packed.to(weight.device)
         if not config.inference_mode:
-            self.adaprune_scores[adapter_name] = nn.Parameter(initial_scores(self.magnitudes(adapter_name), config))
-            self.adaprune_growth[adapter_name] = torch.ones((), device=weight.device)
+            self.adaprune_scores[adapter_name] = nn.Parameter(initial_scores(self.entry_weights(adapter_name), config))
+            self.adaprune_score_scale[adapter_name] = torch.ones((), device=weight.device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def get_base_layer(self) -> Any:
@@ -128,31 +129,31 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
 
     def mask(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's mask: boolean, of the weight's shape, True = kept."""
-        return self.spread(adapter_name, self.entries(adapter_name))
+        return self.broadcast(adapter_name, self.scored_mask(adapter_name))
 
-    def entries(self, adapter_name: str) -> torch.Tensor:
+    def scored_mask(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's mask as it is scored: one entry a group where groups are masked, else one a weight."""
         if adapter_name in self._unpacked:
             return self._unpacked[adapter_name].to(self.base_weight.device)
-        return unpack_mask(self.packed(adapter_name), self._entries(adapter_name))
+        return unpack_mask(self.packed_mask(adapter_name), self._mask_shape(adapter_name))
 
-    def packed(self, adapter_name: str) -> torch.Tensor:
+    def packed_mask(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's mask as packed bits. What was loaded in less is decoded now, and stays so.
 
         Raises:
             AdapterFileError: If it was coded by other weights than this layer's.
         """
         stored = self.adaprune_mask[adapter_name]
-        if is_coded(stored, self._entries(adapter_name).numel()):
+        if is_coded(stored, self._mask_shape(adapter_name).numel()):
             self.adaprune_mask[adapter_name] = stored = self.decode(adapter_name, stored)
         return stored
 
     def decode(self, adapter_name: str, stored: torch.Tensor) -> torch.Tensor:
         """Return a mask of this layer as packed bits, from how it is stored."""
-        if not is_coded(stored, self._entries(adapter_name).numel()):
+        if not is_coded(stored, self._mask_shape(adapter_name).numel()):
             return stored
         with torch.inference_mode(False), torch.no_grad():
-            return decode_mask(stored, whole(self._unmerged_weight()), self.input_dim)
+            return decode_mask(stored, full_tensor(self._unmerged_weight()), self.input_dim)
 
     def encode(self, adapter_name: str, packed: torch.Tensor) -> torch.Tensor:
         """Return a mask of this layer as it is stored in the fewest bytes, from packed bits."""
@@ -161,9 +162,9 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             return packed
         return encode_mask(unpack_mask(packed, weight.shape), weight, self.input_dim)
 
-    def takes(self, adapter_name: str, stored: torch.Tensor) -> bool:
+    def accepts(self, adapter_name: str, stored: torch.Tensor) -> bool:
         """Return whether a tensor has the dtype and a shape that the adapter's mask may be stored in."""
-        size = packed_size(self._entries(adapter_name).numel())
+        size = packed_size(self._mask_shape(adapter_name).numel())
         shorter = self._configs[adapter_name].mask_codec == SHORTEST and stored.numel() < size
         return stored.dtype == torch.uint8 and stored.dim() == 1 and (stored.numel() == size or shorter)
 
@@ -179,31 +180,31 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         """Return the groups that the adapter masks as a whole, or `None` where it masks single weights."""
         return self._groups.get(adapter_name)
 
-    def magnitudes(self, adapter_name: str) -> torch.Tensor:
+    def entry_weights(self, adapter_name: str) -> torch.Tensor:
         """Return what is known of each entry of the mask beforehand: the weight, or the sum of |w| over the group."""
         groups = self.groups(adapter_name)
-        return whole(self.base_weight.detach()) if groups is None else groups.magnitudes()
+        return full_tensor(self.base_weight.detach()) if groups is None else groups.magnitudes()
 
-    def _entries(self, adapter_name: str) -> torch.Size:
+    def _mask_shape(self, adapter_name: str) -> torch.Size:
         groups = self.groups(adapter_name)
         return self.base_weight.shape if groups is None else groups.shape
 
-    def spread(self, adapter_name: str, values: torch.Tensor) -> torch.Tensor:
+    def broadcast(self, adapter_name: str, values: torch.Tensor) -> torch.Tensor:
         """Return one value a weight, of the weight's shape, from one value an entry of the adapter's mask."""
         groups = self.groups(adapter_name)
-        return values if groups is None else groups.spread(values)
+        return values if groups is None else groups.broadcast(values)
 
     def config(self, adapter_name: str) -> AdaPruneConfig:
         """Return the adapter's configuration."""
         return self._configs[adapter_name]
 
     def set_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
-        """Replace the mask of an adapter in training, as it is scored (see `entries`)."""
-        self._unpacked[adapter_name], self._built = mask, None
+        """Replace the mask of an adapter in training, as it is scored (see `scored_mask`)."""
+        self._unpacked[adapter_name], self._cached = mask, None
 
-    def count(self, adapter_name: str) -> tuple[int, int]:
+    def pruned_and_total(self, adapter_name: str) -> tuple[int, int]:
         """Return how many weights the adapter's mask prunes, and how many it decides on, in other layers too."""
-        mask, groups = self.entries(adapter_name), self.groups(adapter_name)
+        mask, groups = self.scored_mask(adapter_name), self.groups(adapter_name)
         size = 1 if groups is None else groups.size
         return (mask.numel() - int(mask.count_nonzero())) * size, mask.numel() * size
 
@@ -218,7 +219,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             self._removed[name] = pruned, weight[pruned]
             weight[pruned] = 0
             self.merged_adapters.append(name)
-        self._built = None
+        self._cached = None
 
     def unmerge(self) -> None:
         """Put back what `merge` zeroed, to the last bit."""
@@ -243,18 +244,18 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             return weight
         names = self._active_masks()
         if torch.is_grad_enabled() and (weight.requires_grad or any(self.is_trained(name) for name in names)):
-            self._built = None
+            self._cached = None
             return trained_weight(self, weight, names)
         if not names:
             return weight
         # A compiled model cannot tell what was built from what would be: it unpacks its masks in each pass.
         if torch.compiler.is_compiling():
             return self._masked(weight, names)
-        if self._built is None or not self._built.holds(self):
-            self._built = self._build_weight(weight, names)
-        return self._built.product
+        if self._cached is None or not self._cached.is_valid(self):
+            self._cached = self._cached_product(weight, names)
+        return self._cached.product
 
-    def trained_mask(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def straight_through_inputs(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return scores and mask, of the weight's shape, if one mask is being trained straight-through."""
         if not torch.is_grad_enabled() or self.merged_adapters or self._disable_adapters:
             return None
@@ -263,8 +264,8 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             return None
         if self._configs[names[0]].estimator != "straight_through":
             return None
-        self._built = None
-        return self.spread(names[0], self.adaprune_scores[names[0]]), self.mask(names[0])
+        self._cached = None
+        return self.broadcast(names[0], self.adaprune_scores[names[0]]), self.mask(names[0])
 
     def is_trained(self, adapter_name: str) -> bool:
         """Return whether the adapter has scores here that receive a gradient."""
@@ -278,16 +279,16 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             weight = apply_mask(weight, self.mask(name))
         return weight
 
-    def _build_weight(self, weight: torch.Tensor, names: list[str]) -> BuiltWeight:
+    def _cached_product(self, weight: torch.Tensor, names: list[str]) -> CachedWeight:
         # Built outside of inference mode, so that it may take part in a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
             product = self._masked(weight.detach(), names)
         masks = {name: self.adaprune_mask[name] for name in names}
-        return BuiltWeight(product, weight, self._active_adapter, masks)
+        return CachedWeight(product, weight, self._active_adapter, masks)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._built = None
+        self._cached = None
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.adaprune_mask.keys())
@@ -304,7 +305,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             remake_scores(self, adapter_name)
         else:
             self.adaprune_scores[adapter_name].data = self.adaprune_scores[adapter_name].data.to(device)
-            self.adaprune_growth[adapter_name] = self.adaprune_growth[adapter_name].to(device)
+            self.adaprune_score_scale[adapter_name] = self.adaprune_score_scale[adapter_name].to(device)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, mask in self._unpacked.items():
@@ -316,12 +317,12 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             stored = state_dict.get(f"{prefix}adaprune_mask.{name}")
             if stored is None:
                 continue
-            if stored.shape != self.adaprune_mask[name].shape and self.takes(name, stored):
+            if stored.shape != self.adaprune_mask[name].shape and self.accepts(name, stored):
                 # The same masks may be stored in more bytes or in less.
                 self.adaprune_mask[name] = torch.empty_like(stored, device=self.adaprune_mask[name].device)
             self._unpacked.pop(name, None)
-            self._built = None
-            self._configs[name].is_filled = True
+            self._cached = None
+            self._configs[name].masks_loaded = True
             scores_key = f"{prefix}adaprune_scores.{name}"
             if scores_key in state_dict:
                 # A state of training: no longer what was saved.
@@ -329,7 +330,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             elif name in self.adaprune_scores:
                 # An adapter's file has no scores; those at hand stay until a `Pruner` is made.
                 state_dict[scores_key] = self.adaprune_scores[name]
-                state_dict[f"{prefix}adaprune_growth.{name}"] = self.adaprune_growth[name]
+                state_dict[f"{prefix}adaprune_score_scale.{name}"] = self.adaprune_score_scale[name]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -337,4 +338,4 @@ def decode_loaded(layer: Any, incompatible_keys: Any = None) -> None:
     """Decode the masks of a layer that have been loaded in less than packed bits, if there are weights to do it by."""
     for name, stored in layer.adaprune_mask.items():
         if not (stored.is_meta or layer.base_weight.is_meta):
-            layer.packed(name)
+            layer.packed_mask(name)

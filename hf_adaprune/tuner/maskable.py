@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import AdaPruneConfig
 from .binarize import masked_linear
-from .built_weight import BuiltWeight
+from .cached_weight import CachedWeight
 from .groups import Groups
 from .layer import AdaPruneLayer
 
@@ -25,12 +25,12 @@ class Linear(AdaPruneLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             # Short, and before all else: it is most of what an adapter adds to a forward pass of a single sentence.
-            built: BuiltWeight | None = self._built
-            if built is not None and built.holds(self):
+            built: CachedWeight | None = self._cached
+            if built is not None and built.is_valid(self):
                 weight, base = built.product, self._modules["base_layer"]
                 x = x if x.dtype == weight.dtype else self._cast_input_dtype(x, weight.dtype)
                 return F.linear(x, weight, base._parameters["bias"])  # type: ignore[union-attr]
-        trained = self.trained_mask()
+        trained = self.straight_through_inputs()
         if trained is not None:
             weight = self.base_weight
             return masked_linear(self._cast_input_dtype(x, weight.dtype), weight, *trained, self.bias)
@@ -48,7 +48,7 @@ class Conv1DLinear(AdaPruneLayer):
         return tuple(base_layer.weight.shape)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        trained = self.trained_mask()
+        trained = self.straight_through_inputs()
         if trained is not None:
             scores, mask = trained
             x, bias = self._cast_input_dtype(x, self.base_weight.dtype), self.get_base_layer().bias
@@ -77,12 +77,14 @@ def masked_class(module: nn.Module) -> type[AdaPruneLayer] | None:
     # With a forward pass of its own, or a weight that is computed, a layer may compute anything.
     if "forward" in vars(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
         return None
-    for base_cls, layer_cls in ((nn.Linear, Linear), (Conv1D, Conv1DLinear), (nn.Embedding, Embedding)):
-        if isinstance(module, nn.Embedding) and module.max_norm is not None:
-            return None  # a look-up changes the weight
-        scales = base_cls is nn.Embedding and hasattr(module, "embed_scale")
-        if isinstance(module, base_cls) and (type(module).forward is base_cls.forward or scales):
-            return layer_cls
+    forward = type(module).forward
+    if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
+        return Linear
+    if isinstance(module, Conv1D) and forward is Conv1D.forward:
+        return Conv1DLinear
+    if isinstance(module, nn.Embedding):
+        is_plain = forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+        return Embedding if is_plain and module.max_norm is None else None  # with `max_norm` a look-up changes it
     return None
 
 

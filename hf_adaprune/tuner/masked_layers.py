@@ -19,10 +19,10 @@ def module_counts(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, i
     for name, layer in adaprune_layers(model, adapter_name):
         groups = layer.groups(adapter_name)
         if groups is None:
-            counts[name] = layer.count(adapter_name)
+            counts[name] = layer.pruned_and_total(adapter_name)
             continue
-        prefix = name.removesuffix(groups.unit.consumer)
-        num_pruned = int((~layer.entries(adapter_name)).count_nonzero())
+        prefix = name.removesuffix(groups.block.consumer)
+        num_pruned = int((~layer.scored_mask(adapter_name)).count_nonzero())
         counts |= {f"{prefix}{key}": count for key, count in groups.counts(num_pruned).items()}
     return counts
 
@@ -34,14 +34,14 @@ def adaprune_layers(model: nn.Module, adapter_name: str | None = None) -> Iterat
             yield name, module
 
 
-def foreign_layers(model: nn.Module) -> list[str]:
-    """Return the names of the layers of a model that an adapter of another method is, or has been, in."""
-    modules = model.named_modules()
-    return [
-        name
-        for name, module in modules
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, AdaPruneLayer)
-    ]
+def is_foreign(module: nn.Module) -> bool:
+    """Return whether a module is the layer of another PEFT method."""
+    return isinstance(module, BaseTunerLayer) and not isinstance(module, AdaPruneLayer)
+
+
+def has_foreign_layers(model: nn.Module) -> bool:
+    """Return whether an adapter of another PEFT method is, or has been, on a model."""
+    return any(is_foreign(module) for module in model.modules())
 
 
 def has_masks(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ..errors import MixedBatchError
-from .active import active_head, active_only
+from .head_sync import active_only, head_sync_of
 from .masked_layers import adaprune_layers
 
 
@@ -69,7 +69,7 @@ def _check(model: nn.Module, adapter_names: Sequence[str]) -> None:
     unknown = sorted({str(name) for name in adapter_names} - there - {BASE})
     if unknown:
         raise MixedBatchError(f"The model has no adapter {unknown}, but {sorted(there)}, and {BASE!r} for the base.")
-    head = active_head(model)
+    head = head_sync_of(model)
     if head is None or not head.heads:
         return
     configs: Any = model.peft_config

@@ -25,23 +25,23 @@ from ..storage.checks import CheckOnce, check_base, run_checks, vocabulary_size
 from ..storage.fingerprint import fingerprints_are_checked
 from ..storage.model_files import forget_check, load_checked, save_weights_first
 from ..training.dropout import restore_dropout
+from ..training.pruner_reminder import remind_of_pruner, remove_reminder
 from ..training.selection import check_reachable
-from ..training.unattended import stop_watching, watch
-from .active import SWITCHES, ActiveHead, active_head, attach, check_one_head, detached_labels
 from .combine import combine_adapters
 from .groups import Groups
 from .head import check_architecture, check_modules_to_save, fitting_head, plan_head
+from .head_sync import SWITCH_METHODS, HeadSync, attach, check_one_head, detached_labels, head_sync_of
 from .layer import AdaPruneLayer
 from .layer_average import refuse_to_save
 from .maskable import wrap
-from .masked_layers import adaprune_layers, foreign_layers
+from .masked_layers import adaprune_layers, has_foreign_layers
 from .mixed_batch import mixed_batch
-from .structure import check_patterns, plan_units
+from .structure import check_patterns, plan_blocks
 from .targets import check_targets, linear_endings, no_match, resolve_targets, unmaskable
 
 
 # What a model with masks has functions of its own for.
-_OVERRIDES = ("save_pretrained", "set_adapter", *SWITCHES, "_load_pretrained_model", "_upload_modified_files")
+_OVERRIDES = ("save_pretrained", "set_adapter", *SWITCH_METHODS, "_load_pretrained_model", "_upload_modified_files")
 
 
 class AdaPruneModel(BaseTuner):
@@ -70,7 +70,7 @@ class AdaPruneModel(BaseTuner):
         """Put an adapter on the model: PEFT's own injection, on a checked configuration and a checked base."""
         # What is written into it is of this adapter alone: the caller's own may be used again.
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
-        config.is_filled, config.vocab_size = False, vocabulary_size(model)
+        config.masks_loaded, config.vocab_size = False, vocabulary_size(model)
         try:
             self._inject(model, adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
@@ -106,25 +106,25 @@ class AdaPruneModel(BaseTuner):
             config.target_modules = {key.rpartition(f".{self.prefix}")[0] for key in state_dict if self.prefix in key}
         self._plan(model, config)
         targets = config.target_modules
-        keeper = (active_head(model) or ActiveHead(model)) if isinstance(model, PreTrainedModel) else None
-        num_labels = None if keeper is None else keeper.base_num_labels
+        head_sync = (head_sync_of(model) or HeadSync(model)) if isinstance(model, PreTrainedModel) else None
+        num_labels = None if head_sync is None else head_sync.base_num_labels
         try:
-            with fitting_head(model, config, num_labels), detached_labels(keeper):
+            with fitting_head(model, config, num_labels), detached_labels(head_sync):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except NoMatchingPeftModuleError as error:
             message = no_match(config.target_modules, linear_endings(model))
             raise NoMatchingModuleError(f"{message} ({error})") from None
         # PEFT shortens long lists, and a bare `embed_tokens` means "save the embeddings whole" to it.
         config.target_modules = targets
-        if isinstance(model, PreTrainedModel) and keeper is not None:
-            attach(model, keeper, self.peft_config, _take_off)
+        if isinstance(model, PreTrainedModel) and head_sync is not None:
+            attach(model, head_sync, self.peft_config, _unwrap_layers)
             model.save_pretrained = functools.partial(save_weights_first, model)
             vars(model).pop("push_to_hub", None)  # of a model that was made smaller, with its card
             if config.is_stored:
                 shapes = head_shapes(model, adapter_name)
                 model._load_pretrained_model = functools.partial(load_checked, config, shapes)
         if not config.inference_mode:
-            watch(model, adapter_name)
+            remind_of_pruner(model, adapter_name)
         if config.is_stored and fingerprints_are_checked():
             check = CheckOnce(adapter_name, config)
             check.handle = model.register_forward_pre_hook(check)
@@ -133,8 +133,8 @@ class AdaPruneModel(BaseTuner):
         """Write into the configuration which modules have masks, and find the groups that these are of."""
         everywhere = config.target_modules in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND)
         resolve_targets(model, config)
-        units = plan_units(model, config, everywhere)
-        self._groups = {name: Groups.of(unit, model) for name, unit in units.items()}
+        blocks = plan_blocks(model, config, everywhere)
+        self._groups = {name: Groups.of(block, model) for name, block in blocks.items()}
         if not config.inference_mode:
             check_reachable(self._groups, config)
         check_patterns(model, config)
@@ -171,8 +171,8 @@ class AdaPruneModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Have one adapter active, with its head and its labels; or several, whose masks multiply."""
-        if keeper := active_head(self.model):
-            check_one_head(keeper.heads, adapter_name)
+        if head_sync := head_sync_of(self.model):
+            check_one_head(head_sync.heads, adapter_name)
         super().set_adapter(adapter_name, inference_mode)
         self._follow()
 
@@ -193,8 +193,8 @@ class AdaPruneModel(BaseTuner):
         self._follow()
 
     def _follow(self) -> None:
-        if keeper := active_head(self.model):
-            keeper(self.model)
+        if head_sync := head_sync_of(self.model):
+            head_sync(self.model)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, from layers too whose names contain PEFT's prefix for this method."""
@@ -207,7 +207,7 @@ class AdaPruneModel(BaseTuner):
         self._follow()
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        if foreign_layers(self.model):
+        if has_foreign_layers(self.model):
             raise MergeError(
                 "There are, or were, layers of another method around the masked ones, which cannot be merged or taken "
                 "off alone: open the adapter with masks on its base anew, without the other."
@@ -221,9 +221,9 @@ class AdaPruneModel(BaseTuner):
             self._check_merge_allowed()  # before anything is zeroed
             self._zero_producers(kwargs.get("adapter_names"))
         for hook in list(self.model._forward_pre_hooks.values()):
-            if isinstance(hook, (ActiveHead, CheckOnce)):
+            if isinstance(hook, (HeadSync, CheckOnce)):
                 hook.handle.remove()
-        stop_watching(self.model)
+        remove_reminder(self.model)
         plain = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         restore_dropout(plain)
         for module in plain.modules():
@@ -237,7 +237,7 @@ class AdaPruneModel(BaseTuner):
             for name in {*(adapter_names or layer.active_adapters), *layer.merged_adapters}:
                 groups = layer.groups(name)
                 if groups is not None:
-                    groups.zero_producers(layer.entries(name))
+                    groups.zero_producers(layer.scored_mask(name))
 
     def _check_merge_allowed(self) -> None:
         for name, layer in adaprune_layers(self.model):
@@ -271,7 +271,7 @@ class AdaPruneModel(BaseTuner):
         cls, model: nn.Module, config: AdaPruneConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         forget_check(model)  # PEFT has loaded the file by itself
-        if config.is_filled and config.inference_mode:
+        if config.masks_loaded and config.inference_mode:
             # In training the same is what loads the best checkpoint.
             raise ConfigError(
                 f"There is an adapter {adapter_name!r} on the model already. Load this one under another name, or "
@@ -281,9 +281,9 @@ class AdaPruneModel(BaseTuner):
         return check_loaded(model, config, adapter_name, remapped)
 
 
-def _take_off(model: PreTrainedModel) -> None:
+def _unwrap_layers(model: PreTrainedModel) -> None:
     """Put back the layers of a model whose last adapter was deleted: it is saved as what it was before the first."""
-    if not foreign_layers(model):
+    if not has_foreign_layers(model):
         AdaPruneModel.around(model).unload()
 
 

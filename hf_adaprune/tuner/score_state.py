@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..training.scores import elimination_ranks, scores_from_mask, wanda_ranks
-from ..training.sharding import copy_whole, whole
+from ..training.sharding import copy_to_shards, full_tensor
 
 
 if TYPE_CHECKING:
@@ -21,16 +21,16 @@ def calibrate_scores(layer: AdaPruneLayer, adapter_name: str, moments: torch.Ten
     assert layer.input_dim is not None
     groups = layer.groups(adapter_name)
     if groups is None:
-        ranks = wanda_ranks(whole(layer.base_weight), moments.sqrt(), layer.input_dim)
+        ranks = wanda_ranks(full_tensor(layer.base_weight), moments.sqrt(), layer.input_dim)
     else:
         ranks = elimination_ranks(groups.interactions(moments))
-    copy_whole(layer.adaprune_scores[adapter_name], ranks / layer.config(adapter_name).score_lr_ratio)
+    copy_to_shards(layer.adaprune_scores[adapter_name], ranks / layer.config(adapter_name).score_lr_ratio)
 
 
 @torch.no_grad()
-def grow_scores(layer: AdaPruneLayer, adapter_name: str, growth: float) -> None:
+def scale_scores(layer: AdaPruneLayer, adapter_name: str, growth: float) -> None:
     """Let the scores be so many times as large as they were made: in the same order, and less moved by a step."""
-    stored = layer.adaprune_growth[adapter_name]
+    stored = layer.adaprune_score_scale[adapter_name]
     before, after = float(stored), float(stored.fill_(growth))
     if before != after:
         layer.adaprune_scores[adapter_name] *= after / before
@@ -43,9 +43,10 @@ def remake_scores(layer: AdaPruneLayer, adapter_name: str) -> None:
     of a fresh adapter, or none.
     """
     scores = layer.adaprune_scores[adapter_name]
-    made = scores_from_mask(layer.magnitudes(adapter_name), layer.entries(adapter_name), layer.config(adapter_name))
+    weight, mask = layer.entry_weights(adapter_name), layer.scored_mask(adapter_name)
+    made = scores_from_mask(weight, mask, layer.config(adapter_name))
     if scores.is_meta:
         layer.adaprune_scores[adapter_name] = nn.Parameter(made, requires_grad=scores.requires_grad)
     else:
-        copy_whole(scores.data, made)
-    layer.adaprune_growth[adapter_name] = torch.ones((), device=made.device)
+        copy_to_shards(scores.data, made)
+    layer.adaprune_score_scale[adapter_name] = torch.ones((), device=made.device)

@@ -28,7 +28,7 @@ _PATTERNS = {(3, 3): "head", (1, 3): "head", (2, 2): "neuron", (1, 2): "neuron",
 
 
 @dataclass(frozen=True)
-class Unit:
+class Block:
     """One feed-forward or attention block: the linear layers that produce a hidden vector, and the one that reads it.
 
     A group is a stretch of the vector: one entry (a neuron), or those of an attention head. To it belong the columns
@@ -55,7 +55,7 @@ class Unit:
         return (*self.producers, self.consumer)
 
 
-def plan_units(model: Any, config: AdaPruneConfig, everywhere: bool) -> dict[str, Unit]:
+def plan_blocks(model: Any, config: AdaPruneConfig, everywhere: bool) -> dict[str, Block]:
     """Find what an adapter of structured granularity masks, and name its layers in the configuration.
 
     Args:
@@ -64,7 +64,7 @@ def plan_units(model: Any, config: AdaPruneConfig, everywhere: bool) -> dict[str
         everywhere (`bool`): Whether every layer of the model is to have what the granularity names.
 
     Returns:
-        `dict[str, Unit]`: The blocks by the names of their consumers; empty where each weight has a score of its own.
+        `dict[str, Block]`: The blocks by the names of their consumers; empty where each weight has a score of its own.
 
     Raises:
         StructureError: If the model is not built so that its neurons or heads can be told apart.
@@ -72,31 +72,31 @@ def plan_units(model: Any, config: AdaPruneConfig, everywhere: bool) -> dict[str
     """
     if not config.group_kinds:
         return {}
-    by_layer = find_units(model, config.group_kinds)
-    units = [unit for found in by_layer.values() for unit in found]
+    by_layer = find_blocks(model, config.group_kinds)
+    blocks = [block for found in by_layer.values() for block in found]
     if not config.is_stored and not any(parameter.is_meta for parameter in model.parameters()):
-        units = verified(model, units)
+        blocks = verified(model, blocks)
     for layer, found in by_layer.items():
-        missing = set(config.group_kinds) - {unit.kind for unit in found if unit in units}
+        missing = set(config.group_kinds) - {block.kind for block in found if block in blocks}
         if missing and everywhere:
             raise StructureError(_not_found(model, layer, config, missing))
-    chosen = [unit for unit in units if _is_chosen(unit, config)]
+    chosen = [block for block in blocks if _is_chosen(block, config)]
     if not chosen:
-        endings = sorted({name.rpartition(".")[2] for unit in units for name in unit.modules})
+        endings = sorted({name.rpartition(".")[2] for block in blocks for name in block.modules})
         raise NoMatchingModuleError(
             f"`granularity={config.granularity!r}` needs `target_modules` (got {config.target_modules!r}) to name a "
             f"layer of a block that it masks, and `exclude_modules` none: {endings}."
         )
-    config.target_modules = {unit.consumer for unit in chosen}
-    return {unit.consumer: unit for unit in chosen}
+    config.target_modules = {block.consumer for block in chosen}
+    return {block.consumer: block for block in chosen}
 
 
-def stored_units(model: Any, config: AdaPruneConfig) -> dict[str, Unit]:
+def stored_blocks(model: Any, config: AdaPruneConfig) -> dict[str, Block]:
     """Return the blocks whose groups a stored adapter masks, by the names of their consumers."""
     if not config.group_counts:
         return {}
-    units = [unit for found in find_units(model, config.group_kinds).values() for unit in found]
-    return {unit.consumer: unit for unit in units if unit.consumer in config.group_counts}
+    blocks = [block for found in find_blocks(model, config.group_kinds).values() for block in found]
+    return {block.consumer: block for block in blocks if block.consumer in config.group_counts}
 
 
 def check_patterns(model: nn.Module, config: AdaPruneConfig) -> None:
@@ -125,7 +125,7 @@ def features(module: Any) -> tuple[int, int]:
     return tuple(module.weight.shape) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
-def find_units(model: Any, kinds: Collection[str]) -> dict[str, list[Unit]]:
+def find_blocks(model: Any, kinds: Collection[str]) -> dict[str, list[Block]]:
     """Return the blocks that a model has by the shapes of its layers, by the name of the numbered layer they are in.
 
     Args:
@@ -147,7 +147,7 @@ def find_units(model: Any, kinds: Collection[str]) -> dict[str, list[Unit]]:
         )
     num_heads = _heads_by_name(model) if "head" in kinds else lambda attention: 1
     return {
-        layer: [unit for unit in _blocks(linears, num_heads) if unit.kind in kinds]
+        layer: [block for block in _blocks(linears, num_heads) if block.kind in kinds]
         for layer, linears in layers.items()
     }
 
@@ -168,14 +168,14 @@ def _heads_by_name(model: Any) -> Callable[[str], int]:
     return lambda attention: left.get(attention, num_heads)
 
 
-def _blocks(linears: list[tuple[str, tuple[int, int]]], num_heads: Callable[[str], int]) -> Iterator[Unit]:
+def _blocks(linears: list[tuple[str, tuple[int, int]]], num_heads: Callable[[str], int]) -> Iterator[Block]:
     """Take the linear layers of one transformer layer, in order, apart into blocks."""
     position = 0
     while position < len(linears):
         for num_producers in (3, 2, 1):
-            unit = _block(linears[position : position + num_producers + 1], num_producers, num_heads)
-            if unit is not None:
-                yield unit
+            block = _block(linears[position : position + num_producers + 1], num_producers, num_heads)
+            if block is not None:
+                yield block
                 position += num_producers
                 break
         position += 1
@@ -183,7 +183,7 @@ def _blocks(linears: list[tuple[str, tuple[int, int]]], num_heads: Callable[[str
 
 def _block(
     linears: list[tuple[str, tuple[int, int]]], num_producers: int, num_heads: Callable[[str], int]
-) -> Unit | None:
+) -> Block | None:
     if len(linears) != num_producers + 1:
         return None
     *producers, (consumer, (hidden, outputs)) = linears
@@ -195,15 +195,15 @@ def _block(
     num_groups = hidden if kind == "neuron" else num_heads(producers[0][0].rpartition(".")[0])
     if hidden % num_groups:
         return None
-    return Unit(kind, consumer, tuple(name for name, _ in producers), num_groups, hidden // num_groups)
+    return Block(kind, consumer, tuple(name for name, _ in producers), num_groups, hidden // num_groups)
 
 
-def _is_chosen(unit: Unit, config: AdaPruneConfig) -> bool:
+def _is_chosen(block: Block, config: AdaPruneConfig) -> bool:
     """Return whether a module of the block is targeted, and none is excluded."""
     all_named = copy.copy(config)
-    all_named.target_modules = set(unit.modules)
-    return any(check_target_module_exists(config, name) for name in unit.modules) and all(
-        check_target_module_exists(all_named, name) for name in unit.modules
+    all_named.target_modules = set(block.modules)
+    return any(check_target_module_exists(config, name) for name in block.modules) and all(
+        check_target_module_exists(all_named, name) for name in block.modules
     )
 
 
@@ -222,7 +222,7 @@ def _not_found(model: Any, layer: str, config: AdaPruneConfig, missing: set[str]
     )
 
 
-def verified(model: Any, units: list[Unit]) -> list[Unit]:
+def verified(model: Any, blocks: list[Block]) -> list[Block]:
     """Return the blocks that are what their shapes say, by the gradients of one forward pass.
 
     Every second group of a consumer's inputs is looked at: its gradient must reach the outputs of the producers, and
@@ -241,26 +241,26 @@ def verified(model: Any, units: list[Unit]) -> list[Unit]:
     produced: dict[str, list[torch.Tensor]] = defaultdict(list)
     read: list[torch.Tensor] = []
     tried = tensor_sharing_copy(model)
-    _watch(tried, units, produced, read)
+    _watch(tried, blocks, produced, read)
     with torch.enable_grad():
         tried.base_model(**dummy_inputs(model))
-        outputs = [output for unit in units for name in unit.producers for output in produced[name]]
+        outputs = [output for block in blocks for name in block.producers for output in produced[name]]
         total = sum(read, torch.zeros((), requires_grad=True))
         found = iter(torch.autograd.grad(total, outputs, allow_unused=True) if outputs else ())
     verified = []
-    for unit in units:
-        by_output = [next(found) for name in unit.producers for _ in produced[name]]
-        shape = (-1, unit.num_groups, unit.width)
+    for block in blocks:
+        by_output = [next(found) for name in block.producers for _ in produced[name]]
+        shape = (-1, block.num_groups, block.width)
         reached = [gradient.unflatten(-1, shape) for gradient in by_output if gradient is not None]
         inside = any(gradient[..., ::2, :].any() for gradient in reached)
         outside = any(gradient[..., 1::2, :].any() for gradient in reached)
         if len(reached) == len(by_output) and inside and not outside:
-            verified.append(unit)
+            verified.append(block)
     return verified
 
 
 def _watch(
-    model: nn.Module, units: list[Unit], produced: dict[str, list[torch.Tensor]], read: list[torch.Tensor]
+    model: nn.Module, blocks: list[Block], produced: dict[str, list[torch.Tensor]], read: list[torch.Tensor]
 ) -> None:
     def cut(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -269,18 +269,18 @@ def _watch(
 
         return hook
 
-    def look(unit: Unit) -> Any:
+    def look(block: Block) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
-            groups = args[0].unflatten(-1, (unit.num_groups, unit.width))[..., ::2, :]
+            groups = args[0].unflatten(-1, (block.num_groups, block.width))[..., ::2, :]
             # Weights that differ: a softmax passes the plain sum of its outputs no gradient.
             weights = torch.arange(1, groups.numel() + 1, device=groups.device).cos()
             read.append((groups.reshape(-1).float() * weights).sum().cpu())
 
         return hook
 
-    for unit in units:
-        for name in unit.producers:
+    for block in blocks:
+        for name in block.producers:
             model.get_submodule(name).register_forward_hook(cut(name))
-        consumer = model.get_submodule(unit.consumer)
-        consumer.register_forward_pre_hook(look(unit))
+        consumer = model.get_submodule(block.consumer)
+        consumer.register_forward_pre_hook(look(block))
         consumer.register_forward_hook(lambda module, args, output: output.detach())

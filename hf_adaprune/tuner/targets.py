@@ -16,6 +16,7 @@ from ..errors import ConfigError, NoMatchingModuleError
 from .head import PEFT_HEADS, body_name, head_modules, output_embeddings
 from .layer import AdaPruneLayer
 from .maskable import Conv1DLinear, Linear, masked_class
+from .masked_layers import is_foreign
 
 
 def resolve_targets(model: Any, config: AdaPruneConfig) -> None:
@@ -96,9 +97,8 @@ def check_targets(model: nn.Module, config: AdaPruneConfig) -> None:
     """
     targets = config.target_modules if isinstance(config.target_modules, set) else set()
     for name, module in model.named_modules():
-        is_other = isinstance(module, BaseTunerLayer) and not isinstance(module, AdaPruneLayer)
         inside = any(target.startswith(f"{name}.") for target in targets)
-        if is_other and (inside or check_target_module_exists(config, name)):
+        if is_foreign(module) and (inside or check_target_module_exists(config, name)):
             raise ConfigError(
                 f"{name!r} has an adapter of another method around it, a {type(module).__module__} layer: put "
                 "masks on the model first, and the other adapter on afterwards; or name in `target_modules` "

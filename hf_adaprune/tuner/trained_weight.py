@@ -30,7 +30,7 @@ def trained_weight(layer: AdaPruneLayer, weight: torch.Tensor, adapter_names: li
         if not layer.is_trained(name):
             weight = apply_mask(weight, mask)
             continue
-        config, scores = layer.config(name), layer.spread(name, layer.adaprune_scores[name])
+        config, scores = layer.config(name), layer.broadcast(name, layer.adaprune_scores[name])
         if config.estimator == "straight_through":
             weight = straight_through(weight, scores, mask)
         else:

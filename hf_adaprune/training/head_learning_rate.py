@@ -9,7 +9,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 
-class HeadSteps:
+class HeadLearningRate:
     """Carry on what the optimizer does to the head, in its direction.
 
     For every optimizer whose step is proportional to the learning rate, that is a larger learning rate; a stock
@@ -44,7 +44,7 @@ class HeadSteps:
         self._previous = [parameter.detach().clone() for parameter in self.parameters]
 
     @torch.no_grad()
-    def carry_on(self) -> None:
+    def scale_last_step(self) -> None:
         """Make the step that the optimizer has just taken `ratio` times as long."""
         if self.ratio != 1:
             for parameter, previous in zip(self.parameters, self._previous, strict=True):

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_adaprune import AdaPruneConfig, merged
 from hf_adaprune.errors import ConfigError, MergeError
-from hf_adaprune.tuner.active import active_head
+from hf_adaprune.tuner.head_sync import head_sync_of
 from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
@@ -326,7 +326,7 @@ def test_nothing_of_ours_is_left_on_a_model_that_is_unloaded(base: Path, tasks: 
     model = open_wrapped(base, tasks, "two", "three")
     model.set_adapter("three")
     plain = model.merge_and_unload()
-    assert active_head(plain) is None
+    assert head_sync_of(plain) is None
     assert plain.config.id2label == label_names(3)
     assert torch.equal(logits_of(plain), tasks["three"].logits)
 

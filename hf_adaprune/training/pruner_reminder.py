@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 _PATIENCE = 10
 
 
-class Unattended:
+class PrunerReminder:
     """Count the training passes of an adapter, until there is a `Pruner` for it; log a warning if none comes."""
 
     def __init__(self, adapter_name: str) -> None:
@@ -41,15 +41,15 @@ class Unattended:
         self.num_passes = 0  # it was another that was trained
 
 
-def watch(model: nn.Module, adapter_name: str) -> None:
+def remind_of_pruner(model: nn.Module, adapter_name: str) -> None:
     """Begin to count the training passes of a model's new adapter."""
-    unattended = Unattended(adapter_name)
-    unattended.handle = model.register_forward_pre_hook(unattended)
+    reminder = PrunerReminder(adapter_name)
+    reminder.handle = model.register_forward_pre_hook(reminder)
 
 
-def stop_watching(model: nn.Module, adapter_name: str | None = None) -> None:
+def remove_reminder(model: nn.Module, adapter_name: str | None = None) -> None:
     """Count no more: there is a `Pruner` for the adapter, or none is left (`None`: of whatever name)."""
     for module in model.modules():
         for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, Unattended) and adapter_name in (None, hook.adapter_name):
+            if isinstance(hook, PrunerReminder) and adapter_name in (None, hook.adapter_name):
                 hook.handle.remove()

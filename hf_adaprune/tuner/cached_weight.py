@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .layer import AdaPruneLayer
 
 
-class BuiltWeight:
+class CachedWeight:
     """Keep a masked weight for as long as nothing changes that it was built from.
 
     Args:
@@ -31,7 +31,7 @@ class BuiltWeight:
         self._weight, self._pointer, self._version = weight, weight.data_ptr(), _version(weight)
         self._masks = [(name, mask, _version(mask)) for name, mask in masks.items()]
 
-    def holds(self, layer: AdaPruneLayer) -> bool:
+    def is_valid(self, layer: AdaPruneLayer) -> bool:
         """Return whether the product is what would be built again.
 
         A new mask of training, and merging, are not seen: the layer drops the product then. Every layer asks in every

@@ -20,10 +20,10 @@ from .masked_layers import adaprune_layers
 
 
 # What transformers switches adapters by, besides `set_adapter`.
-SWITCHES = ("enable_adapters", "disable_adapters", "delete_adapter")
+SWITCH_METHODS = ("enable_adapters", "disable_adapters", "delete_adapter")
 
 
-class ActiveHead:
+class HeadSync:
     """Keep a model's head, and the labels in its configuration, those of the adapter whose masks are active.
 
     A forward pre-hook. Adapters are switched through many doors; not each of them switches the head with the masks,
@@ -39,7 +39,7 @@ class ActiveHead:
         self.layers: list[AdaPruneLayer] = []
         self.heads: list[ModulesToSaveWrapper] = []
         self.shown: AdaPruneConfig | None = None
-        self.take_off: Callable[[Any], object] = lambda model: None
+        self.on_last_adapter_deleted: Callable[[Any], object] = lambda model: None
         self.handle: Any = None
 
     def __call__(self, model: Any, args: Any = ()) -> None:
@@ -93,9 +93,9 @@ def _labels(config: AdaPruneConfig | None) -> dict[str, Any] | None:
     return None if stored is None else stored_labels(stored)
 
 
-def active_head(model: nn.Module) -> ActiveHead | None:
+def head_sync_of(model: nn.Module) -> HeadSync | None:
     """Return what keeps a model's head in step with its masks; `None` where there are no masks, or no labels."""
-    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, ActiveHead)), None)
+    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, HeadSync)), None)
 
 
 @contextmanager
@@ -103,60 +103,63 @@ def active_only(model: nn.Module, adapter_name: str | None) -> Iterator[None]:
     """Have one adapter active for the time of a block, with its head and labels; without a name, the base."""
     modules = [module for module in model.modules() if isinstance(module, (AdaPruneLayer, ModulesToSaveWrapper))]
     before = [(module._active_adapter, module._disable_adapters) for module in modules]
-    keeper = active_head(model)
+    head_sync = head_sync_of(model)
     try:
         for module in modules:
             has_it = isinstance(module, AdaPruneLayer) or adapter_name in module.modules_to_save
             module._active_adapter = [adapter_name] if adapter_name is not None and has_it else []
             module._disable_adapters = adapter_name is None
-        if keeper is not None:
-            keeper(model)
+        if head_sync is not None:
+            head_sync(model)
         yield
     finally:
         for module, (active, disabled) in zip(modules, before, strict=True):
             module._active_adapter, module._disable_adapters = active, disabled
-        if keeper is not None:
-            keeper(model)
+        if head_sync is not None:
+            head_sync(model)
 
 
 def attach(
-    model: PreTrainedModel, keeper: ActiveHead, configs: Mapping[str, Any], take_off: Callable[[Any], object]
+    model: PreTrainedModel,
+    head_sync: HeadSync,
+    configs: Mapping[str, Any],
+    on_last_adapter_deleted: Callable[[Any], object],
 ) -> None:
     """Keep head and labels in step with the masks from here on, those of a new adapter too.
 
     Args:
         model (`transformers.PreTrainedModel`): A model that has just got an adapter.
-        keeper (`ActiveHead`): What the model has for that already, or one that was made before the adapter.
+        head_sync (`HeadSync`): What the model has for that already, or one that was made before the adapter.
         configs (`Mapping[str, Any]`): The configuration of each of its adapters.
-        take_off (`Callable`): What takes the masked layers off a model that has no adapter any more.
+        on_last_adapter_deleted (`Callable`): What takes the masked layers off a model that has no adapter any more.
     """
-    if keeper.handle is None:
-        keeper.take_off = take_off
-        keeper.handle = model.register_forward_pre_hook(keeper)
-        model.set_adapter = functools.partial(_set_adapter, model, keeper)
-        for name in SWITCHES:
-            setattr(model, name, functools.partial(_switch, name, model, keeper))
-    keeper.layers = [layer for _, layer in adaprune_layers(model)]
-    keeper.heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    if head_sync.handle is None:
+        head_sync.on_last_adapter_deleted = on_last_adapter_deleted
+        head_sync.handle = model.register_forward_pre_hook(head_sync)
+        model.set_adapter = functools.partial(_set_adapter, model, head_sync)
+        for name in SWITCH_METHODS:
+            setattr(model, name, functools.partial(_switch, name, model, head_sync))
+    head_sync.layers = [layer for _, layer in adaprune_layers(model)]
+    head_sync.heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     # What the model's configuration tells now may be meant for the new adapter alone.
-    keeper.show(model, None)
-    keeper.follow(model, configs)
+    head_sync.show(model, None)
+    head_sync.follow(model, configs)
 
 
 @contextmanager
-def detached_labels(keeper: ActiveHead | None) -> Iterator[None]:
+def detached_labels(head_sync: HeadSync | None) -> Iterator[None]:
     """Detach the labels in the model's configuration from the active adapter: they may be those of one to be added.
 
     If the block fails, they are attached to it again.
     """
-    if keeper is None:
+    if head_sync is None:
         yield
         return
-    shown, keeper.shown = keeper.shown, None
+    shown, head_sync.shown = head_sync.shown, None
     try:
         yield
     except BaseException:
-        keeper.shown = shown
+        head_sync.shown = shown
         raise
 
 
@@ -175,25 +178,25 @@ def check_one_head(heads: Iterable[ModulesToSaveWrapper], names: str | Sequence[
         )
 
 
-def _switch(name: str, model: Any, keeper: ActiveHead, *args: Any, **kwargs: Any) -> None:
+def _switch(name: str, model: Any, head_sync: HeadSync, *args: Any, **kwargs: Any) -> None:
     """Do what transformers does, and let head and labels follow at once: a loss may be waiting for its gradients."""
     getattr(type(model), name)(model, *args, **kwargs)
-    left = [adapter for adapter in keeper.layers[0].active_adapters if adapter in getattr(model, "peft_config", {})]
+    left = [adapter for adapter in head_sync.layers[0].active_adapters if adapter in getattr(model, "peft_config", {})]
     if name == "delete_adapter" and left:
-        _set_adapter(model, keeper, left)  # each layer has chosen another by itself
-    keeper(model)
+        _set_adapter(model, head_sync, left)  # each layer has chosen another by itself
+    head_sync(model)
     if not getattr(model, "peft_config", {}):
-        keeper.take_off(model)
+        head_sync.on_last_adapter_deleted(model)
 
 
-def _set_adapter(model: Any, keeper: ActiveHead, adapter_name: str | list[str]) -> None:
+def _set_adapter(model: Any, head_sync: HeadSync, adapter_name: str | list[str]) -> None:
     """Do what transformers does, which stops half way where an adapter has no head, or only a part of another's."""
     names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
     configs = getattr(model, "peft_config", {})
     missing = [name for name in names if name not in configs]
     if missing:
         raise ValueError(f"The model has no adapter {missing}, but {sorted(configs)}.")
-    check_one_head(keeper.heads, names)
+    check_one_head(head_sync.heads, names)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.set_adapter(adapter_name)
@@ -201,4 +204,4 @@ def _set_adapter(model: Any, keeper: ActiveHead, adapter_name: str | list[str]) 
             own = [name for name in names if name in module.modules_to_save]
             # Whether others that are active are being trained is nothing to this head.
             module.set_adapter(own, all(configs[name].inference_mode for name in own))
-    keeper(model)
+    head_sync(model)
