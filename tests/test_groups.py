@@ -352,7 +352,7 @@ def test_masks_of_groups_pick_the_highest_scores_of_their_block() -> None:
     train_masks(model)
     for _, layer in adaprune_layers(model):
         scores = layer.adaprune_scores["default"].detach()
-        assert torch.equal(layer.scored_mask("default"), topk_mask(scores, 30, layer.tie_breakers("default")))
+        assert torch.equal(layer.scored_mask("default"), topk_mask(scores, 30, layer.entry_weights("default")))
 
 
 def test_masks_of_groups_are_read_without_their_base_as_masks_of_all_their_weights(trained: Trained) -> None:

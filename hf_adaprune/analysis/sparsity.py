@@ -54,7 +54,7 @@ class SparsityReport:
 
     Args:
         modules (`tuple[ModuleSparsity, ...]`): The masked modules, in the order of the model.
-        num_parameters (`int`): How many parameters the whole model has, head and embeddings included.
+        num_parameters (`int`): How many parameters the whole model has, head and embeddings included; 0 if unknown.
     """
 
     modules: tuple[ModuleSparsity, ...]
@@ -77,7 +77,13 @@ class SparsityReport:
 
     @property
     def sparsity_whole_model(self) -> float:
-        """The fraction of all parameters that is pruned, in [0, 1]."""
+        """The fraction of all parameters that is pruned, in [0, 1].
+
+        Raises:
+            ValueError: If the configuration that was counted lacks `num_parameters`.
+        """
+        if not self.num_parameters:
+            raise ValueError("The size of the whole model is not known: the configuration lacks `num_parameters`.")
         return self.num_pruned / self.num_parameters
 
     @property
@@ -124,7 +130,7 @@ def sparsity_report(model: Any, adapter_name: str | None = None) -> SparsityRepo
     """
     if isinstance(model, AdaPruneConfig):
         stored = model.module_counts or {}
-        counts, num_parameters = {name: stored[name] for name in in_order(list(stored))}, model.num_parameters
+        counts, num_parameters = {name: stored[name] for name in in_order(list(stored))}, model.num_parameters or 0
     else:
         layers = [layer for _, layer in adaprune_layers(model)]
         names = list(dict.fromkeys(name for layer in layers for name in layer.adaprune_mask))
@@ -134,11 +140,9 @@ def sparsity_report(model: Any, adapter_name: str | None = None) -> SparsityRepo
             raise NotPrunedError(f"There are no masks under the adapter name {adapter_name!r}, but of {names}.")
         counts = {name: list(count) for name, count in module_counts(model, adapter_name).items()}
         config = next(adaprune_layers(model, adapter_name))[1].config(adapter_name)
-        num_parameters = config.num_parameters
+        num_parameters = config.num_parameters or 0
     if not counts:
         raise NotPrunedError("There are no masks to count: the configuration was never saved with an adapter.")
-    if not num_parameters:
-        raise NotPrunedError("The adapter's configuration lacks `num_parameters`, the size of its whole model.")
     modules = tuple(ModuleSparsity(name, total, pruned) for name, (pruned, total) in counts.items())
     return SparsityReport(modules, num_parameters)
 

@@ -223,8 +223,8 @@ def _quartiles(base: list[float], taken: list[float]) -> tuple[float, float, flo
 
 
 def _num_bytes(model: Any) -> int:
-    tensors = itertools.chain(model.parameters(), model.buffers())  # tied weights once
-    return sum(part.numel() * part.element_size() for tensor in tensors for part in _parts(tensor))
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}  # tied weights once
+    return sum(part.numel() * part.element_size() for tensor in tensors.values() for part in _parts(tensor))
 
 
 def _parts(tensor: Any) -> list[torch.Tensor]:
