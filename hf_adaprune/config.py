@@ -166,6 +166,7 @@ class AdaPruneConfig(PeftConfig):
         self.is_stored = self.module_counts is not None
         self.masks_loaded = False  # whether the stored masks are in place
         self.has_pruner = False  # whether a `Pruner` has made masks
+        self.pruner_token: object = None  # of the `Pruner` that was made last: no other may train
         self.vocab_size: int | None = None  # of the model that the masks are on
         problems = mistyped(self) or problems_of_storage(self) or problems_of_values(self)
         if problems:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from doors import DOORS, load_base, logits_of, make_trainer, rows, save_base, train
 from peft import PeftModel, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
@@ -583,3 +585,27 @@ def test_the_former_adapter_survives_a_kill(base_path: Path, adapter_path: Path,
         assert found[0] == "former"
         assert found[-1] == "new"
         assert re.fullmatch("(former )+(refused ){0,3}(new ?)+", " ".join(found)), found
+
+
+@pytest.mark.parametrize("name", ["classifier", "dense", "weight", "0", "keys", "a.b"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_name_that_an_adapter_could_not_be_opened_under_is_refused(name: str, wrapped: bool) -> None:
+    model = make_model()
+    add = functools.partial(get_peft_model, model) if wrapped else model.add_adapter
+    with pytest.raises(ConfigError, match=r"An adapter('s name|\snamed)"):
+        add(AdaPruneConfig(), name)
+    assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize("target", ["classifier", "pooler.dense"])
+def test_who_targets_the_head_is_told_that_it_is_trained(target: str) -> None:
+    with pytest.raises(NoMatchingModuleError, match="the head is trained, and not masked") as caught:
+        make_model().add_adapter(AdaPruneConfig(target_modules=[target]))
+    assert "'classifier', 'dense'" not in str(caught.value)
+
+
+def test_a_base_that_accelerate_has_dispatched_is_refused() -> None:
+    model = make_model()
+    dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    with pytest.raises(ConfigError, match="must be on one device: accelerate has dispatched or offloaded it"):
+        model.add_adapter(AdaPruneConfig())

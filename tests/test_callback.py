@@ -430,3 +430,24 @@ def test_frozen_scores_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyP
     model.bert.requires_grad_(False)
     trainer(model, tmp_path, AdaPruneCallback).train()
     assert [message.split(":")[0] for message in said] == ["The scores of adapter 'default' are frozen"]
+
+
+def test_a_second_callback_for_the_same_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="must be trained by one `Pruner`"):
+        trainer(fresh(), tmp_path, AdaPruneCallback, AdaPruneCallback).train()
+
+
+def test_the_card_of_a_model_init_is_the_adapters_own(tmp_path: Path) -> None:
+    run = Trainer(
+        None,
+        TrainingArguments(str(tmp_path), report_to=[], disable_tqdm=True, use_cpu=True, max_steps=4),
+        train_dataset=DATA,
+        model_init=lambda: fresh(wrapped=True),
+        callbacks=[AdaPruneCallback],
+    )
+    run.train()
+    run.save_model()
+    run.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "what is between these lines is written anew" in card
+    assert "- adaprune\n" in card

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_callback import STEPS, Kill, fresh, trainer
+from tiny import logits_of
 from transformers import TrainerCallback
 
-from hf_adaprune import AdaPruneCallback, sparsity_report
+from hf_adaprune import AdaPruneCallback, AdaPruneConfig, sparsity_report
 
 
 RESUME = Path(__file__).parents[1] / "examples" / "benchmarks" / "resume.py"
@@ -63,6 +65,7 @@ def test_what_was_set_aside_before_stays(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / "checkpoint-5").mkdir()
         (tmp_path / "checkpoint-5" / "notes.txt").write_text(str(number))
+        (tmp_path / "checkpoint-5" / "training_state.safetensors").touch()
         trainer(fresh(), tmp_path, AdaPruneCallback)
     assert sorted(path.read_text() for path in tmp_path.glob("torn-*/notes.txt")) == ["0", "1", "2"]
 
@@ -165,3 +168,58 @@ def test_a_run_that_saved_its_model_only_goes_on_from_its_masks_with_a_warning(w
         run.train(resume_from_checkpoint=True)
     assert run.state.global_step == STEPS
     assert sparsity_report(model).sparsity == 0.5
+
+
+def test_a_checkpoint_is_marked_as_torn_before_anything_is_saved_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_adaprune.storage.model_files.weights_first", die)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(fresh(), tmp_path, AdaPruneCallback).train()
+    trainer(fresh(), tmp_path, AdaPruneCallback)
+    assert [path.name for path in tmp_path.iterdir()] == ["torn-checkpoint-5"]
+
+
+@pytest.mark.parametrize("kind", ["adapter", "lora", "notes"])
+def test_a_folder_of_ones_own_that_is_named_like_a_checkpoint_stays(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-3"
+    if kind == "notes":
+        folder.mkdir()
+        (folder / "predictions.json").write_text("[]")
+    else:
+        model = fresh()
+        model.add_adapter(AdaPruneConfig() if kind == "adapter" else LoraConfig(target_modules=["query"]))
+        model.save_pretrained(folder)
+    before = sorted(folder.iterdir())
+    trainer(fresh(), tmp_path, AdaPruneCallback)
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["default", "x"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_best_of_a_trial_of_a_search_is_loaded_and_resumed(name: str, wrapped: bool, tmp_path: Path) -> None:
+    scores = iter([0.5, 0.5, 0.5, 1.0, 0.0])  # the best is the last but one
+    seen: dict[int, torch.Tensor] = {}
+
+    class Watch(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            seen[state.global_step] = logits_of(model)
+
+    model = fresh()
+    model = get_peft_model(model, AdaPruneConfig(), name) if wrapped else model
+    options: dict[str, Any] = {"save_steps": 4, "eval_steps": 4, "max_steps": 20, "save_strategy": "steps"}
+    options |= {"load_best_model_at_end": True, "eval_strategy": "steps", "metric_for_best_model": "eval_score"}
+    run = trainer(model, tmp_path, AdaPruneCallback(adapter_name=name), Watch(), greater_is_better=True, **options)
+    run.compute_metrics = lambda prediction: {"score": next(scores)}
+    run._get_output_dir = lambda trial: str(tmp_path / "run-0")
+    run.train()
+    assert run.state.best_global_step == 16
+    assert torch.equal(logits_of(model), seen[16])
+    again = fresh()
+    again = get_peft_model(again, AdaPruneConfig(), name) if wrapped else again
+    rerun = trainer(again, tmp_path / "again", AdaPruneCallback(adapter_name=name), max_steps=20)
+    rerun.train(resume_from_checkpoint=str(tmp_path / "run-0" / "checkpoint-16"))
+    assert torch.equal(logits_of(again), seen[20])

@@ -31,7 +31,7 @@ from peft import (
 from safetensors.torch import load_file
 from tiny import HEADS, make_model, save_model, train_masks
 from tiny import logits_of as outputs_of
-from transformers import AutoTokenizer, Trainer, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, pipeline
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner, sparsity_report
 from hf_adaprune.tuner.masked_layers import adaprune_layers
@@ -262,3 +262,23 @@ def test_the_configuration_of_a_fresh_adapter_makes_another(base_path: Path, tmp
     made.save_pretrained(tmp_path)
     again = get_peft_model(load_base(base_path), AdaPruneConfig.from_pretrained(str(tmp_path))).peft_config["default"]
     assert (again.final_sparsity, again.base_fingerprint) == (0.25, made.base_fingerprint)
+
+
+@pytest.mark.parametrize("options", [{"save_peft_format": False}, {"max_shard_size": "1KB"}], ids=str)
+def test_an_adapter_is_saved_as_one_file_in_pefts_format(
+    options: dict[str, Any], base_path: Path, adapter_path: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(adapter_path)
+    model.save_pretrained(tmp_path, **options)
+    opened = PeftModel.from_pretrained(load_base(base_path), tmp_path)
+    assert torch.equal(logits_of(opened), logits_of(model))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_model_that_has_just_been_opened_is_traced(adapter_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(adapter_path).eval()
+    model.config.return_dict = False
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        traced: Any = torch.jit.trace(model, ids, strict=False)
+        assert torch.equal(traced(ids)[0], model(ids)[0])

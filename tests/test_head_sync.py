@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from doors import label_names, load_base, logits_of, rows, save_base, train
+from doors import label_names, load_base, logits_of, make_trainer, rows, save_base, train
 from peft import LoraConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
 from tiny import make_batch, make_model, train_masks
 from torch import nn
@@ -458,3 +458,31 @@ def test_masks_inside_of_another_adapters_layers_are_not_merged() -> None:
     model.delete_adapter("lora")
     with pytest.raises(MergeError, match="There are, or were, layers of another method"):
         merged(model)
+
+
+def test_masks_that_were_just_trained_stay_as_they_are_under_a_lora_and_each_is_saved_by_itself(
+    base: Path, tmp_path: Path
+) -> None:
+    model: Any = load_base(base, 5)
+    model.add_adapter(AdaPruneConfig())
+    train_masks(model)
+    model.save_pretrained(tmp_path / "masks")
+    before = logits_of(model)
+    model.add_adapter(LoraConfig(r=2, target_modules=["query"]), "lora")
+    model.set_adapter(["default", "lora"])
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all(".lora_" in name for name in trained)
+    make_trainer(model, tmp_path / "run", max_steps=4, save_strategy="steps", save_steps=2, learning_rate=1e-2).train()
+    both = logits_of(model)
+    assert not torch.equal(both, before)
+    stored = json.loads((tmp_path / "run" / "checkpoint-4" / "adapter_config.json").read_text())
+    assert stored["peft_type"] == "LORA"
+    opened: Any = load_base(base, 5)
+    opened.load_adapter(tmp_path / "masks")
+    assert torch.equal(logits_of(opened), before)
+    opened.load_adapter(tmp_path / "run" / "checkpoint-4", "lora")
+    opened.set_adapter(["default", "lora"])
+    torch.testing.assert_close(logits_of(opened), both)
+    model.set_adapter("default")
+    assert torch.equal(logits_of(model), before)

@@ -455,3 +455,19 @@ def test_a_copy_of_a_model_in_its_first_step_adds_nothing_to_what_is_seen() -> N
     copy.deepcopy(model)(**make_batch())
     assert pruner._inputs is not None
     assert not any(total.any() for total in pruner._inputs._totals.values())
+
+
+def test_a_head_that_is_loaded_while_a_run_goes_on_is_not_taken_for_a_step() -> None:
+    model = get_peft_model(make_model(), AdaPruneConfig())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    pruner = Pruner(model, 10)
+    best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for parameter in pruner._head.parameters:
+        parameter.data += 1
+    pruner.step()
+    model.load_state_dict(best)
+    optimizer.step()  # without gradients: nothing moves
+    pruner.step()
+    for name, tensor in model.state_dict().items():
+        if ".modules_to_save." in name:
+            assert torch.equal(tensor, best[name]), name

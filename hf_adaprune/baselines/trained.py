@@ -51,6 +51,7 @@ class TrainedWeightsCallback(AdaPruneCallback):
             )
         self._initial = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         self._parameters = dict(model.named_parameters())
+        self.config = copy.deepcopy(self.config)  # what is written into it is of this run alone
         targets = copy.deepcopy(self.config)
         resolve_targets(model, targets)
         self.config.num_parameters = model.num_parameters()

@@ -9,7 +9,12 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import AdaPruneConfig
-from ..training.checkpoints import expose_resume_state, folder_of_step, save_state_with_checkpoints, stop_saving_state
+from ..training.checkpoints import (
+    expose_resume_state,
+    folders_of_step,
+    save_state_with_checkpoints,
+    stop_saving_state,
+)
 from ..tuner.head import head_modules
 from ..tuner.targets import resolve_targets
 
@@ -61,7 +66,7 @@ class LoraCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put that where the Trainer looks for it."""
         if args.should_save:
-            expose_resume_state(folder_of_step(args, state))
+            expose_resume_state(*folders_of_step(args, state))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any

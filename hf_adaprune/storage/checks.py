@@ -117,8 +117,10 @@ class CheckOnce:
         self.handle: Any = None
 
     def __call__(self, model: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return
         # A replica of `DataParallel` has no parameters to look at, and a model that is sharded has none whole.
-        if torch.compiler.is_compiling() or getattr(model, "_is_replica", False) or is_sharded(model.parameters()):
+        if getattr(model, "_is_replica", False) or is_sharded(model.parameters()):
             return
         expected = self.config.adapter_fingerprint
         # The adapter may be gone, another may have its name, and a state of training may have been loaded into it.

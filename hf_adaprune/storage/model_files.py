@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,13 @@ _ALIGNMENT = 64
 def save_weights_first(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
     """Save a transformers model that holds an adapter: its own `save_pretrained` writes the configuration first."""
     active = model.active_adapters() if model._hf_peft_config_loaded else []
-    if not any(getattr(model.peft_config.get(name), "peft_type", None) == "ADAPRUNE" for name in active):
-        # The model has had one of ours, and has another kind now, or none.
-        type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    others = [name for name in active if getattr(model.peft_config.get(name), "peft_type", None) != "ADAPRUNE"]
+    if others or not active:
+        with _one_active(model, others):
+            type(model).save_pretrained(model, save_directory, *args, **kwargs)
         return
+    # An adapter is one file with PEFT's names in it: in any other form it could not be opened.
+    kwargs |= {"save_peft_format": True, "max_shard_size": sys.maxsize}
     pushed = kwargs.pop("push_to_hub", False)
     given = {key: kwargs.pop(key) for key in PUSH_OPTIONS if pushed and key in kwargs}
     with weights_first():
@@ -32,6 +38,19 @@ def save_weights_first(model: Any, save_directory: str | Path, *args: Any, **kwa
         # Its own way to push would first overwrite the card in the folder.
         name = given.pop("repo_id", Path(save_directory).name)
         push_adapter(save_directory, name, token=kwargs.get("token"), **given)
+
+
+@contextmanager
+def _one_active(model: Any, names: list[str]) -> Iterator[None]:
+    """Have a model name one active adapter where that is a LoRA, say, over masks: transformers saves one at a time."""
+    if len(names) != 1:
+        yield
+        return
+    model.active_adapters = lambda: names
+    try:
+        yield
+    finally:
+        del model.active_adapters
 
 
 def load_checked(

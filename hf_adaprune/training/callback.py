@@ -11,6 +11,7 @@ from peft.utils import CONFIG_NAME
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
@@ -22,7 +23,7 @@ from ..storage.checks import run_checks
 from ..tuner.masked_layers import adaprune_layers, has_masks
 from .checkpoints import (
     expose_resume_state,
-    folder_of_step,
+    folders_of_step,
     load_best_state,
     quarantine_torn_checkpoints,
     save_state_with_checkpoints,
@@ -124,10 +125,11 @@ class AdaPruneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Start, or go on, at the point of the schedule where training is."""
-        checkpoint = folder_of_step(args, state)
-        if state.global_step and hasattr(model, "transformers_model") and (checkpoint / SAFE_WEIGHTS_NAME).is_file():
+        model.create_or_update_model_card = self._complete_card  # type: ignore[assignment]  # a `model_init`'s too
+        scores = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", SAFE_WEIGHTS_NAME)
+        if state.global_step and hasattr(model, "transformers_model") and scores.is_file():
             # sentence-transformers resumes from the adapter alone.
-            model.load_state_dict(load_file(checkpoint / SAFE_WEIGHTS_NAME), strict=False)
+            model.load_state_dict(load_file(scores), strict=False)
         if not has_masks(model):
             raise NotPrunedError(
                 "The Trainer's model has no masks: `AdaPruneCallback` puts them on the model that a Trainer is made "
@@ -203,7 +205,7 @@ class AdaPruneCallback(TrainerCallback):
         """See that all processes have the masks that were saved; put the scores where a resumed run looks for them."""
         self._running.check_masks()
         if args.should_save:
-            expose_resume_state(folder_of_step(args, state))
+            expose_resume_state(*folders_of_step(args, state))
         self._forget_best(state)
 
     def on_push_begin(
@@ -215,9 +217,9 @@ class AdaPruneCallback(TrainerCallback):
         card, name = Path(args.output_dir, CARD), _name_on_hub(args)
         fetch_card(card, name, revision=args.hub_revision, token=args.hub_token)
         self._card = (card.read_text(encoding="utf-8") if card.is_file() else None), name
-        checkpoint = folder_of_step(args, state)
-        if (checkpoint / CONFIG_NAME).is_file():
-            write_model_card(checkpoint, name=name, card=card, picture=False)
+        for folder in folders_of_step(args, state):
+            if (folder / CONFIG_NAME).is_file():
+                write_model_card(folder, name=name, card=card, picture=False)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -32,6 +32,8 @@ logger = logging.get_logger(__name__)
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 _LAST_CHECKPOINT = "last-checkpoint"  # as the Trainer names it on the Hub
 STATE_NAME = "training_state.safetensors"
+# What only a Trainer's checkpoint holds.
+_MARKS = (STATE_NAME, TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME)
 
 
 def save_state_with_checkpoints(model: Any, num_processes: int, resumable: bool) -> None:
@@ -79,6 +81,9 @@ def _save(
     # Those of an earlier run must not pass for this one's.
     for name in (TRAINER_STATE_NAME, SAFE_WEIGHTS_NAME):
         (checkpoint / name).unlink(missing_ok=True)
+    # Empty for now: it marks the folder as a checkpoint that is not complete.
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / STATE_NAME).write_bytes(b"")
     save(save_directory, *args, **kwargs)
     _save_state(model, checkpoint / STATE_NAME, num_processes, resumable)
 
@@ -100,30 +105,33 @@ def _save_state(model: nn.Module, path: Path, num_processes: int, resumable: boo
     save_file({name: state[name].contiguous() for name in sorted(names)}, path, metadata=metadata)
 
 
-def folder_of_step(args: TrainingArguments, state: TrainerState) -> Path:
-    """Return the folder that a Trainer saves to at the step where it is."""
-    return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+def folders_of_step(args: TrainingArguments, state: TrainerState) -> list[Path]:
+    """Return the checkpoints of the current step: one, or one for each trial of a hyperparameter search."""
+    name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    found = [Path(args.output_dir, name), *sorted(Path(args.output_dir).glob(f"*/{name}"))]
+    return [folder for folder in found if folder.is_dir()]
 
 
-def expose_resume_state(checkpoint: Path) -> None:
-    """Have a Trainer that resumes from a checkpoint find the scores in it.
+def expose_resume_state(*checkpoints: Path) -> None:
+    """Have a Trainer that resumes from one of these checkpoints find the scores in it.
 
     It loads a checkpoint's `model.safetensors` into the model in training in preference to its adapter, plain and
     wrapped models alike; but it also pushes a file of that name to the Hub, just before `on_save`.
 
     Args:
-        checkpoint (`Path`): Its folder; one without scores stays as it is.
+        checkpoints (`Path`): Their folders; one without scores stays as it is.
     """
-    state, path = checkpoint / STATE_NAME, checkpoint / SAFE_WEIGHTS_NAME
-    if path.exists() or not state.exists():
-        return
-    try:
-        # Not renamed: a checkpoint may be on its way to the Hub, in the background, as it is.
-        os.link(state, path)
-    except OSError:  # a file system without links
-        aside = path.with_suffix(".tmp")
-        shutil.copyfile(state, aside)
-        os.replace(aside, path)
+    for checkpoint in checkpoints:
+        state, path = checkpoint / STATE_NAME, checkpoint / SAFE_WEIGHTS_NAME
+        if path.exists() or not state.exists():
+            continue
+        try:
+            # Not renamed: a checkpoint may be on its way to the Hub, in the background, as it is.
+            os.link(state, path)
+        except OSError:  # a file system without links
+            aside = path.with_suffix(".tmp")
+            shutil.copyfile(state, aside)
+            os.replace(aside, path)
 
 
 def load_best_state(model: nn.Module, checkpoint: Path) -> None:
@@ -148,6 +156,8 @@ def quarantine_torn_checkpoints(folder: str | Path) -> None:
             continue
         if (path / MODEL_CONFIG).exists() and not (path / ADAPTER_CONFIG).exists():
             continue  # a whole model's
+        if not any((path / name).exists() for name in _MARKS):
+            continue  # no checkpoint of a Trainer, but somebody's own folder
         if _is_whole(path):
             expose_resume_state(path)
             continue

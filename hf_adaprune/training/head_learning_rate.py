@@ -23,12 +23,13 @@ class HeadLearningRate:
 
     def __init__(self, model: nn.Module, adapter_name: str, ratio: float) -> None:
         self.ratio = ratio
-        self.parameters = [
-            parameter
-            for module in model.modules()
-            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
-            for parameter in module.modules_to_save[adapter_name].parameters()
+        wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        heads = [
+            wrapper.modules_to_save[adapter_name] for wrapper in wrappers if adapter_name in wrapper.modules_to_save
         ]
+        self.parameters = [parameter for head in heads for parameter in head.parameters()]
+        # A head that is loaded has not been moved by the optimizer.
+        self._handles = [head.register_load_state_dict_post_hook(self._loaded) for head in heads]
         coarse = {p.dtype for p in self.parameters} & {torch.bfloat16, torch.float16}
         if coarse:
             warnings.warn(
@@ -42,6 +43,14 @@ class HeadLearningRate:
     def remember(self) -> None:
         """Take the head as it is now for the one that the next step sets out from."""
         self._previous = [parameter.detach().clone() for parameter in self.parameters]
+
+    def close(self) -> None:
+        """Leave the head alone from here on."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _loaded(self, head: nn.Module, incompatible_keys: object) -> None:
+        self.remember()
 
     @torch.no_grad()
     def scale_last_step(self) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..config import AdaPruneConfig
-from ..errors import MergeError, NonFiniteError, NotPrunedError
+from ..errors import ConfigError, MergeError, NonFiniteError, NotPrunedError
 from ..storage.checks import check_statistics, check_vocabulary, run_checks
 from ..tuner.masked_layers import adaprune_layers
 from ..tuner.masks import pack_mask, unpack_mask
@@ -87,6 +87,7 @@ class Pruner:
         run_checks(model)  # before the masks change
         remove_reminder(model, adapter_name)
         self.config: AdaPruneConfig = next(iter(self.layers.values())).config(adapter_name)
+        self.config.pruner_token = self._token = object()
         check_vocabulary(model, self.config)
         check_statistics(model)
         self._selector = MaskSelector(self.layers, adapter_name, self.config)
@@ -164,10 +165,16 @@ class Pruner:
         """Make the next masks from the scores that the optimizer has just moved.
 
         Raises:
+            ConfigError: If another `Pruner` has been made for the adapter since.
             NotPrunedError: If more was pruned before the first step than ever should be.
             NonFiniteError: If a score is NaN or infinite; the masks are then those of the step before.
             DivergenceError: If the processes have come to different masks (looked for every 100 steps).
         """
+        if self.config.pruner_token is not self._token:
+            raise ConfigError(
+                f"Adapter {self.adapter_name!r} must be trained by one `Pruner`, and another has been made for it "
+                "since: leave out the second `AdaPruneCallback`, or the `Pruner` beside a callback."
+            )
         if self.finished:
             if not self.num_steps:
                 raise NotPrunedError(
@@ -221,6 +228,7 @@ class Pruner:
             DivergenceError: If the processes have different masks.
         """
         self._close_inputs()
+        self._head.close()
         restore_dropout(self.model)
         for layer in self.layers.values():
             scale_scores(layer, self.adapter_name, 1.0)  # another run may follow

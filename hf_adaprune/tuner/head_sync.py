@@ -197,11 +197,14 @@ def _set_adapter(model: Any, head_sync: HeadSync, adapter_name: str | list[str])
     if missing:
         raise ValueError(f"The model has no adapter {missing}, but {sorted(configs)}.")
     check_one_head(head_sync.heads, names)
+    # Under an adapter of another method, which is saved by itself, masks and head stay as they are.
+    frozen = not all(_is_ours(configs[name]) for name in names)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
-            module.set_adapter(adapter_name)
+            module.set_adapter(adapter_name, inference_mode=frozen and isinstance(module, AdaPruneLayer))
         elif isinstance(module, ModulesToSaveWrapper):
             own = [name for name in names if name in module.modules_to_save]
             # Whether others that are active are being trained is nothing to this head.
-            module.set_adapter(own, all(configs[name].inference_mode for name in own))
+            stays = all(configs[name].inference_mode or (frozen and _is_ours(configs[name])) for name in own)
+            module.set_adapter(own, inference_mode=stays)
     head_sync(model)

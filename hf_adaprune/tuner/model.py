@@ -37,7 +37,15 @@ from .maskable import wrap
 from .masked_layers import adaprune_layers, has_foreign_layers
 from .mixed_batch import mixed_batch
 from .structure import check_patterns, plan_blocks
-from .targets import check_targets, linear_endings, no_match, resolve_targets, unmaskable
+from .targets import (
+    check_adapter_name,
+    check_on_one_device,
+    check_targets,
+    linear_endings,
+    no_match,
+    resolve_targets,
+    unmaskable,
+)
 
 
 # What a model with masks has functions of its own for.
@@ -89,8 +97,8 @@ class AdaPruneModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None,
     ) -> None:
         # All checks come before the first change to the model.
-        if not adapter_name or "." in adapter_name:
-            raise ConfigError(f"An adapter's name must not be empty or contain a dot, got {adapter_name!r}.")
+        check_adapter_name(model, adapter_name)
+        check_on_one_device(model)
         if any(layer.merged for _, layer in adaprune_layers(model)):
             raise MergeError(
                 f"The masks of an adapter are merged into the base, which {adapter_name!r} must be put on as it is: "

@@ -10,6 +10,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..config import AdaPruneConfig
 from ..errors import ConfigError, NoMatchingModuleError
@@ -88,6 +89,46 @@ def _unmatched(names: Collection[str], modules: Collection[str]) -> list[str]:
     return sorted(name for name in names if not any(_ends_with(module, name) for module in modules))
 
 
+def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
+    """Raise if an adapter could not be saved and opened again under a name.
+
+    PEFT finds an adapter's tensors by its name among the parts of theirs, and takes it out of them.
+
+    Raises:
+        ConfigError: If the name is empty, contains a dot, is a part of a module's or parameter's name, or one that
+            `torch.nn.ModuleDict` has a use for.
+    """
+    if not adapter_name or "." in adapter_name:
+        raise ConfigError(f"An adapter's name must not be empty or contain a dot, got {adapter_name!r}.")
+    keys = [key for key in model.state_dict() if f".{adapter_name}." in f".{key}."]
+    added = {"adaprune_scores", "adaprune_mask", "adaprune_score_scale", "modules_to_save"}
+    taken = [key for key in keys if not added & set(key.split("."))]
+    if taken or hasattr(nn.ModuleDict, adapter_name) or hasattr(nn.ParameterDict, adapter_name):
+        raise ConfigError(
+            f"An adapter named {adapter_name!r} could not be opened again: "
+            + (f"{taken[0]!r} of the model has that in its name." if taken else "PyTorch has a use for that name.")
+            + " Choose another."
+        )
+
+
+def check_on_one_device(model: nn.Module) -> None:
+    """Raise if accelerate moves weights to a layer only when it is called: masked layers do not call it.
+
+    Raises:
+        ConfigError: If a linear layer has one of accelerate's hooks.
+    """
+    hooked = next((name for name, module in model.named_modules() if _is_dispatched(module)), None)
+    if hooked is not None:
+        raise ConfigError(
+            f"The base must be on one device: accelerate has dispatched or offloaded it, {hooked!r} for one. Load it "
+            "without a `device_map`, or with one that names a single device."
+        )
+
+
+def _is_dispatched(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D, nn.Embedding)) and hasattr(module, "_hf_hook")
+
+
 def check_targets(model: nn.Module, config: AdaPruneConfig) -> None:
     """Raise if a configuration targets what cannot be masked.
 
@@ -122,14 +163,17 @@ def unmaskable(name: str, module: nn.Module) -> NoMatchingModuleError:
 def no_match(names: object, endings: list[str]) -> str:
     """Return the message for names that match no module of a model whose linear modules have these endings."""
     there = (
-        f"Linear modules end in: {', '.join(map(repr, endings))}." if endings else "The model has no linear module."
+        f"Linear modules end in: {', '.join(map(repr, endings))}; the head is trained, and not masked."
+        if endings
+        else "The model has no linear module."
     )
     return f"No module matched `target_modules={names!r}`. {there}"
 
 
 def linear_endings(model: nn.Module) -> list[str]:
     """Return the last parts of the names of all modules that could be masked by default."""
-    return sorted({name.rpartition(".")[2] for name, _ in maskable(model)})
+    head = head_modules(model)
+    return sorted({name.rpartition(".")[2] for name, _ in maskable(model) if not _is_under(name, head)})
 
 
 def maskable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
