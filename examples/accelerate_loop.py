@@ -1,10 +1,10 @@
-"""Prune in a training loop of your own, on one device or many:
+"""Prune in your own training loop, on one device or several:
 
     accelerate launch examples/accelerate_loop.py --output_dir adapter
     accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/accelerate_loop.py ...
 
 The task is the demo's: short reviews, positive or negative. `--checkpoint_dir` makes the run resumable: started again
-with the same flags it goes on after the last epoch that was saved whole.
+with the same flags, it resumes after the last epoch that was saved completely.
 """
 
 import math
@@ -31,7 +31,7 @@ from hf_adaprune.demo.reviews import make_reviews
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, epoch: int) -> None:
-    """Write a checkpoint aside, give it its name once all processes have written their part, and drop the former."""
+    """Write a checkpoint to a temporary folder, rename it when all processes are done, and delete the former one."""
     aside = folder / "unfinished"
     accelerator.save_state(str(aside))
     accelerator.wait_for_everyone()
@@ -44,7 +44,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, epoch: int) -> None:
 
 
 def find_checkpoint(folder: Path | None) -> Path | None:
-    """Return the last checkpoint that is whole, if there is one."""
+    """Return the last complete checkpoint, if there is one."""
     found = folder.glob("epoch-*") if folder else ()
     return max(found, key=lambda path: int(path.name.removeprefix("epoch-")), default=None)
 
@@ -54,11 +54,11 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Name or folder of the base; by default the packaged MiniLM-L6.")
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--checkpoint_dir", type=Path, help="Save here after each epoch, and go on from what is here.")
+    parser.add_argument("--checkpoint_dir", type=Path, help="Save here after each epoch, and resume from here.")
     parser.add_argument("--final_sparsity", type=float, default=0.5)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--num_train", type=int, default=1200, help="Reviews: a multiple of 6.")
-    parser.add_argument("--batch_size", type=int, default=32, help="Of each process.")
+    parser.add_argument("--num_train", type=int, default=1200, help="Number of reviews, a multiple of 6.")
+    parser.add_argument("--batch_size", type=int, default=32, help="Per process.")
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
@@ -66,10 +66,10 @@ def main() -> None:
     if args.model is None:
         args.model = packaged_base()
 
-    # How many processes there are, in which precision and sharded how is for `accelerate launch` to say.
+    # `accelerate launch` sets the number of processes, the precision and the sharding.
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        # The same examples in each global batch, however many processes share it.
+        # Each global batch has the same examples, whatever the number of processes.
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
     set_seed(args.seed)
@@ -85,7 +85,7 @@ def main() -> None:
     model = AutoModelForSequenceClassification.from_pretrained(args.model)
     model = get_peft_model(model, AdaPruneConfig(final_sparsity=args.final_sparsity))
     if args.gradient_checkpointing:
-        # Under the name that it has had since transformers 5.20, if it is there.
+        # The method was renamed in transformers 5.20.
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-5, weight_decay=0.0)
     model, optimizer, train, evaluation = accelerator.prepare(model, optimizer, train, evaluation)

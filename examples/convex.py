@@ -1,6 +1,6 @@
-"""Convex problems so small that the best of all masks can be found: masked least squares and logistic regression.
+"""Convex problems small enough to find the best mask by enumeration: masked least squares and logistic regression.
 
-What adapts is the package itself: its layer with Eq. 4, and `Pruner` with the rule of Eq. 5 (arXiv 2105.03343).
+They are adapted with the package itself: its layer with Eq. 4, and `Pruner` with the rule of Eq. 5 (arXiv 2105.03343).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from hf_adaprune import AdaPruneConfig, Pruner
 
 @dataclass(frozen=True)
 class Problems:
-    """Many problems of one kind: frozen weights, of which a mask is wanted, and data of another task.
+    """Hold many problems of one kind: frozen weights to find a mask for, and data of another task.
 
     Args:
-        kind (`str`): `"least squares"` or `"logistic"`: the loss, convex in a mask that is relaxed to [0, 1].
+        kind (`str`): `"least squares"` or `"logistic"`: the loss, convex in a mask relaxed to [0, 1].
         weight (`torch.Tensor`): The frozen weights, of shape `(problems, d)`.
         x (`torch.Tensor`): The inputs, of shape `(problems, samples, d)`.
         y (`torch.Tensor`): The targets, of shape `(problems, samples)`; zeros and ones if logistic.
@@ -37,7 +37,7 @@ class Problems:
     y: torch.Tensor
 
     def loss(self, output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Return the loss of each output, in the shape that the two broadcast to."""
+        """Return the loss of each output, in the broadcast shape of the arguments."""
         if self.kind == "least squares":
             return (output - y).square()
         return F.softplus(output) - output * y
@@ -74,9 +74,9 @@ class Problems:
         return torch.from_numpy(found.x)
 
     def squared_gradient(self) -> torch.Tensor:
-        """Return for each problem a G^2 of the theorem: no sample's gradient is larger anywhere in [0, 1]^d."""
+        """Return G^2 of the theorem for each problem: a bound on any sample's squared gradient norm over [0, 1]^d."""
         terms = self.x * self.weight.unsqueeze(1)
-        # The slope of both losses grows with the output, so its extremes are those of the output.
+        # The slope of both losses is monotonic in the output, so it is extreme where the output is.
         ends = torch.stack([terms.clamp(max=0).sum(-1), terms.clamp(min=0).sum(-1)])
         slopes = 2 * (ends - self.y) if self.kind == "least squares" else torch.sigmoid(ends) - self.y
         return (slopes.square().amax(0) * terms.square().sum(-1)).amax(-1)
@@ -85,17 +85,17 @@ class Problems:
 def make_problems(
     kind: str, num_problems: int, dim: int, *, num_samples: int = 64, correlation: float = 0.0, seed: int = 0
 ) -> Problems:
-    """Draw problems.
+    """Draw random problems.
 
-    The weights are normal, and those of the task half theirs, half new: about half of a best mask is kept.
+    The weights are normal. Those of the task are correlated with them (0.5), so the best mask keeps about half.
 
     Args:
         kind (`str`): `"least squares"` (with noise of deviation 0.3) or `"logistic"` (labels drawn).
-        num_problems (`int`): How many.
-        dim (`int`): How many weights each has, d <= 16.
-        num_samples (`int`): How many samples each has.
-        correlation (`float`): Of each pair of inputs, in [0, 1).
-        seed (`int`): What they are drawn with.
+        num_problems (`int`): The number of problems.
+        dim (`int`): The number of weights of each, d <= 16.
+        num_samples (`int`): The number of samples of each.
+        correlation (`float`): The correlation of each pair of inputs, in [0, 1).
+        seed (`int`): The random seed.
 
     Returns:
         `Problems`: In float64.
@@ -118,7 +118,7 @@ def make_problems(
 
 
 class _Net(nn.Module):
-    """One row of weights for each problem."""
+    """Apply one row of weights for each problem."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
@@ -150,18 +150,18 @@ def iterate(
     """Run Algorithm 1 on all problems at once: plain SGD, alpha_i = c / sqrt(i) as in Theorem 1, no drift and no stop.
 
     Args:
-        problems (`Problems`): What to adapt to.
+        problems (`Problems`): The problems to adapt to.
         steps (`int`): T.
         learning_rate (`float`): c > 0.
-        batch_size (`int`): Samples a step, drawn uniformly; Theorem 1 has one.
+        batch_size (`int`): Samples per step, drawn uniformly; 1 in Theorem 1.
         forward_temperature (`float`): t_l.
         backward_temperature (`float`): t_s.
         start (`torch.Tensor`, *optional*): The scores to start from; by default the paper's, N(0.01, 0.001^2).
-        seed (`int`): Of the start and of the samples.
+        seed (`int`): The random seed of the start and of the samples.
 
     Yields:
         `tuple[torch.Tensor, torch.Tensor]`:
-            After each step the masks, boolean, and the scores, both of shape `(problems, d)`.
+            After each step the boolean masks and the scores, both of shape `(problems, d)`.
     """
     torch.manual_seed(seed)
     config = AdaPruneConfig.from_preset(
@@ -192,11 +192,11 @@ def iterate(
 
 
 def gaps(masks: torch.Tensor, risks: torch.Tensor) -> torch.Tensor:
-    """Return how far masks are from the best: 0 for the best of all, 1 for as bad as masks are on average.
+    """Return how far masks are from the best: 0 for the best mask, 1 for the mean risk of all masks.
 
     Args:
         masks (`torch.Tensor`): Boolean, of shape `(problems, d)`.
-        risks (`torch.Tensor`): What `all_risks` returns.
+        risks (`torch.Tensor`): The result of `all_risks`.
 
     Returns:
         `torch.Tensor`: Of shape `(problems,)`; exactly 0 where the mask is the best.

@@ -1,9 +1,9 @@
-"""Put the paper's claim of near-optimal masks to the test, where the best of all masks can be found by trying them:
+"""Test the paper's claim of near-optimal masks, on problems where the best mask can be found by trying all:
 
     python examples/near_optimality.py
 
-Prints tables and draws `examples/study/figures/near_optimality.png`; `examples/study/theory.md` tells what they mean.
-A gap is (risk - best) / (mean over all masks - best): 0 is the best of all 2^d masks, 1 what a mask has on average.
+Prints tables and draws `examples/study/figures/near_optimality.png`; `examples/study/theory.md` explains them. A gap
+is (risk - best) / (mean over all masks - best): 0 for the best of all 2^d masks, 1 for their mean risk.
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -20,13 +20,13 @@ from matplotlib.figure import Figure
 KINDS = ("least squares", "logistic")
 FORWARD = (1.0, 10.0, 100.0, 1e3, 1e5)
 BACKWARD = (0.1, 1.0, 10.0, 100.0)
-LAST = {1.0: 10000, 1e5: 3000}  # T, by t_l
+LAST = {1.0: 10000, 1e5: 3000}  # T for each t_l
 RECORDED = (10, 30, 100, 300, 1000, 3000, 10000)
 
 
 @dataclass
 class Bench:
-    """Problems of one kind, the risks of all their masks, and gaps by name."""
+    """Hold problems of one kind, the risks of all their masks, and gaps by name."""
 
     problems: Problems
     risks: torch.Tensor
@@ -34,23 +34,23 @@ class Bench:
 
     @classmethod
     def draw(cls, kind: str, num_problems: int, dim: int, correlation: float = 0.0) -> "Bench":
-        """Draw problems and try all masks."""
+        """Draw problems and compute the risks of all masks."""
         problems = make_problems(kind, num_problems, dim, correlation=correlation)
         return cls(problems, problems.all_risks(), {})
 
     def enter(self, name: str, masks: torch.Tensor) -> None:
-        """Note the gaps of masks under a name."""
+        """Record the gaps of masks under a name."""
         self.gaps[name] = gaps(masks, self.risks)
 
     def cells(self, name: str) -> str:
-        """Return the table's cells: median and ninth decile of the gap, and the share of masks that are the best."""
+        """Return table cells: median and ninth decile of the gap, and the share of problems with the best mask."""
         found = self.gaps[name]
         best = (found == 0).double().mean()
         return f" {found.median():.3f} | {found.quantile(0.9):.3f} | {best:.2f} |"
 
 
 def compare(bench: Bench) -> None:
-    """Enter the method's masks, and those of others that keep as many."""
+    """Record the gaps of the method's masks and of other masks to compare with."""
     masks = adapt(bench.problems)
     kept = masks.sum(1, keepdim=True)
     weight = bench.problems.weight
@@ -64,7 +64,7 @@ def compare(bench: Bench) -> None:
 
 
 def vary_start(bench: Bench) -> None:
-    """Enter the masks that other scores lead to."""
+    """Record the gaps of masks that training reaches from other initial scores."""
     shape, generator = bench.problems.weight.shape, torch.Generator().manual_seed(2)
     signs = torch.where(torch.rand(shape, generator=generator) < 0.5, -1.0, 1.0)
     starts = {
@@ -92,10 +92,10 @@ def vary_temperatures(problems: Problems, risks: torch.Tensor) -> np.ndarray:
 
 
 def follow_theorem(kind: str, t_l: float, t_s: float, steps: int) -> Iterator[tuple[int, float, float]]:
-    """Yield T, the measured mean of L_tl(theta_T) - L_tl(theta*), and the theorem's bound on it; in dimension 16.
+    """Yield T, the measured mean of L_tl(theta_T) - L_tl(theta*), and the theorem's bound on it, in dimension 16.
 
-    The least loss over all theta is that over masks in [0, 1]^d. One sample a step, as the theorem has it; its c is
-    free: here the bound's first term is a quarter of the gap at the start, after the last step.
+    The minimum over theta is that over masks in [0, 1]^d. There is one sample per step, as in the theorem. Its c is
+    free: it is chosen so that after the last step, the bound's first term is a quarter of the initial gap.
     """
     problems = make_problems(kind, 200, 16)
     least = problems.risk(problems.relaxed_optimum())
@@ -114,7 +114,7 @@ def follow_theorem(kind: str, t_l: float, t_s: float, steps: int) -> Iterator[tu
 
 
 def draw(benches: dict[str, Bench], grid: np.ndarray, theorem: dict[float, list[tuple[int, float, float]]]) -> Figure:
-    """Draw the distribution of gaps, the gap over T beside the bound, and the temperatures."""
+    """Plot the distribution of gaps, the gap over T with its bound, and the median gaps over temperatures."""
     figure = Figure(figsize=(12.5, 3.7), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     colors = dict(zip(benches[KINDS[0]].gaps, ("tab:blue", "tab:cyan", "tab:grey", "tab:orange"), strict=False))
@@ -148,7 +148,7 @@ def draw(benches: dict[str, Bench], grid: np.ndarray, theorem: dict[float, list[
 
 
 def table(columns: dict[str, Bench]) -> str:
-    """Return the gaps of each name, one group of columns for each kind."""
+    """Return a table of the gaps of each name, with a group of columns per kind."""
     lines = ["| |" + "".join(f" {kind}: median gap | 9th decile | best of all |" for kind in columns)]
     lines.append("| --- |" + " --- | --- | --- |" * len(columns))
     first = next(iter(columns.values()))
@@ -159,7 +159,7 @@ def table(columns: dict[str, Bench]) -> str:
 def main() -> None:
     """Measure, print and draw."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", type=int, default=200, help="How many of each kind.")
+    parser.add_argument("--problems", type=int, default=200, help="Number of problems of each kind.")
     parser.add_argument("--figure", type=Path, default=Path(__file__).parent / "study/figures/near_optimality.png")
     args = parser.parse_args()
     benches = {kind: Bench.draw(kind, args.problems, 12) for kind in KINDS}

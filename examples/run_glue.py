@@ -1,4 +1,4 @@
-"""Adapt a BERT to a GLUE task, or to your own texts: by pruning alone, by fine-tuning, or by training a head only.
+"""Adapt a BERT to a GLUE task or to your own texts: by pruning alone, by fine-tuning, or by training only a head.
 
 A task from the Hub (cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli), half of the masked weights pruned:
 
@@ -13,19 +13,20 @@ Your own csv, json (lines) or parquet, with one or two text columns and `label` 
 
     python run_glue.py ... --train_file train.csv --validation_file validation.csv
 
-A model that is smaller and faster too: one run prunes half of the weights as neurons and heads, and a second one,
-twice as long, half of what these leave. One adapter has both; in `small` is the model without the neurons and heads:
+A model that is also smaller and faster: one run prunes half of the weights as neurons and heads, and a second one,
+twice as long, half of the remaining weights. One adapter has both masks; the folder `small` has the model without the
+pruned neurons and heads:
 
     python run_glue.py ... --compact_first 0.5 --final_sparsity 0.5
 
-To compare, `--method` names another one of `hf_adaprune.baselines`. Learning rates that suit: 5e-5 (the default) for
+For comparison, `--method` selects a method of `hf_adaprune.baselines`. Suitable learning rates: 5e-5 (the default) for
 adaprune, no_recovery and smp; 5e-5 to 1e-4 where all weights are trained: finetune, magnitude, movement, imp; 5e-4 to
-2e-3 for lora; 1e-3 where the head alone is: feature_extraction, random. Those that prune trained weights are scored
-twice: as trained, and (`eval_rewound_...`) with the pre-trained values under the same masks; that adapter goes to
-`rewound`.
+2e-3 for lora; 1e-3 where only the head is trained: feature_extraction, random. Methods that prune trained weights are
+scored twice: as trained, and (`eval_rewound_...`) with the pre-trained values under the same masks; the adapter of
+these masks is saved in `rewound`.
 
-Every flag of `TrainingArguments` works too: --eval_strategy epoch, --bf16, --seed, --push_to_hub ... To go on after a
-kill, give the same command and the last checkpoint: --resume_from_checkpoint sst2-adaprune/checkpoint-500
+All flags of `TrainingArguments` work too: --eval_strategy epoch, --bf16, --seed, --push_to_hub ... To resume an
+interrupted run, repeat the command with the last checkpoint: --resume_from_checkpoint sst2-adaprune/checkpoint-500
 """
 
 import dataclasses
@@ -62,16 +63,16 @@ from hf_adaprune.training.dropout import change_dropout
 logger = logging.getLogger("run_glue")
 
 SPLIT_OF_FLAG = {"do_train": "train", "do_eval": "validation", "do_predict": "test"}
-GROUPS, SMALL = "groups", "small"  # folders in the output folder: masks of neurons and heads, the model without these
+GROUPS, SMALL = "groups", "small"  # subfolders of the output: masks of neurons and heads; the model without these
 SPLITS = ("train", "validation", "validation_mismatched", "test", "test_mismatched")
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message says why, and what to do."""
+    """Raised for unusable input from the user; the message says why, and what to do."""
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Show defaults, and the examples above as they are."""
+    """Show default values, and keep the line breaks of the examples above."""
 
 
 def flag(help: str, default: Any = None) -> Any:
@@ -83,32 +84,32 @@ class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "A pre-trained model: a name on the Hub, or a folder."})
     method: str = field(
         default="adaprune",
-        metadata={"help": "What is trained, and how: see above.", "choices": list(METHODS)},
+        metadata={"help": "The training method: see above.", "choices": list(METHODS)},
     )
     final_sparsity: float = flag("The fraction of the masked weights to remove, in [0, 1).", 0.5)
     preset: Literal["default", "paper"] = flag(
-        "adaprune, no_recovery: our recipe, or Algorithm 1 of arXiv 2105.03343.", "default"
+        "adaprune, no_recovery: the package's recipe, or Algorithm 1 of arXiv 2105.03343.", "default"
     )
     granularity: str = flag(
         'adaprune: what is pruned as a whole: "weight", "neuron", "head", "neuron+head"; or "2:4", any "n:m".',
         "weight",
     )
     compact_first: float = flag(
-        "adaprune, no_recovery, smp, random: prune this fraction of the masked weights before, as neurons and heads.",
+        "adaprune, no_recovery, smp, random: first prune this fraction of the masked weights as neurons and heads.",
         0.0,
     )
     dropout: float | None = flag(
-        "Train with this dropout, in [0, 1); by default with the model's own, masks of a regression with none."
+        "Train with this dropout, in [0, 1); by default the model's own, or none for masks of a regression."
     )
-    ablate: bool = flag("Score the trained masks shuffled, and over other weights, too.", False)
-    count_recovery: bool = flag("Count the weights that are pruned and come back, in each step.", False)
-    tokenizer_name: str | None = flag("If not the model's own: a name or a folder.")
+    ablate: bool = flag("Also score the trained masks when shuffled, and over other weights.", False)
+    count_recovery: bool = flag("Count, in each step, the weights that were pruned and came back.", False)
+    tokenizer_name: str | None = flag("A tokenizer other than the model's own: a name or a folder.")
     model_revision: str = flag("Branch, tag or commit of the model on the Hub.", "main")
-    cache_dir: str | None = flag("Where models and data sets are kept.")
+    cache_dir: str | None = flag("The cache folder for models and data sets.")
 
     def __post_init__(self) -> None:
         if not 0 <= self.compact_first < 1:
-            raise InputError(f"`--compact_first` must be in [0, 1), 0 for not at all, got {self.compact_first}.")
+            raise InputError(f"`--compact_first` must be in [0, 1), where 0 turns it off, got {self.compact_first}.")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise InputError(f"`--dropout` must be in [0, 1), got {self.dropout}.")
 
@@ -116,14 +117,14 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     task_name: str | None = flag(f"A GLUE task: {', '.join(GLUE_COLUMNS)}.")
-    data_dir: str | None = flag("Folder with train.parquet and validation.parquet, or with such a folder a task.")
+    data_dir: str | None = flag("Folder with train.parquet and validation.parquet, or with one such folder per task.")
     train_file: str | None = flag("Your own csv, json (lines) or parquet.")
     validation_file: str | None = flag("The same, to evaluate on.")
-    test_file: str | None = flag("The same, to predict, labels not needed; works with a GLUE task too.")
-    max_seq_length: int = flag("Texts are cut to this many tokens.", 128)
+    test_file: str | None = flag("The same, to predict, labels not needed; also for a GLUE task.")
+    max_seq_length: int = flag("Texts are truncated to this number of tokens.", 128)
     pad_to_max_length: bool = flag("Pad to `max_seq_length`, not to the longest text of each batch.", False)
-    max_train_samples: int | None = flag("Train on so many examples, drawn at random.")
-    max_eval_samples: int | None = flag("Evaluate on so many examples, drawn at random.")
+    max_train_samples: int | None = flag("Train on this number of examples, drawn at random.")
+    max_eval_samples: int | None = flag("Evaluate on this number of examples, drawn at random.")
     sample_seed: int = flag("Seed of these draws; `--seed` does not change them.", 42)
 
     def __post_init__(self) -> None:
@@ -134,7 +135,8 @@ class DataArguments:
         if bool(glue) == bool(own) or own == ["--validation_file"]:
             raise InputError(
                 "Give `--task_name`, `--data_dir` or both for a GLUE task, or else `--train_file` (from which label "
-                f"names are read, so to evaluate too) and `--validation_file` for your own, got {[*glue, *own]}."
+                "names are read, so for evaluation too) and `--validation_file` for your own data, got "
+                f"{[*glue, *own]}."
             )
         for name in ("max_seq_length", "max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -143,7 +145,7 @@ class DataArguments:
 
 @dataclass
 class Task:
-    """What there is to learn; `label_names` is `None` for a regression."""
+    """Hold the data of a task; `label_names` is `None` for a regression."""
 
     name: str
     splits: dict[str, datasets.Dataset]
@@ -162,7 +164,7 @@ def read_file(path: Path, cache_dir: str | None) -> datasets.Dataset:
 
 
 def read_splits(args: DataArguments, cache_dir: str | None) -> dict[str, datasets.Dataset]:
-    """Read all there is, from files or from the Hub; MNLI's matched splits become `validation` and `test`."""
+    """Read all splits, from files or from the Hub; MNLI's matched splits become `validation` and `test`."""
     name, found = args.task_name, {}
     if args.data_dir:
         folder = Path(args.data_dir)
@@ -172,7 +174,7 @@ def read_splits(args: DataArguments, cache_dir: str | None) -> dict[str, dataset
         try:
             found = dict(datasets.load_dataset("nyu-mll/glue", name, cache_dir=cache_dir))
         except OSError as error:
-            raise InputError(f"The Hub gave no {name}. Give its Parquet files as `--data_dir`. ({error})") from error
+            raise InputError(f"Loading {name} failed. Give its Parquet files as `--data_dir`. ({error})") from error
     files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
     found |= {split: read_file(Path(path), cache_dir) for split, path in files.items() if path}
     found = {split.removesuffix("_matched"): dataset for split, dataset in found.items()}
@@ -203,7 +205,7 @@ def number_labels(splits: dict[str, datasets.Dataset]) -> list[str] | None:
     first = next(iter(splits.values()))
     kind, values, names = first.features["label"], first.unique("label"), None
     if not isinstance(kind, (datasets.Value, datasets.ClassLabel)) or len(values) < 2:
-        raise InputError(f"`label` must be one number or name a row, and not always the same, got {values[:5]}.")
+        raise InputError(f"`label` must be one number or name per row, and not always the same, got {values[:5]}.")
     if not kind.dtype.startswith("float"):
         names = kind.names if isinstance(kind, datasets.ClassLabel) else [str(value) for value in sorted(values)]
     target = datasets.Value("float32") if names is None else datasets.ClassLabel(names=names)
@@ -224,13 +226,13 @@ def number_labels(splits: dict[str, datasets.Dataset]) -> list[str] | None:
 
 
 def load_task(args: DataArguments, asked: list[str], cache_dir: str | None) -> Task:
-    """Read the data, and find out what its text columns and labels are."""
+    """Read the data, and determine its text columns and labels."""
     splits = read_splits(args, cache_dir)
     labelled = {split: dataset for split, dataset in splits.items() if not split.startswith("test")}
     missing = [split for split in asked if split not in splits] or ([] if labelled else ["train"])
     if missing:
         raise InputError(
-            f"There must be {missing} data for what is asked, got {list(splits)}: add {missing[0]}.parquet to "
+            f"There must be {missing} data for the requested actions, got {list(splits)}: add {missing[0]}.parquet to "
             f"`--data_dir`, or give `--{missing[0]}_file`."
         )
     columns = GLUE_COLUMNS.get(args.task_name or "") or find_text_columns(next(iter(splits.values())))
@@ -241,7 +243,7 @@ def load_task(args: DataArguments, asked: list[str], cache_dir: str | None) -> T
 
 
 def tokenize(task: Task, split: str, tokenizer: Any, args: DataArguments) -> datasets.Dataset:
-    """Draw the sample, if one is asked for, and turn its texts into tokens."""
+    """Draw a sample of a split if requested, and tokenize its texts."""
     dataset = task.splits[split]
     count = {"train": args.max_train_samples, "validation": args.max_eval_samples}.get(split.split("_")[0])
     if count is not None and count < len(dataset):
@@ -274,7 +276,7 @@ def decide(logits: Any, task: Task) -> np.ndarray:
 
 
 def make_compute_metrics(task: Task) -> Callable[[Any], dict[str, float]]:
-    # Your own data are scored as these two are: by correlation, or by accuracy.
+    # Own data are scored like one of these tasks: by correlation, or by accuracy.
     scored_as = task.name if task.name in GLUE_COLUMNS else "stsb" if task.label_names is None else "sst2"
     metric = glue_metric(scored_as, keep_in_memory=True)
 
@@ -290,11 +292,11 @@ def count_bytes(folder: Path, name: str) -> int:
 
 
 def prune_groups(model: Any, sparsity: float, options: dict[str, Any]) -> Any:
-    """Prune neurons and heads, in a run of its own; return the model with their masks."""
+    """Prune neurons and heads in a separate run; return the model with their masks."""
     args, folder = options["args"], Path(options["args"].output_dir, GROUPS)
     if args.resume_from_checkpoint and (folder / "adapter_config.json").is_file():
         return AutoModelForSequenceClassification.from_pretrained(folder)
-    # Few groups need few steps. Checkpoints would be taken for those of the run that follows.
+    # Few groups need few steps. Checkpoints would be taken for those of the main run.
     shorter: dict[str, float] = {"num_train_epochs": args.num_train_epochs / 2}
     shorter |= {"max_steps": (args.max_steps + 1) // 2} if args.max_steps > 0 else {}
     unsaved = {"save_strategy": "no", "load_best_model_at_end": False}
@@ -307,13 +309,14 @@ def prune_groups(model: Any, sparsity: float, options: dict[str, Any]) -> Any:
 
 
 def train(trainer: Trainer, callback: TrainerCallback | None, whole: Any = None) -> Any:
-    """Train and save; return the model that holds the masks, a copy over pre-trained weights if these were trained.
+    """Train and save; return the model with the masks, a copy with pre-trained weights if weights were trained.
 
-    Of `whole`, which has masks of neurons and heads, the trainer has what these leave; what is saved is over all.
+    If `whole`, a model with masks of neurons and heads, is given, the trainer's model is compacted from it: the
+    adapter that is saved combines both masks, over the base of `whole`.
     """
     folder = Path(trainer.args.output_dir)
     trainable = trainer.get_num_trainable_parameters()
-    (folder / "all_results.json").unlink(missing_ok=True)  # an earlier run's
+    (folder / "all_results.json").unlink(missing_ok=True)  # of an earlier run
     metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
     for _ in range(1, getattr(callback, "num_rounds", 1)):
         metrics = trainer.train().metrics
@@ -342,7 +345,7 @@ def train(trainer: Trainer, callback: TrainerCallback | None, whole: Any = None)
 
 
 def evaluate(trainer: Trainer, data: dict[str, datasets.Dataset], prefix: str = "eval") -> dict[str, float]:
-    """Score each validation split; the names of MNLI's second, the mismatched one, end in `_mm`."""
+    """Score each validation split; metric names of MNLI's mismatched split end in `_mm`."""
     metrics: dict[str, float] = {}
     for split, ending in (("validation", ""), ("validation_mismatched", "_mm")):
         if split in data:
@@ -367,13 +370,13 @@ def predict(trainer: Trainer, data: dict[str, datasets.Dataset], task: Task) -> 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the script on `argv`, by default on the command line's flags."""
+    """Run the script with the flags in `argv`, by default those of the command line."""
     kinds = (ModelArguments, DataArguments, TrainingArguments)
     usage = "%(prog)s --model_name_or_path MODEL --output_dir FOLDER [flags]"
     parser = HfArgumentParser(kinds, description=__doc__, formatter_class=HelpFormatter, usage=usage)
     model_args, data_args, args, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     if unknown:
-        raise InputError(f"There are no such flags: {' '.join(unknown)}. `--help` lists all.")
+        raise InputError(f"Unknown flags: {' '.join(unknown)}. `--help` lists all flags.")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
     asked = [split for flag, split in SPLIT_OF_FLAG.items() if getattr(args, flag)]
@@ -381,21 +384,21 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("There is nothing to do: give `--do_train`, `--do_eval` or `--do_predict`.")
     if model_args.compact_first and args.push_to_hub:
         raise InputError(
-            "`--push_to_hub` cannot go with `--compact_first`: while it trains, the adapter is over a smaller base "
-            f"that is not on the Hub. Run `hf-adaprune push {args.output_dir} NAME` afterwards."
+            "`--push_to_hub` cannot be combined with `--compact_first`: during training, the base of the adapter is a "
+            f"smaller model that is not on the Hub. Run `hf-adaprune push {args.output_dir} NAME` afterwards."
         )
     config = AdaPruneConfig.from_preset(
         model_args.preset,
         final_sparsity=model_args.final_sparsity,
         granularity=model_args.granularity,
-        **({} if model_args.dropout is None else {"dropout": None}),  # the model's own, which is changed
+        **({} if model_args.dropout is None else {"dropout": None}),  # the model's own, which is changed below
     )
     callback = make_callback(model_args.method, config) if args.do_train else None
     is_frozen = isinstance(callback, AdaPruneCallback) and not isinstance(callback, TrainedWeightsCallback)
     if model_args.compact_first and args.do_train and not is_frozen:
         raise InputError(
             f"`--compact_first` needs a method that trains masks over frozen weights, got {model_args.method!r}. "
-            "Train with `--granularity neuron+head`, run `hf-adaprune export` and name what that wrote as "
+            "Train with `--granularity neuron+head`, run `hf-adaprune export`, and use the folder that it wrote as "
             "`--model_name_or_path`."
         )
     set_seed(args.seed)
@@ -439,7 +442,7 @@ def main(argv: list[str] | None = None) -> None:
         source = "nyu-mll/glue" if data_args.task_name else "custom"
         trainer.push_to_hub(tasks="text-classification", dataset=task.name, dataset_tags=source)
     names = sorted(path.name for path in Path(args.output_dir).iterdir())
-    logger.info("All of it is in %s: %s", args.output_dir, ", ".join(names))
+    logger.info("Results are in %s: %s", args.output_dir, ", ".join(names))
 
 
 if __name__ == "__main__":

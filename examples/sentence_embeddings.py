@@ -3,9 +3,9 @@
     pip install "hf_adaprune[sentence-transformers]"
     python examples/sentence_embeddings.py --model sentence-transformers/all-MiniLM-L6-v2 --output_dir stsb
 
-Trains on STS-B (from the Hub, or from `--data_dir`, a folder that holds `stsb/{train,validation}.parquet`), saves what
-`SentenceTransformer("stsb")` opens, and prints Spearman's correlation of similarities with what people said, on the
-validation set: of the base, of the adapted model, and of the one that was opened again.
+Trains on STS-B (from the Hub, or from `--data_dir`, a folder that holds `stsb/{train,validation}.parquet`), saves an
+adapter that `SentenceTransformer("stsb")` opens, and prints Spearman's correlation of similarities with human scores,
+on the validation set: of the base, of the adapted model, and of the saved adapter after opening it again.
 """
 
 import json
@@ -23,7 +23,7 @@ from hf_adaprune import AdaPruneCallback, AdaPruneConfig
 
 
 def load_pairs(split: str, data_dir: str | None) -> Dataset:
-    """Return pairs of sentences and their score, in [0, 1]."""
+    """Return pairs of sentences with their score, in [0, 1]."""
     if data_dir is None:
         data = load_dataset("nyu-mll/glue", "stsb", split=split)
     else:
@@ -32,18 +32,18 @@ def load_pairs(split: str, data_dir: str | None) -> Dataset:
 
 
 def spearman(model: SentenceTransformer, pairs: Dataset) -> float:
-    """Return the correlation of a model's similarities with the scores of pairs."""
+    """Return Spearman's correlation of a model's similarities with the scores of pairs."""
     first, second = (model.encode(pairs[column], batch_size=64) for column in ("sentence1", "sentence2"))
     return float(spearmanr(model.similarity_pairwise(first, second), pairs["score"]).statistic)
 
 
 def main() -> None:
-    """Train, save, open, and print what came of it as one line of JSON."""
+    """Train, save and open the adapter, and print the scores as one line of JSON."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", default="sentence-transformers/all-MiniLM-L6-v2", help="Name or folder of the base."
     )
-    parser.add_argument("--data_dir", help="Folder of STS-B's Parquet files; by default the Hub.")
+    parser.add_argument("--data_dir", help="Folder of the Parquet files of STS-B; by default from the Hub.")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--final_sparsity", type=float, default=0.5)
     parser.add_argument("--num_train_epochs", type=float, default=3)

@@ -1,4 +1,4 @@
-"""What the fields of a configuration may be."""
+"""Allowed values of configuration fields, and the presets."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ FORMAT_VERSION = 1
 ESTIMATORS = ("straight_through", "sigmoid")
 SCORE_INITS = ("wanda", "magnitude", "normal", "constant")
 GRANULARITIES = ("weight", "neuron", "head", "neuron+head")
-MAX_PATTERN = 256  # the largest m of n:m: ranks inside a pattern are counted in bytes
+MAX_PATTERN = 256  # the largest m of n:m: ranks within a pattern are stored as uint8
 SCOPES = ("module", "kind", "global")
 SELECTIONS = ("topk", "threshold")
 AUTO = "auto"
@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "score_init": "normal",
         "score_lr_ratio": 1.0,
         "head_lr_ratio": 1.0,
-        # The paper's own gammas add up to 0.0008 over a run, which no score of 0.01 can fall to zero by.
+        # The paper's gammas sum to 0.0008 over a run, too little to bring a score of 0.01 to zero.
         "drift": 0.012,
         "settle": False,
         "dropout": None,

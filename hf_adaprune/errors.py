@@ -1,30 +1,30 @@
-"""What can go wrong, as types: each is an `AdaPruneError` and the builtin error a caller would expect."""
+"""The package's exceptions: each is an `AdaPruneError` and the builtin error that a caller would expect."""
 
 from peft.utils.error import NoMatchingPeftModuleError
 
 
 class AdaPruneError(Exception):
-    """Base class of the package's own errors. A bad argument of a function may be a plain `ValueError`, too."""
+    """Base class of the package's errors. An invalid function argument may also raise a plain `ValueError`."""
 
 
 class ConfigError(AdaPruneError, ValueError):
-    """A field of the configuration has a value that it cannot have."""
+    """A setting is invalid, or does not fit the model or the run."""
 
 
 class NoMatchingModuleError(AdaPruneError, NoMatchingPeftModuleError):
-    """No module, or not every named one, is there to be masked."""
+    """There is no module to mask, or a given name matches no module that can be masked."""
 
 
 class StructureError(AdaPruneError, ValueError):
-    """The model is not built so that its neurons or attention heads can be told apart."""
+    """The model does not have the structure that the granularity needs."""
 
 
 class BaseMismatchError(AdaPruneError, ValueError):
-    """The adapter belongs to another base model than the one it is being put on."""
+    """The adapter was made for another base model than the given one."""
 
 
 class AdapterFileError(AdaPruneError, ValueError):
-    """The stored adapter is not what was saved: entries are missing, of the wrong size, or altered."""
+    """The stored adapter differs from what was saved: entries are missing, of the wrong size, or altered."""
 
 
 class MergeError(AdaPruneError, ValueError):
@@ -36,15 +36,15 @@ class CompactionError(AdaPruneError, ValueError):
 
 
 class ExportError(AdaPruneError, RuntimeError):
-    """The model cannot be exported, or what was exported does not compute the same."""
+    """The model cannot be exported, or the exported model computes different results."""
 
 
 class HardwareError(AdaPruneError, RuntimeError):
-    """What is asked for needs another machine, or another dtype, than the model is on."""
+    """The operation needs other hardware, or another dtype, than the model has."""
 
 
 class SizeError(AdaPruneError, ValueError):
-    """A batch, a length or a number of rounds is not one that can be run or measured."""
+    """A batch size, a sequence length or a number of repetitions is out of range."""
 
 
 class NonFiniteError(AdaPruneError, FloatingPointError):
@@ -52,19 +52,19 @@ class NonFiniteError(AdaPruneError, FloatingPointError):
 
 
 class NotPrunedError(AdaPruneError, RuntimeError):
-    """The model, or the adapter, does not have the masks that this needs."""
+    """The model, or the adapter, does not have the masks that the operation needs."""
 
 
 class AdapterNotFoundError(AdaPruneError, FileNotFoundError):
-    """There is no adapter, or no base, of that name within reach."""
+    """No adapter, or no base, of the given name could be found."""
 
 
 class PushError(AdaPruneError, ConnectionError):
-    """The Hub refused a push, or the connection broke: no file was changed there."""
+    """The Hub refused a push, or the connection failed: no file was changed there."""
 
 
 class TaskError(AdaPruneError, ValueError):
-    """There is no such task, its data cannot be read, or the model's head is not for it."""
+    """The task is unknown, its data cannot be read, or the model's head does not fit it."""
 
 
 class MixedBatchError(AdaPruneError, ValueError):
@@ -72,12 +72,12 @@ class MixedBatchError(AdaPruneError, ValueError):
 
 
 class CombineError(AdaPruneError, ValueError):
-    """Adapters cannot be combined as was asked."""
+    """The adapters cannot be combined as requested."""
 
 
 class DivergenceError(AdaPruneError, RuntimeError):
-    """The processes of a distributed run have come to different masks."""
+    """The processes of a distributed run have different masks."""
 
 
 class UnsupportedShardingError(AdaPruneError, NotImplementedError):
-    """The run is distributed in a way in which masks cannot be trained."""
+    """The run is distributed in a way that does not support training masks."""

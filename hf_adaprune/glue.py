@@ -1,4 +1,4 @@
-"""GLUE's tasks (Wang et al., ICLR 2019): where their texts are, and how a model is scored on them."""
+"""GLUE tasks (Wang et al., ICLR 2019): load their data, and score models on them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GLUE_COLUMNS: dict[str, tuple[str, ...]] = {
 """The columns of each task that hold its texts."""
 
 FILE_KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-"""What files of data may end in, and what `datasets` calls their kinds."""
+"""The suffixes that data files may have, and the `datasets` builder for each."""
 
 
 def load_glue_split(task: str, split: str = "validation", data: str | Path | None = None) -> Dataset:
@@ -46,7 +46,7 @@ def load_glue_split(task: str, split: str = "validation", data: str | Path | Non
         `datasets.Dataset`: The split.
 
     Raises:
-        TaskError: If there is no such task or no such data, or the data lack a column.
+        TaskError: If the task is unknown, the data cannot be read, or they lack a column.
     """
     if task not in GLUE_COLUMNS:
         raise TaskError(f"The task must be one of {sorted(GLUE_COLUMNS)}, got {task!r}.")
@@ -56,7 +56,7 @@ def load_glue_split(task: str, split: str = "validation", data: str | Path | Non
             dataset = load_dataset("nyu-mll/glue", task, split=name)
         except (OSError, ValueError) as error:
             raise TaskError(
-                f"The Hub gave no {name} split of {task}; name a file or folder of it. ({error})"
+                f"The {name} split of {task} could not be loaded from the Hub; name a file or folder. ({error})"
             ) from None
     else:
         dataset = _read(Path(data), task, split)
@@ -77,7 +77,7 @@ def _read(path: Path, task: str, split: str) -> Dataset:
     try:
         return load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train")
     except (ValueError, DatasetGenerationError) as error:
-        raise TaskError(f"There are no examples to be read in '{path}': {error}") from None
+        raise TaskError(f"There are no examples that can be read in '{path}': {error}") from None
 
 
 def score_on_glue(
@@ -86,18 +86,18 @@ def score_on_glue(
     """Score a sequence classifier on a labelled split of a GLUE task.
 
     Args:
-        model (`torch.nn.Module`): The model, where it is to compute; left in evaluation mode.
+        model (`torch.nn.Module`): The model, on its device; left in evaluation mode.
         tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer.
         task (`str`): One of `GLUE_COLUMNS`.
         dataset (`datasets.Dataset`): The split, with the task's columns and `label`.
-        batch_size (`int`): How many examples are computed at once, >= 1.
-        max_length (`int`): Texts are cut to so many tokens, >= 1, or to what the model has positions for.
+        batch_size (`int`): The number of examples per batch, >= 1.
+        max_length (`int`): The number of tokens, >= 1, to which texts are truncated, or the model's maximum if less.
 
     Returns:
         `dict[str, float]`: The task's scores, those of `glue_metric`.
 
     Raises:
-        TaskError: If the model's head or its label names are not those of the task.
+        TaskError: If the data have no labels, or the model's outputs or label names do not fit the task.
     """
     references = _references(model, task, dataset)
     columns = [dataset[column] for column in GLUE_COLUMNS[task]]
@@ -117,7 +117,7 @@ def score_on_glue(
 
 
 def _references(model: Any, task: str, dataset: Dataset) -> list[float]:
-    """Return the labels, by number as the model numbers them."""
+    """Return the labels, as numbers in the model's numbering."""
     labels, outputs = list(dataset["label"]), model.config.num_labels
     if not labels or (task != "stsb" and not isinstance(labels[0], str) and min(labels) < 0):
         raise TaskError(f"The data of {task} have no labels to score against: name a labelled split.")
@@ -135,7 +135,7 @@ def _references(model: Any, task: str, dataset: Dataset) -> list[float]:
     if not isinstance(labels[0], str):
         numbers: dict[Any, int] = {number: number for number in range(outputs)}
     elif names == [f"LABEL_{number}" for number in range(len(there))]:
-        # The model has no names: the order of the data's own is all there is.
+        # The model has default label names only, so labels are numbered in the order of the data's names.
         numbers = {name: number for number, name in enumerate(there)}
     else:
         numbers = {name: number for number, name in model.config.id2label.items()}

@@ -1,4 +1,4 @@
-"""The names of the labels that an adapter's head has, as its configuration stores them."""
+"""The labels of an adapter's head, as stored in its configuration."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_clas
 
 
 def stored_labels(model_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the labels that a stored configuration of a model tells, as they are in a configuration in memory.
+    """Return the labels in a stored model configuration, in the form that they have in memory.
 
-    Nothing else of it is looked at: what a stranger has written into it decides on no size and loads no code.
+    Other fields are ignored: an untrusted file must not determine any other size or load code.
 
     Args:
-        model_config (`Mapping[str, Any]`): As `AdaPruneConfig.model_config`, without `problems_of_labels`.
+        model_config (`Mapping[str, Any]`): `AdaPruneConfig.model_config`, if `problems_of_labels` returns nothing.
 
     Returns:
-        `dict[str, Any]`: `id2label`, `label2id` and `problem_type`; what transformers leaves out is two labels.
+        `dict[str, Any]`:
+            `id2label`, `label2id` and `problem_type`. Without `id2label` there are two labels, transformers' default.
     """
     labels: dict[str, Any] = {field: model_config.get(field) for field in LABEL_FIELDS}
     if labels["id2label"] is None:
@@ -31,19 +32,19 @@ def stored_labels(model_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def default_labels(num_labels: int) -> dict[str, Any]:
-    """Return the `id2label` and `label2id` that transformers gives to labels that nobody has named."""
+    """Return the `id2label` and `label2id` that transformers gives to unnamed labels."""
     names = {number: f"LABEL_{number}" for number in range(num_labels)}
     return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
 
 
 def is_regression(model_config: Mapping[str, Any]) -> bool:
-    """Return whether a stored configuration is of a regression: it says so, or says nothing and has one label."""
+    """Return whether `problem_type` is regression or, where it is not given, there is one label."""
     labels = stored_labels(model_config)
     return labels["problem_type"] == "regression" or (labels["problem_type"] is None and len(labels["id2label"]) == 1)
 
 
 def problems_of_labels(model_config: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the labels in a stored configuration of a model, in sentences."""
+    """Return a message for each problem with the labels in a stored model configuration."""
     labels = {field: model_config.get(field) for field in LABEL_FIELDS}
     problems = [
         f"`model_config[{field!r}]` must be of type dict, got {labels[field]!r}."
@@ -62,6 +63,6 @@ def problems_of_labels(model_config: Mapping[str, Any]) -> list[str]:
 
 
 def labels_fingerprint(model_config: Mapping[str, Any]) -> str:
-    """Return a digest of the labels in a stored configuration of a model: 32 hexadecimal digits."""
+    """Return a digest of the labels in a stored model configuration: 32 hexadecimal digits."""
     text = json.dumps(stored_labels(model_config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

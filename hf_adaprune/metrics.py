@@ -1,8 +1,8 @@
 """GLUE's metrics for `evaluate`, without the network.
 
 `evaluate.load("glue", "mrpc")` downloads the metric's code from the Hub at run time. [`glue_metric`] needs no download
-and returns the same keys and values, with one exception: a correlation with a constant does not exist, and is 0.0 here
-rather than NaN. So a run's logs stay valid JSON, and the best checkpoint can be told from the others.
+and returns the same keys and values, with one exception: a correlation with a constant is undefined, and is 0.0 here
+rather than NaN. This keeps a run's logs valid JSON, and its checkpoints comparable.
 """
 
 import logging
@@ -31,11 +31,11 @@ GLUE_METRICS: dict[str, tuple[str, ...]] = {
     "stsb": ("pearson", "spearmanr"),
     "wnli": ("accuracy",),
 }
-"""What each task is scored by."""
+"""The metrics of each task."""
 
 _INPUTS = """
 Args:
-    predictions (`list` of `int`, or of `float` for stsb): What the model says, one an example.
+    predictions (`list` of `int`, or of `float` for stsb): The predictions of the model, one per example.
     references (`list` of `int`, or of `float` for stsb): The labels, in the same order.
 Returns:
     `dict[str, float]`: The scores of the task.
@@ -45,17 +45,17 @@ Returns:
 class GlueMetric(evaluate.Metric):
     """Score predictions on a GLUE task (Wang et al., ICLR 2019) as the Hub's `glue` metric does, without a download.
 
-    Two scores can fail to exist, and are then 0.0, with one line in the log: a correlation, when all predictions or
-    all references are the same; F1, when neither holds a positive. A regression's predictions that hold NaN or
-    infinity score NaN, with one line in the log: the model has diverged, and no number would be true.
+    Two scores can be undefined, and are then 0.0, with a warning in the log: a correlation, if all predictions or all
+    references are the same; F1, if neither contains a positive. A regression's predictions that contain NaN or
+    infinity score NaN, with a warning in the log: the model has diverged.
 
     Args:
         config_name (`str`): The task, one of `GLUE_METRICS`.
-        kwargs: What `evaluate.Metric` takes: `keep_in_memory`, `cache_dir`, `num_process`, `process_id`,
+        kwargs: Arguments of `evaluate.Metric`: `keep_in_memory`, `cache_dir`, `num_process`, `process_id`,
             `experiment_id` and so on.
 
     Raises:
-        ValueError: There is no such task, or (by `compute`) there is nothing to score.
+        ValueError: If there is no such task, or, in `compute`, there is nothing to score.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -83,13 +83,13 @@ def glue_metric(task_name: str, **kwargs: Any) -> GlueMetric:
 
     Args:
         task_name (`str`): One of `GLUE_METRICS`: `"cola"`, `"mrpc"`, `"sst2"`, `"stsb"` and so on.
-        kwargs: What `evaluate.Metric` takes. With `keep_in_memory=True`, predictions are not written to its cache.
+        kwargs: Arguments of `evaluate.Metric`. With `keep_in_memory=True`, predictions are not written to its cache.
 
     Returns:
         [`GlueMetric`]: Its `compute(predictions=..., references=...)` returns a `dict[str, float]`.
 
     Raises:
-        ValueError: There is no such task.
+        ValueError: If there is no such task.
 
     Example:
         >>> glue_metric("sst2").compute(predictions=[0, 1, 1, 0], references=[0, 1, 0, 0])
@@ -103,14 +103,14 @@ def _score(name: str, predictions: np.ndarray, references: np.ndarray) -> float:
         return float((predictions == references).mean())
     if name == "f1":
         if not (predictions == 1).any() and not (references == 1).any():
-            logger.warning("f1 does not exist, since no prediction and no reference is positive: 0.0 is reported.")
+            logger.warning("f1 is undefined, since no prediction and no reference is positive: 0.0 is reported.")
         return float(f1_score(references, predictions, zero_division=0.0))
     sides = {"predictions": predictions.astype(np.float64), "references": references.astype(np.float64)}
     if not all(np.isfinite(side).all() for side in sides.values()):
-        logger.warning("%s is NaN, since the predictions or the references hold NaN or infinity.", name)
+        logger.warning("%s is NaN, since the predictions or the references contain NaN or infinity.", name)
         return float("nan")
     if any(np.ptp(side) == 0 for side in sides.values()):
-        logger.warning("%s does not exist, since all predictions or references are the same: 0.0 is reported.", name)
+        logger.warning("%s is undefined, since all predictions or all references are the same: 0.0 is reported.", name)
         return 0.0
     if name == "matthews_correlation":
         return float(matthews_corrcoef(references, predictions))

@@ -1,4 +1,4 @@
-"""Makes the method known to PEFT: the only place that touches PEFT's tables."""
+"""Registration of the method with PEFT: the only module that modifies PEFT's registries."""
 
 from importlib.metadata import version
 
@@ -10,10 +10,10 @@ MIN_PEFT_VERSION = "0.21.0"
 
 
 def register() -> None:
-    """Register `AdaPruneConfig` and `AdaPruneModel` under the name `"ADAPRUNE"`; do nothing the second time.
+    """Register `AdaPruneConfig` and `AdaPruneModel` under the name `"ADAPRUNE"`, unless this was done before.
 
     Raises:
-        ImportError: If the installed PEFT is too old, or no longer has the tables that a new method is entered in.
+        ImportError: If the installed PEFT is too old, or its registries have changed.
     """
     installed = version("peft")
     if Version(installed) < Version(MIN_PEFT_VERSION):
@@ -31,13 +31,13 @@ def register() -> None:
         register_peft_method(name="adaprune", config_cls=AdaPruneConfig, model_cls=AdaPruneModel)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ImportError(
-            f"hf_adaprune cannot enter its method in the tables of peft {installed}: peft has changed since "
+            f"hf_adaprune cannot register its method with peft {installed}: peft has changed since "
             f"{MIN_PEFT_VERSION}, which works. Please report this with both versions."
         ) from error
 
 
 def _add_member(enum: type[PeftType], name: str) -> None:
-    # `register_peft_method` takes only names that are in the enum, and an enum has no public way to add one.
+    # `register_peft_method` accepts only members of the enum, and an enum has no public way to add a member.
     member = str.__new__(enum, name)
     member._name_ = member._value_ = name
     type.__setattr__(enum, name, member)

@@ -1,4 +1,4 @@
-"""What can be wrong with a configuration, whoever has written it, before anything is done with it."""
+"""Validation of a configuration, which may come from an untrusted file, before it is used."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from .tuner.masks import PACKED_BITS, SHORTEST, packed_size
 if TYPE_CHECKING:
     from .config import AdaPruneConfig
 
-# A model of more weights than this in one matrix does not exist; numbers beyond it only wear down a reader.
+# No matrix has more weights; larger numbers in a file could only exhaust the time or memory of its reader.
 _MAX_WEIGHTS = 2**48
 _MAX_DEPTH = 20
 
 
 def mistyped(config: AdaPruneConfig) -> list[str]:
-    """Return, in sentences, which fields have a value of another type than their annotation's."""
+    """Return a message for each field whose value is not of the annotated type, or too deeply nested."""
     annotations = {spec.name: str(spec.type) for spec in fields(config)} | _INHERITED
     problems = []
     for name, annotation in annotations.items():
         kinds = [kind for kind in annotation.split(" | ") if kind in _KINDS]
         value = getattr(config, name, None)
         if _is_deep(value):
-            problems.append(f"`{name}` must not be nested more than {_MAX_DEPTH} deep.")
+            problems.append(f"`{name}` must not be nested more than {_MAX_DEPTH} levels deep.")
         elif kinds and not any(_KINDS[kind](value) for kind in kinds):
             wanted = " or ".join(_SPOKEN.get(kind, kind) for kind in kinds if kind != "None")
             problems.append(f"`{name}` must be of type {wanted}, got {reprlib.repr(value)}.")
@@ -47,9 +47,9 @@ def mistyped(config: AdaPruneConfig) -> list[str]:
 
 
 def problems_of_storage(config: AdaPruneConfig) -> list[str]:
-    """Return, in sentences, what is wrong with the fields that are written when an adapter is made and saved."""
+    """Return a message for each problem with the fields that are written when an adapter is created or saved."""
     problems = [
-        f"`{field}` must map names to how many are pruned and how many there are, got {name!r}: {counts!r}. "
+        f"`{field}` must map names to [number pruned, total number], got {name!r}: {counts!r}. "
         "Fetch the adapter again."
         for field in ("module_counts", "group_counts")
         for name, counts in (getattr(config, field) or {}).items()
@@ -57,19 +57,19 @@ def problems_of_storage(config: AdaPruneConfig) -> list[str]:
     ]
     packed = {name: packed_size(length) for name, length in config.mask_entries.items()} if not problems else {}
     problems += [
-        f"`mask_bytes` must be of masks that take less than one bit a weight, got {name!r}: {size}. "
+        f"`mask_bytes` must map masks to sizes below one bit per weight and > 0, got {name!r}: {size}. "
         "Fetch the adapter again."
         for name, size in (config.mask_bytes or {}).items()
         if not 0 < size < packed.get(name, 0)
     ]
     if config.is_stored and bool(config.group_kinds) != bool(config.group_counts):
         problems.append(
-            f"`granularity={config.granularity!r}` does not fit `group_counts`, which masks of neurons or heads have "
-            "and no others. Fetch the adapter again."
+            f"`granularity={config.granularity!r}` does not fit `group_counts`: adapters with masks of neurons or "
+            "heads have this field, and others do not. Fetch the adapter again."
         )
     if config.is_stored and config.has_patterns:
         problems.append(
-            "A stored adapter names its `target_modules`: regular expressions are not read. Save it again."
+            "A stored adapter must list its `target_modules` by name: regular expressions are not read. Save it again."
         )
     if config.model_config is not None:
         architectures = config.model_config.get("architectures", ["PreTrainedModel"])
@@ -84,7 +84,7 @@ def problems_of_storage(config: AdaPruneConfig) -> list[str]:
 
 
 def problems_of_values(config: AdaPruneConfig) -> list[str]:
-    """Return, in sentences, which fields have a value that they cannot have; see `mistyped` for their types."""
+    """Return a message for each field whose value is out of range or conflicts with another; see `mistyped`."""
     problems: list[str] = []
     if not 0 <= config.final_sparsity < 1:
         problems.append(f"`final_sparsity` must be in [0, 1), got {config.final_sparsity}.")
@@ -104,12 +104,12 @@ def problems_of_values(config: AdaPruneConfig) -> list[str]:
         problems.append(f"`drift` must be finite and >= 0, got {config.drift}.")
     if config.forward_temperature is not None and (config.estimator, config.selection) != ("sigmoid", "threshold"):
         problems.append(
-            "`forward_temperature` needs `estimator='sigmoid'` and `selection='threshold'`, where a mask begins at a "
-            f"score of 0; got {config.estimator!r} and {config.selection!r}."
+            "`forward_temperature` needs `estimator='sigmoid'` and `selection='threshold'`, where weights are kept if "
+            f"their score is above 0; got {config.estimator!r} and {config.selection!r}."
         )
     if config.drift and config.selection != "threshold":
         problems.append(
-            f"`drift` needs `selection='threshold'`, got {config.selection!r}: it would change no score's rank."
+            f"`drift` needs `selection='threshold'`, got {config.selection!r}: it does not change the order of scores."
         )
     choices: dict[str, tuple[str | None, ...]] = {
         "estimator": ESTIMATORS,
@@ -146,7 +146,7 @@ def _problems_of_granularity(config: AdaPruneConfig) -> list[str]:
     if pattern and abs(config.final_sparsity - (1 - pattern[0] / pattern[1])) > 1e-9:
         problems.append(
             f"`granularity={config.granularity!r}` prunes {1 - pattern[0] / pattern[1]:g} of the weights: "
-            f"`final_sparsity` must be that, got {config.final_sparsity}."
+            f"`final_sparsity` must equal that, got {config.final_sparsity}."
         )
     if pattern and config.selection != "topk":
         problems.append(f"`granularity={config.granularity!r}` needs `selection='topk'`, got {config.selection!r}.")
@@ -188,7 +188,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 }
 _SPOKEN = {"float": "number"} | dict.fromkeys(["dict[str, Any]", "dict[str, list[int]]", "dict[str, int]"], "dict")
 
-# Fields of PEFT's own that are read from a stored adapter.
+# PEFT's own fields that are read from a stored adapter.
 _INHERITED = {
     "base_model_name_or_path": "str | None",
     "revision": "str | None",

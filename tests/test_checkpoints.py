@@ -55,7 +55,7 @@ def test_a_torn_checkpoint_is_never_picked_up(
     run = trainer(resumed, tmp_path / "cut", AdaPruneCallback)
     assert (tmp_path / "cut" / "torn-checkpoint-10").is_dir()
     assert not (tmp_path / "cut" / "checkpoint-10").exists()
-    assert "checkpoint-10 was not saved to its end" in said[0]
+    assert "checkpoint-10 is incomplete" in said[0]
     run.train(resume_from_checkpoint=True)
     for key, tensor in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], tensor), key
@@ -181,6 +181,20 @@ def test_a_checkpoint_is_marked_as_torn_before_anything_is_saved_in_it(
         trainer(fresh(), tmp_path, AdaPruneCallback).train()
     trainer(fresh(), tmp_path, AdaPruneCallback)
     assert [path.name for path in tmp_path.iterdir()] == ["torn-checkpoint-5"]
+
+
+@pytest.mark.parametrize(
+    "left", [[], ["README.md"], ["adapter_model.safetensors", "adapter_config.json"], ["rng_state.pth"]]
+)
+def test_what_is_left_of_a_checkpoint_that_was_being_created_or_deleted_is_torn(
+    left: list[str], tmp_path: Path
+) -> None:
+    trainer(fresh(), tmp_path, AdaPruneCallback, max_steps=10).train()
+    for path in (tmp_path / "checkpoint-10").iterdir():
+        if path.name not in left:
+            path.unlink()
+    trainer(fresh(), tmp_path, AdaPruneCallback)
+    assert sorted(path.name for path in (tmp_path / "torn-checkpoint-10").iterdir()) == sorted(left)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "lora", "notes"])

@@ -114,7 +114,7 @@ def test_copies_in_float16_and_in_bfloat16_are_told_apart_or_refused() -> None:
     original = random_weight(300, 400)
     mask, _ = likely_mask(original)
 
-    with pytest.raises(AdapterFileError, match=r"made on a copy in float16 not in bfloat16.*packed-bits-lsb"):
+    with pytest.raises(AdapterFileError, match=r"made on a float16 copy, not in bfloat16.*packed-bits-lsb"):
         decode_mask(encode_mask(mask, original.half()), original.bfloat16())
 
 
@@ -123,7 +123,7 @@ def test_other_weights_never_give_a_mask() -> None:
     coded = encode_mask(likely_mask(weight)[0], weight)
 
     for other in (random_weight(64, 200, seed=5), weight.flip(0), weight * 1.01, torch.zeros_like(weight)):
-        with pytest.raises(AdapterFileError, match="coded by that weight, and this is another one"):
+        with pytest.raises(AdapterFileError, match="coded with other weights"):
             decode_mask(coded, other)
 
 

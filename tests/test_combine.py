@@ -166,12 +166,12 @@ def test_the_combination_gets_the_head_that_is_named_and_is_saved_as_any_other(p
 def test_what_cannot_be_combined_is_refused(tmp_path: Path) -> None:
     model = with_heads(save_model(tmp_path / "base", head="none"), plain=True)
     for arguments, head, said in (
-        ((["x", "w"], "union", "new"), "x", r"no adapter \['w'\], but \['x', 'y', 'z'\]"),
+        ((["x", "w"], "union", "new"), "x", r"no adapter \['w'\]; it has \['x', 'y', 'z'\]"),
         ((["x", "y"], "union", "new"), "w", r"no adapter \['w'\]"),
         ((["x", "x"], "union", "new"), "x", r"at least two adapters, got \['x', 'x'\]"),
         ((["x", "y"], "xor", "new"), "x", r"`how` must be one of \['intersection', 'union', 'majority'\], got 'xor'"),
         ((["x", "y"], "union", "z"), "x", "an adapter 'z' already"),
-        ((["x", "y"], "union", "new"), None, r"\['x', 'y'\] have heads: say with `head=`"),
+        ((["x", "y"], "union", "new"), None, r"\['x', 'y'\] have heads: name with `head=`"),
     ):
         with pytest.raises(CombineError, match=said):
             combine_adapters(model, *arguments, head=head)

@@ -73,7 +73,7 @@ def test_what_gives_other_results_is_not_written(
     monkeypatch.setattr(export, "_export", lambda model, path: path.touch())
     monkeypatch.setattr(export, "OnnxModel", lambda path: run)
     with pytest.raises(
-        ExportError, match=r"other results than in PyTorch: .* 0\.01 .* for {} rows of {}".format(*off_at)
+        ExportError, match=r"same results on ONNX Runtime as in PyTorch, .* 0\.01 .* for {} rows of {}".format(*off_at)
     ):
         export_onnx(model, tmp_path)
     assert list(tmp_path.iterdir()) == []

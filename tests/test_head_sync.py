@@ -244,7 +244,7 @@ def test_heads_of_two_kinds_share_a_base(base: Path, tasks: dict[str, Task], tmp
 def test_two_heads_are_never_active_at_once(door: Open, base: Path, tasks: dict[str, Task]) -> None:
     model = door(base, tasks, "two", "three")
     model.set_adapter("two")
-    with pytest.raises(ValueError, match=r"\'two\', \'three\'\] have each a head"):
+    with pytest.raises(ValueError, match=r"\'two\', \'three\'\] each have a task head"):
         (model.base_model if isinstance(model, PeftModel) else model).set_adapter(["two", "three"])
     assert torch.equal(logits_of(model), tasks["two"].logits)
 

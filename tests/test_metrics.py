@@ -121,7 +121,7 @@ def test_two_examples_are_enough_for_a_correlation() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_predictions_of_a_diverged_model_score_nan_and_say_so(bad: float, caplog: pytest.LogCaptureFixture) -> None:
     assert all(math.isnan(score) for score in compute("stsb", [0.0, bad, 1.0], [0.0, 1.0, 2.0]).values())
-    assert "hold NaN or infinity" in caplog.text
+    assert "contain NaN or infinity" in caplog.text
 
 
 def test_scores_are_plain_floats(real: tuple[np.ndarray, np.ndarray]) -> None:

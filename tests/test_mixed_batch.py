@@ -174,7 +174,7 @@ def test_what_cannot_be_mixed_is_refused(tmp_path: Path) -> None:
         (["x"] * 7, "a name for each sample, got 7 names for 8 samples"),
         (["x"] * 9, "got 9 names for 8 samples"),
         ([], "got 0 names for 8 samples"),
-        (["x"] * 7 + ["d"], r"no adapter \['d'\], but \['x', 'y', 'z'\], and '__base__'"),
+        (["x"] * 7 + ["d"], r"no adapter \['d'\]; use \['x', 'y', 'z'\], or '__base__'"),
         ("x", "must be a list"),
     ):
         with pytest.raises(MixedBatchError, match=said):
@@ -185,7 +185,7 @@ def test_what_cannot_be_mixed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MixedBatchError, match="unmerge_adapter"):
         model(**batch, adapter_names=NAMES)
     language_model = make_mixed("gpt2", "causal_lm")
-    with pytest.raises(MixedBatchError, match="generate for each adapter apart"):
+    with pytest.raises(MixedBatchError, match="generate for each adapter separately"):
         language_model.generate(input_ids=batch["input_ids"], max_new_tokens=3, adapter_names=NAMES)
 
 

@@ -141,5 +141,5 @@ def test_a_card_of_an_adapter_that_names_no_base_says_how_to_open_it(tmp_path: P
     train_masks(model)
     model.save_pretrained(str(tmp_path))
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "The adapter names no base: open it over the model that it was trained on (fingerprint" in text
+    assert "The adapter names no base: open it on the model that it was trained on (fingerprint" in text
     assert "```python" not in text

@@ -126,7 +126,7 @@ def test_sparse_attention_is_still_sparse_after_neurons_and_heads_were_looked_fo
     assert small.bert.attention_type == "block_sparse"
     torch.testing.assert_close(outputs_of(small, length=100), outputs_of(model, length=100))
     keep(model, "head", torch.tensor([True, False]))
-    with pytest.raises(CompactionError, match="BigBirdForSequenceClassification does not do with fewer"):
+    with pytest.raises(CompactionError, match="BigBirdForSequenceClassification cannot be compacted"):
         compact(model)
 
 
@@ -134,7 +134,7 @@ def test_a_merged_model_with_the_papers_head_is_not_saved_as_what_it_is_not(tmp_
     model = get_peft_model(make_model(), AdaPruneConfig(head="layer_average"))
     plain = model.merge_and_unload()
     for save in (plain.save_pretrained, plain.push_to_hub):
-        with pytest.raises(MergeError, match='the head "layer_average", which no BertForSequenceClassification has'):
+        with pytest.raises(MergeError, match='the head "layer_average", which the BertForSequenceClassification'):
             save(str(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
     get_peft_model(make_model(), AdaPruneConfig()).merge_and_unload().save_pretrained(tmp_path / "merged")

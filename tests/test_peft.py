@@ -617,10 +617,10 @@ def test_excluded_modules_are_spared(excluded: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"exclude_modules": ["key", "qurey"]}, r"`exclude_modules=\['qurey'\]`. Near to that: .*'query'"),
+        ({"exclude_modules": ["key", "qurey"]}, r"`exclude_modules=\['qurey'\]`. Close matches: .*'query'"),
         ({"exclude_modules": r".*\.qurey"}, r"`exclude_modules=\['.*qurey'\]`"),
-        ({"modules_to_save": ["LayerNom"]}, r"`modules_to_save=\['LayerNom'\]`. Near to that: .*'LayerNorm'"),
-        ({"modules_to_save": ["zzz"]}, r"`modules_to_save=\['zzz'\]`. Name modules, or endings of their names"),
+        ({"modules_to_save": ["LayerNom"]}, r"`modules_to_save=\['LayerNom'\]`. Close matches: .*'LayerNorm'"),
+        ({"modules_to_save": ["zzz"]}, r"`modules_to_save=\['zzz'\]`. Give names of modules, or their endings"),
     ],
     ids=str,
 )
@@ -979,10 +979,10 @@ def test_masked_tied_embeddings_refuse_to_merge_and_name_what_shares_them() -> N
 
 def test_a_merge_that_is_refused_changes_nothing_and_masks_that_wait_refuse_none() -> None:
     model = get_peft_model(make_model(head="masked_lm"), AdaPruneConfig(granularity="neuron"), "neurons")
-    model.add_adapter("embeddings", AdaPruneConfig(mask_embeddings=True))
+    model.add_adapter("tokens", AdaPruneConfig(mask_embeddings=True))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     Pruner(model, 1, "neurons").prune_to(0.5)
-    model.base_model.set_adapter(["neurons", "embeddings"])
+    model.base_model.set_adapter(["neurons", "tokens"])
     with pytest.raises(MergeError, match="shares its weight with"):
         model.merge_and_unload()
     assert equal(before, {name: model.state_dict()[name] if "_mask" not in name else before[name] for name in before})
@@ -1018,7 +1018,7 @@ def test_what_computes_something_else_is_not_taken_for_a_lookup_or_a_product() -
 def test_hooks_that_are_called_no_more_are_warned_of() -> None:
     linear = nn.Linear(4, 4)
     linear.register_forward_hook(lambda module, args, output: 2 * output)
-    with pytest.warns(UserWarning, match="A Linear with hooks is being masked, and they are called no more"):
+    with pytest.warns(UserWarning, match="A Linear with hooks is being masked, and its hooks are no longer called"):
         get_peft_model(nn.Sequential(linear), AdaPruneConfig(target_modules=["0"]))
 
 

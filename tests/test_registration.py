@@ -47,7 +47,7 @@ def test_a_peft_whose_tables_have_moved_is_refused_with_a_sentence(monkeypatch: 
     monkeypatch.setattr(registration, "register_peft_method", moved)
     monkeypatch.setattr(registration, "_add_member", lambda enum, name: None)
     monkeypatch.setattr(registration, "PeftType", type("Empty", (), {"__members__": {}}))
-    with pytest.raises(ImportError, match="cannot enter its method in the tables of peft"):
+    with pytest.raises(ImportError, match="cannot register its method with peft"):
         registration.register()
 
 

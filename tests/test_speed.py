@@ -54,7 +54,7 @@ def test_the_clock_or_the_processors_time_is_counted(cpu_time: bool, monkeypatch
     ticks = {"perf_counter": iter(range(1000)), "process_time": iter(range(0, 3000, 3))}
     for name, values in ticks.items():
         monkeypatch.setattr(f"hf_adaprune.deploy.speed.time.{name}", lambda values=values: next(values))
-    (report,) = measure_speed(pruned("weight"), lengths=(5,), repeats=2, warmup=0, cpu_time=cpu_time)
+    (report,) = measure_speed(pruned("weight"), lengths=(5,), repeats=2, warmup=0, num_threads=1, cpu_time=cpu_time)
     assert list(report.timings[0].seconds) == [3 if cpu_time else 1] * 2
     assert ("processor time" in report.device) == cpu_time
 
@@ -177,10 +177,12 @@ def test_the_card_says_what_to_expect_and_what_to_do(
 
 
 def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SizeError, match="at least 2 `repeats`"):
+    with pytest.raises(SizeError, match="`repeats` must be at least 2"):
         measure_speed(pruned(), repeats=1)
     with pytest.raises(SizeError, match="between 1 and 32"):
         measure_speed(pruned(), lengths=(5, 33))
+    with pytest.raises(SizeError, match="needs one thread"):
+        measure_speed(pruned(), lengths=(5,), cpu_time=True, num_threads=2)
     with pytest.raises(NotPrunedError, match="no active AdaPrune adapter"):
         measure_speed(make_model())
     with pytest.raises(ExportError, match="float32"):

@@ -120,7 +120,7 @@ def test_a_model_without_what_is_asked_for_is_refused_with_its_layers() -> None:
 def test_a_model_that_takes_no_tokens_is_refused() -> None:
     config = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
     model = AutoModel.from_config(AutoConfig.for_model("vit", **config, image_size=16, patch_size=8))
-    with pytest.raises(StructureError, match=r"over tokens, and what ViTModel takes is `pixel_values`"):
+    with pytest.raises(StructureError, match=r"over tokens, but the input of ViTModel is `pixel_values`"):
         blocks_of(model, "neuron")
 
 
@@ -179,7 +179,7 @@ def test_granularities_that_cannot_be_are_refused(granularity: str, options: dic
 @pytest.mark.parametrize(
     ("granularity", "sparsity", "message"),
     [
-        ("head", 0.8, "leave a block with nothing.*0.5 can be pruned"),
+        ("head", 0.8, "leave a block empty.*at most 0.5 can be pruned"),
         ("head", 0.2, "less than half"),
         ("neuron", 0.99, "leave a block"),
     ],

@@ -258,7 +258,7 @@ def test_heads_of_a_stored_adapter_need_no_model(adapter_path: Path) -> None:
 
 def test_matrices_that_hold_query_key_and_value_together_are_refused() -> None:
     model = get_peft_model(make_model("gpt2"), AdaPruneConfig())
-    with pytest.raises(ValueError, match=r"No matrix of attention is known among \['attn.c_attn'"):
+    with pytest.raises(ValueError, match=r"No attention matrix was recognised among \['attn.c_attn'"):
         attention_heads(model_masks(model), model.config)
 
 

@@ -1,14 +1,14 @@
-"""How small coded masks are, against what bounds them, and how long it takes to code and to decode them.
+"""Measure the size of coded masks against bounds on it, and the time to encode and decode them.
 
     python examples/benchmarks/codec.py ADAPTER [ADAPTER ...] --figure codec.png
     python examples/benchmarks/codec.py --bert_base
 
-Each adapter is opened on its base, and its masks are coded anew. In bits a weight, of the masks alone: `coded` is what
-is in the file; `matrix` and `row` are the entropies of the mask given the rank of |w| in its matrix, or row, in 64
-steps; `scaled` is what the odds cost that the codec goes by, with the scales of rows and columns for free; `binary` is
-the entropy of the sparsity. Times are of the processor, in nanoseconds a weight, on one thread; `read` is all of the
-base's checkpoint read from the system's cache and copied. `--bert_base` makes up weights and masks of BERT-base's
-shape, about as predictable as trained ones are, for the times.
+Each adapter is opened on its base, and its masks are encoded again. In bits per weight, of the masks alone: `coded` is
+the size of the encoded masks; `matrix` and `row` are the entropies of the mask given the rank of |w| in its matrix, or
+row, in 64 steps; `scaled` is the cost under the odds that the codec uses, not counting the scales of rows and columns;
+`binary` is the entropy of the sparsity. Times are CPU times in nanoseconds per weight, on one thread; `read` is the
+time to read the base's checkpoint from the system's cache and copy it. `--bert_base` measures times on random weights
+and masks of BERT-base's shape, about as predictable as trained ones.
 """
 
 import json
@@ -36,7 +36,7 @@ BINS = 64
 
 
 class Masked(NamedTuple):
-    """Hold a mask, the weight that it is over, and the dimension of its inputs."""
+    """Hold a mask, the masked weight, and the dimension of its inputs."""
 
     mask: torch.Tensor
     weight: torch.Tensor
@@ -44,7 +44,7 @@ class Masked(NamedTuple):
 
 
 def entropy(contexts: Any, mask: Any) -> float:
-    """Return how many bits a mask takes given the context of each entry."""
+    """Return the entropy of a mask, in bits, given the context of each entry."""
     total = np.bincount(contexts.reshape(-1))
     kept = np.bincount(contexts.reshape(-1), weights=mask.reshape(-1))
     share = np.clip(kept / np.maximum(total, 1), 1e-12, 1 - 1e-12)
@@ -58,14 +58,14 @@ def ranks(values: Any, axis: int | None) -> Any:
 
 
 def odds_cost(levels: Any, mask: Any) -> float:
-    """Return what a mask costs by the odds that the codec would write down, the scales being known."""
+    """Return the cost of a mask, in bits, under the odds that the codec would store, for known scales."""
     context = fit_context(levels, mask)
     kept = 1 / (1 + 1.25 ** -context.odds.astype(float)[context.of(levels)])
     return float(-np.log2(np.where(mask, kept, 1 - kept)).sum())
 
 
 def timed(function: Callable[[], Any], repeats: int) -> tuple[Any, float]:
-    """Return what a function returns, and the least time of the processor that it took, in seconds."""
+    """Return the result of a function, and the minimum of its CPU times, in seconds."""
     least = float("inf")
     for _ in range(repeats):
         start = time.process_time()
@@ -75,7 +75,7 @@ def timed(function: Callable[[], Any], repeats: int) -> tuple[Any, float]:
 
 
 def measure(layers: Iterator[Masked], repeats: int) -> dict[str, float]:
-    """Code and decode masks; return bits and nanoseconds a weight, and the sparsity."""
+    """Encode and decode masks; return bits and nanoseconds per weight, and the sparsity."""
     sums = dict.fromkeys(("weights", "kept", "coded", "matrix", "row", "scaled", "encode", "decode"), 0.0)
     for mask, weight, input_dim in layers:
         coded, encoding = timed(lambda: encode_mask(mask, weight, input_dim), 1)  # noqa: B023
@@ -99,7 +99,7 @@ def measure(layers: Iterator[Masked], repeats: int) -> dict[str, float]:
 
 
 def read_time(model: torch.nn.Module, weights: float, repeats: int) -> float:
-    """Return how long it takes to read a model's checkpoint, for each masked weight, in nanoseconds."""
+    """Return the time to read a model's checkpoint, in nanoseconds per masked weight."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.safetensors")
         save_file({f"{number}": tensor.detach().clone() for number, tensor in enumerate(model.parameters())}, path)
@@ -130,7 +130,7 @@ def of_adapter(name: str, repeats: int) -> dict[str, Any]:
 
 
 def made_up(num_layers: int = 12, width: int = 768, inner: int = 3072) -> Iterator[Masked]:
-    """Yield masks of BERT-base's shape: each entry is kept the likelier the larger |w| is, times two scales."""
+    """Yield random masks of BERT-base's shape: the larger |w| times two scales, the likelier an entry is kept."""
     generator = torch.Generator().manual_seed(0)
     for shape in num_layers * [*4 * [(width, width)], (inner, width), (width, inner)]:
         weight = 0.04 * torch.randn(shape, generator=generator)
@@ -141,7 +141,7 @@ def made_up(num_layers: int = 12, width: int = 768, inner: int = 3072) -> Iterat
 
 
 def of_bert_base(repeats: int) -> dict[str, Any]:
-    """Measure made-up masks of BERT-base's shape."""
+    """Measure random masks of BERT-base's shape."""
     from transformers import BertConfig, BertModel
 
     result = measure(made_up(), repeats)
@@ -149,7 +149,7 @@ def of_bert_base(repeats: int) -> dict[str, Any]:
 
 
 def draw(results: list[dict[str, Any]], path: str) -> None:
-    """Draw how many bytes an adapter takes over the sparsity."""
+    """Plot the bytes of an adapter over its sparsity."""
     first = results[0]
     weights, head = first["weights"], first["head_bytes"]
     share = np.linspace(0.001, 0.999, 400)
@@ -178,9 +178,9 @@ def draw(results: list[dict[str, Any]], path: str) -> None:
 def main() -> None:
     """Print one line of JSON for each adapter."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("adapters", nargs="*", help="Folders, or names on the Hub; the bases have to be within reach.")
-    parser.add_argument("--bert_base", action="store_true", help="Made-up masks of BERT-base's shape too.")
-    parser.add_argument("--figure", help="Where to draw bytes over sparsity, of the adapters.")
+    parser.add_argument("adapters", nargs="*", help="Folders, or names on the Hub; the bases must be available.")
+    parser.add_argument("--bert_base", action="store_true", help="Also measure random masks of BERT-base's shape.")
+    parser.add_argument("--figure", help="File for a plot of the adapters' bytes over sparsity.")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)

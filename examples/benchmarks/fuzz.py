@@ -1,13 +1,13 @@
-"""Open adapters with something wrong in their files, and count what comes of it:
+"""Open adapters with damaged files, and count the outcomes:
 
     python examples/benchmarks/fuzz.py --cases 200000
-    python examples/benchmarks/fuzz.py --only 1234        # one case again, with what was said
+    python examples/benchmarks/fuzz.py --only 1234        # repeat one case, and print its outcome
 
-Each case takes an intact adapter of a tiny BERT, does one thing to its folder (`tests/mutations.py`), and opens it by
-`read_adapter` and then by PEFT or by transformers. It must come out as one of the package's own errors, or as a model
-whose logits and labels are those of the intact one. Prints a JSON line a kind, how many cases had which outcome, and
-one for all; ends with an error if there was a fault: another model, another error, code run, a file written, more than
-five seconds of computing, or more memory than twice what the intact adapter takes.
+Each case takes an intact adapter of a tiny BERT, changes its folder in one way (`tests/mutations.py`), and opens it
+with `read_adapter` and then with PEFT or transformers. The outcome must be one of the package's own errors, or a model
+with the logits and labels of the intact one. Prints the number of cases by outcome, as a JSON line per kind of change
+and one for all; exits with an error if there was a fault: another model, another error, code run, a file written, more
+than five seconds of computing, or more than twice the memory of the intact adapter.
 """
 
 import json
@@ -31,10 +31,10 @@ def main() -> None:
     """Run, count and print."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=200_000)
-    parser.add_argument("--minutes", type=float, help="After how many to end, whatever is left.")
+    parser.add_argument("--minutes", type=float, help="Stop after this time.")
     parser.add_argument("--start", type=int, default=0, help="The number of the first case.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="The number of a case to be looked at; its files are kept.")
+    parser.add_argument("--only", type=int, help="The number of one case to run; its files are kept.")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

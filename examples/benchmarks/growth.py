@@ -1,10 +1,10 @@
-"""Measure what one step costs against the number of masked weights:
+"""Measure the cost of one training step over the number of masked weights:
 
     python examples/benchmarks/growth.py --weights 10 30 100 300 1000 --figure growth.png       # millions
 
-A stack of square linear layers under masks, with normalisation between, trained on random rows. For each size, in a
-process of its own: the seconds of a step, of the choice of masks in it, and of a save, all medians; and the bytes of
-memory a masked weight at the peak. Prints a JSON line a size, and draws them. Nothing here depends on what is learned.
+The model is a stack of masked square linear layers, with normalisation in between, trained on random rows. Each size
+is measured in its own process: the median seconds of a step, of the choice of masks in it, and of a save; and the peak
+memory in bytes per masked weight. Prints a JSON line per size, and plots them. No result depends on what is learned.
 """
 
 import copy
@@ -38,19 +38,19 @@ PANELS = {
 
 
 def measure(num_weights: int, width: int, num_rows: int, num_steps: int, device: str) -> dict[str, float]:
-    """Train a stack of masked layers for some steps, and save it; return what that took."""
+    """Train a stack of masked layers for some steps, and save it; return times and memory."""
     before = _peak()
     num_layers = max(1, round(num_weights / width**2))
     torch.manual_seed(0)
     with torch.device(device):
-        # Normalised, or a deep stack would compute with subnormal numbers, which takes a processor many times as long.
+        # Normalised, as a deep stack would otherwise compute with subnormal numbers, which are many times slower.
         block = (nn.Linear(width, width, bias=False), nn.LayerNorm(width, elementwise_affine=False))
         stack: Any = nn.Sequential(*(copy.deepcopy(layer) for _ in range(num_layers) for layer in block))
         rows = torch.randn(num_rows, width)
     model = get_peft_model(stack, AdaPruneConfig())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=5e-5, fused=True)
-    # All masks are chosen anew in each step, at a sparsity that grows.
+    # The sparsity grows in each step, so all masks are chosen again.
     pruner = Pruner(model, 2 * (num_steps + 1))
     steps, selections, saves = [], [], []
     for number in range(num_steps + 1):
@@ -62,7 +62,7 @@ def measure(num_weights: int, width: int, num_rows: int, num_steps: int, device:
         pruner.step()
         end = _now(device)
         optimizer.zero_grad()
-        if number:  # the first makes the optimizer's state, and calibrates
+        if number:  # the first step creates the optimizer's state, and calibrates
             steps.append(end - start)
             selections.append(end - chosen)
     for _ in range(3):
@@ -88,13 +88,13 @@ def _now(device: str) -> float:
 
 
 def _peak() -> int:
-    # Not `getrusage`, which a process inherits from the one that has started it. Linux only.
+    # Not `getrusage`, whose peak a process inherits from its parent. Linux only.
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
 def draw(rows: list[dict[str, float]], path: Path) -> None:
-    """Draw each measurement against the number of weights, with the line of proportion through the first."""
+    """Plot each measurement over the number of weights, with a line of proportional growth from the first."""
     figure = Figure(figsize=(9, 2.6), layout="constrained")
     weights = [row["weights"] for row in rows]
     for axes, (key, label) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
@@ -112,15 +112,15 @@ def draw(rows: list[dict[str, float]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure each size in a process of its own, print and draw."""
+    """Measure each size in its own process, print and plot."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=float, nargs="+", default=[10, 30, 100, 300, 1000], help="In millions.")
-    parser.add_argument("--width", type=int, default=1024, help="Of a layer.")
-    parser.add_argument("--rows", type=int, default=256, help="Of the batch.")
+    parser.add_argument("--width", type=int, default=1024, help="Width of a layer.")
+    parser.add_argument("--rows", type=int, default=256, help="Rows of a batch.")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--figure", type=Path)
-    parser.add_argument("--here", action="store_true", help="Measure in this process: of one size only.")
+    parser.add_argument("--here", action="store_true", help="Measure one size, in this process.")
     args = parser.parse_args()
     shared = {"width": args.width, "rows": args.rows, "steps": args.steps, "device": args.device}
     if args.here:

@@ -1,11 +1,11 @@
-"""Time a forward pass of base, merged, smaller and, if asked for, ONNX model, in turn and side by side:
+"""Time a forward pass of the base, merged, compacted and, on request, ONNX model, in alternation:
 
     python examples/benchmarks/latency.py --batch_sizes 1 32 --lengths 32 128 --onnx
     python examples/benchmarks/latency.py --random_base --granularity 2:4 --dtype bfloat16 --batch_sizes 1 8 32 128
 
-Of an adapter, with `--adapter`, it is what `hf-adaprune speed` measures. Without one the masks are the fresh ones of a
-granularity: which neurons and heads are pruned depends on the base's weights alone. Prints a JSON line for each form
-and size; `speed_up` are the quartiles of base over form, pass by pass.
+With `--adapter`, it measures what `hf-adaprune speed` measures. Otherwise it uses a granularity's initial masks, which
+depend only on the base's weights. Prints a JSON line for each form and size; `speed_up` has the quartiles of the time
+of the base over that of the form, pass by pass.
 """
 
 import json
@@ -24,7 +24,7 @@ from hf_adaprune.storage.stored_adapter import read_adapter
 
 
 def prune(base: str | None, granularity: str, sparsity: float) -> Any:
-    """Return a base with a fresh mask; without a base, a random one of BERT-base's shape."""
+    """Return a base with initial masks; by default a random base of BERT-base's shape."""
     torch.manual_seed(0)
     if base is None:
         model = AutoModelForSequenceClassification.from_config(BertConfig())
@@ -41,14 +41,14 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", help="Name or folder of a trained adapter.")
     parser.add_argument("--model", help="Name or folder of the base; by default the packaged MiniLM-L6.")
-    parser.add_argument("--random_base", action="store_true", help="Instead, a random BERT of base size.")
+    parser.add_argument("--random_base", action="store_true", help="Use a random BERT of base size instead.")
     parser.add_argument("--granularity", default="neuron+head")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--onnx", action="store_true")
-    parser.add_argument("--threads", type=int, help="How many the CPU computes with; by default PyTorch's choice.")
-    parser.add_argument("--cpu_time", action="store_true", help="Count processor time: for a machine with other work.")
+    parser.add_argument("--threads", type=int, help="Number of CPU threads; by default PyTorch's choice.")
+    parser.add_argument("--cpu_time", action="store_true", help="Measure CPU time: for a machine with other load.")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,10 +1,10 @@
-"""Train the same global batches in one process and in several, and compare what comes out:
+"""Train on the same global batches in one process and in several, and compare the results:
 
     python examples/benchmarks/processes.py --num_processes 1 2 4
     python examples/benchmarks/processes.py --config fsdp2 --num_processes 2 4       # on that many GPUs
 
-Prints a JSON line a run: the accuracy, the sparsity, and the share of mask entries that are the first run's. Where
-there is no GPU the processes share the CPU, over gloo.
+Prints a JSON line per run: the accuracy, the sparsity, and the share of mask entries that equal the first run's.
+Without a GPU, the processes share the CPU, over gloo.
 """
 
 import json
@@ -26,7 +26,7 @@ EXAMPLES = Path(__file__).parents[1]
 
 
 def run(config: str, num_processes: int, global_batch: int, folder: Path, flags: list[str]) -> float:
-    """Train in so many processes; return the accuracy."""
+    """Train in the given number of processes; return the accuracy."""
     script = [str(EXAMPLES / "accelerate_loop.py"), "--output_dir", str(folder), *flags]
     script += ["--batch_size", str(global_batch // num_processes)]
     launcher = [sys.executable]

@@ -1,13 +1,13 @@
-"""Kill a run at random moments, resume it each time, and compare where it ends with a run that was never killed:
+"""Kill a run at random moments, resume it each time, and compare its result with that of an uninterrupted run:
 
     python examples/benchmarks/resume.py --kills 20
     python examples/benchmarks/resume.py --kills 20 --options best
     python examples/benchmarks/resume.py --kills 20 --num_processes 2
 
-A random BERT of two layers learns nothing of random rows, with dropout, by a stock `Trainer`. The moments at which it
-gets its SIGKILL are counted in events: of the Trainer, so in a step and between steps, and of files, so while it
-saves, with a file half written. Prints a JSON line: how many kills there were, where they fell, how many checkpoints
-they tore, and in how many runs masks, scores and head ended the same to the last bit.
+A stock `Trainer` trains a random BERT of two layers on random rows, with dropout. Moments of SIGKILL are counted in
+events: those of the Trainer, within and between steps, and those of files, during a save, with a file half written.
+Prints a JSON line: the number of kills, where they fell, how many checkpoints they left incomplete, and in how many
+runs masks, scores and head ended the same to the last bit.
 """
 
 import io
@@ -53,7 +53,7 @@ FILE_EVENTS = ("os.mkdir", "os.remove", "os.rename", "os.rmdir")
 
 
 class Clock(TrainerCallback):
-    """Count what happens to a run, and end it by SIGKILL when its moment has come."""
+    """Count the events of a run, and end it by SIGKILL at a given one."""
 
     def __init__(self, folder: Path, moment: int | None, log: Path) -> None:
         self.folder, self.moment, self.log, self.count = str(folder), moment, log, 0
@@ -80,11 +80,11 @@ class Clock(TrainerCallback):
             setattr(self, f"on_{event}", self.make_handler(event))
 
     def make_handler(self, event: str) -> Callable[..., None]:
-        """Return what is called at an event of the Trainer."""
+        """Return the handler of an event of the Trainer."""
         return lambda *args, **kwargs: self.tick(event)
 
     def watch_files(self, event: str, args: tuple[Any, ...]) -> None:
-        """Take what happens to files in the run's folder for an event."""
+        """Count changes of files in the run's folder as events."""
         writes = event in FILE_EVENTS or (event == "open" and isinstance(args[1], str) and not args[1].startswith("r"))
         if writes and str(args[0]).startswith(self.folder):
             if Path(str(args[1])).name.startswith("torn-"):
@@ -92,19 +92,19 @@ class Clock(TrainerCallback):
             self.tick(f"{event} {Path(str(args[0])).name}")
 
     def tick(self, event: str) -> None:
-        """Let an event pass, or die."""
+        """Count an event, and end the process if it is the given one."""
         self.count += 1
         if self.count == self.moment:
             self.write(event)
             os.kill(os.getpid(), signal.SIGKILL)
 
     def write(self, line: str) -> None:
-        """Add a line to the log, past all that looks at files."""
+        """Add a line to the log."""
         os.write(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), f"{line}\n".encode())
 
 
 def train(folder: Path, options: dict[str, Any], num_processes: int, *callbacks: TrainerCallback) -> None:
-    """Start, or go on with, a run in a folder; leave in it what the run ends with."""
+    """Start or resume a run in a folder; save its final state there."""
     set_seed(0)
     config = BertConfig(
         vocab_size=64,
@@ -141,9 +141,9 @@ def train(folder: Path, options: dict[str, Any], num_processes: int, *callbacks:
 
 
 def in_children(work: Callable[[int], None], num_processes: int) -> bool:
-    """Do something in as many processes as there are ranks; return whether it was done to its end.
+    """Run a function in one forked process per rank; return whether it was completed.
 
-    Forked: so they need not import all this again, and a kill takes nobody else with it.
+    Forked processes need not import the libraries again, and a kill ends no other process.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -162,19 +162,19 @@ def in_children(work: Callable[[int], None], num_processes: int) -> bool:
                 os._exit(1)
             os._exit(0)
         children.append(child)
-    # The first dies by its own hand; the others would wait for it for ever.
+    # Only the first process kills itself; the others would wait for it forever.
     status = os.waitpid(children[0], 0)[1]
     for child in children[1:]:
         if status:
             os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     if status and os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
-        raise RuntimeError("The run has failed: see above.")
+        raise RuntimeError("The run failed: see the error above.")
     return status == 0
 
 
 def run_killed(folder: Path, options: dict[str, Any], num_processes: int, moments: list[int], log: Path) -> int:
-    """Run to the end, killed at each of the moments in turn, counted from where it was resumed; return how often."""
+    """Run to the end, with a kill at each moment, counted from the last resumption; return the number of kills."""
     kills = 0
     for moment in [*moments, None]:
 
@@ -189,7 +189,7 @@ def run_killed(folder: Path, options: dict[str, Any], num_processes: int, moment
 
 
 def same(one: Path, other: Path) -> bool:
-    """Return whether two runs have ended with the same tensors, to the last bit."""
+    """Return whether two runs ended with the same tensors, to the last bit."""
     first, second = load_file(one / "end.safetensors"), load_file(other / "end.safetensors")
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 

@@ -1,15 +1,15 @@
-"""What adapters cost where they are used, each figure a ratio of two things measured in turn in one run:
+"""Measure the cost of adapters in use, each figure as a ratio of two measurements taken in alternation:
 
     python examples/benchmarks/serving.py                 # the packaged MiniLM-L6
     python examples/benchmarks/serving.py --bert_base     # BERT-base's shape, random weights
 
-`inference_1` and `inference_32`: a forward pass with an active adapter over one of the base, batches of 1 and of 32.
-`switching`: `set_adapter` and the building of the weights that it computes with over copying the masked weights once.
-`memory_of_ten`: the bytes of a model with ten adapters over those of the base, in parameters and buffers, before one
-of them is used; `memory_in_use` after. `mixed_batch`: 4 tasks in one batch of 32 over the same rows task by task.
-`opening`: from the path of an adapter to a model that has made a first forward pass, over the same for PEFT's LoRA of
-rank 8; `opening_coded` the same of an adapter with `mask_codec="auto"`. `bytes`: an adapter's file over one bit a
-masked weight and the head. Times are of the processor: medians of ratios, with quartiles. Prints one JSON line.
+`inference_1` and `inference_32`: a forward pass with an active adapter over one of the base, for batches of 1 and 32.
+`switching`: `set_adapter` and building the masked weights, over copying the masked weights once. `memory_of_ten`: the
+bytes of a model with ten adapters over those of the base, in parameters and buffers, before any of them is used;
+`memory_in_use` after. `mixed_batch`: 4 tasks in one batch of 32 over the same rows task by task. `opening`: from the
+path of an adapter to the end of the first forward pass, over the same for PEFT's LoRA of rank 8; `opening_coded`: the
+same for an adapter with `mask_codec="auto"`. `bytes`: an adapter's file over one bit per masked weight plus the head.
+Times are CPU times: medians of ratios, with quartiles. Prints one JSON line.
 """
 
 import functools
@@ -34,7 +34,7 @@ from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
 def ratios(pairs: int, first: Callable[[], Any], second: Callable[[], Any]) -> list[float]:
-    """Return the quartiles of the time that one thing takes over that of another, both done in turn."""
+    """Return median and quartiles of the time of one function over that of another, called in alternation."""
     found = []
     for number in range(pairs + 1):
         times = []
@@ -49,14 +49,14 @@ def ratios(pairs: int, first: Callable[[], Any], second: Callable[[], Any]) -> l
 
 
 def save_base(folder: Path) -> str:
-    """Save a BERT-base of random weights; return where."""
+    """Save a BERT-base with random weights; return its folder."""
     torch.manual_seed(0)
     BertForSequenceClassification(BertConfig()).save_pretrained(folder)
     return str(folder)
 
 
 def save_adapters(base: str, folder: Path) -> dict[str, str]:
-    """Save an adapter of masks, half of the weights pruned, one with coded masks, and one of LoRA; return where."""
+    """Save an adapter with half of the weights pruned, one with coded masks, and a LoRA; return their folders."""
     configs: dict[str, Any] = {
         "masks": AdaPruneConfig(),
         "coded": AdaPruneConfig(mask_codec="auto"),
@@ -67,7 +67,7 @@ def save_adapters(base: str, folder: Path) -> dict[str, str]:
         tuned = get_peft_model(model, config)
         if name != "lora":
             for _, layer in adaprune_layers(tuned):
-                # About as far from where they start as training takes them.
+                # Move scores about as far as training does.
                 scores = layer.adaprune_scores["default"].data
                 scores += 0.07 / config.score_lr_ratio * torch.randn(scores.shape)
             Pruner(tuned, 1).prune_to(0.5)
@@ -76,7 +76,7 @@ def save_adapters(base: str, folder: Path) -> dict[str, str]:
 
 
 def size_of(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters and buffers, and of the weights that it has built, each once."""
+    """Return the bytes of a model's parameters, buffers and cached masked weights, each counted once."""
     tensors = [*model.parameters(), *model.buffers()]
     for _, layer in adaprune_layers(model):
         tensors += [] if layer._cached is None else [layer._cached.product]

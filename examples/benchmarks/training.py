@@ -1,15 +1,15 @@
-"""Measure what training costs: a step with masks against one of full fine-tuning and one of LoRA (r=8), side by side:
+"""Measure the cost of training: a step with masks against one of full fine-tuning and one of LoRA (r=8):
 
     python examples/benchmarks/training.py                                     # MiniLM-L6, 32 x 32, float32
     python examples/benchmarks/training.py --shapes minilm base large --batches 8x32 32x32 64x128 --dtypes fp32 bf16
 
-A step is forward, backward, clipping, AdamW and, with masks, the choice of the next ones; bf16 is autocast, as the
-Trainer does it. `adafactor` is masks too, trained by the optimizer that holds least (`optim="adafactor"`). Steps of
-all alternate, so a machine that slows down slows all; the order of a round is drawn anew. Prints a JSON line a
-cell: quartiles of the ratio of each round's times to those of fine-tuning; the share of a step that goes into
-choosing masks; and, from a process of its own for each method, by how many MiB its memory grew at most, with what
-of that are weights, gradients, state of the optimizer, and masks. `floor` is the time that the matrix products of a
-step of fine-tuning would take at the speed of one large product, over the time the step took.
+A step is forward, backward, clipping, AdamW and, with masks, the choice of the next ones; bf16 is autocast, as in the
+Trainer. `adafactor` also trains masks, with the optimizer of the smallest state (`optim="adafactor"`). The methods'
+steps alternate in random order, so that a machine that slows down slows all of them. Prints a JSON line per cell:
+quartiles of the ratio of each round's times to those of fine-tuning; the share of a step spent on choosing masks; and,
+from a separate process for each method, the peak growth of its memory in MiB, with the parts that are weights,
+gradients, optimizer state and masks. `floor` is the time that the matrix products of a fine-tuning step would take at
+the speed of one large product, over the time of the step.
 """
 
 import itertools
@@ -48,7 +48,7 @@ MIB = 2**20
 
 
 class Training:
-    """Train a random BERT of a given shape on random sentences by one of the methods, a step at a time."""
+    """Train a random BERT of a given shape on random sentences with one method, a step at a time."""
 
     def __init__(self, method: str, shape: str, batch: str, dtype: str, device: str, total_steps: int) -> None:
         hidden, num_layers, num_heads = SHAPES[shape]
@@ -78,12 +78,12 @@ class Training:
         batch_of = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
         self.batch = {name: tensor.to(device) for name, tensor in batch_of.items()}
         self.autocast = torch.autocast(torch.device(device).type, DTYPES[dtype], enabled=dtype != "fp32")
-        self.choosing = 0.0  # seconds that the last step spent on the choice of masks
-        # Multiplications and additions in the encoder's matrices, forward and twice backward.
+        self.choosing = 0.0  # seconds of the last step spent on the choice of masks
+        # Multiplications and additions in the encoder's matrices: one forward and two backward products.
         self.num_operations = 6 * 12 * hidden**2 * num_layers * size * length
 
     def step(self) -> float:
-        """Train one step; return its seconds."""
+        """Train one step; return its time in seconds."""
         start = self._now()
         with self.autocast:
             loss = self.model(**self.batch).loss
@@ -106,7 +106,7 @@ class Training:
         return time.perf_counter()
 
     def held(self) -> dict[str, float]:
-        """Return the MiB of what is held from step to step, and of a step's gradients."""
+        """Return the MiB of the tensors kept between steps, and of a step's gradients."""
         masks = [layer.scored_mask("default") for _, layer in adaprune_layers(self.model)]
         state = [tensor for values in self.optimizer.state.values() for tensor in values.values()]
         return {
@@ -122,7 +122,7 @@ def _mib(tensors: Iterable[torch.Tensor]) -> float:
 
 
 def compare(shape: str, batch: str, dtype: str, args: Namespace) -> dict[str, object]:
-    """Let the methods take turns; return ratios of their times."""
+    """Train with all methods in alternation; return ratios of their times."""
     total_steps = args.rounds + args.warmup
     runs = {method: Training(method, shape, batch, dtype, args.device, total_steps) for method in METHODS}
     seconds: dict[str, list[float]] = {method: [] for method in METHODS}
@@ -144,7 +144,7 @@ def compare(shape: str, batch: str, dtype: str, args: Namespace) -> dict[str, ob
 
 
 def seconds_per_operation(device: str, dtype: torch.dtype, size: int = 1024) -> float:
-    """Return how long one multiplication, or addition, takes in the product of two large matrices."""
+    """Return the seconds per multiplication or addition in the product of two large matrices."""
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(5):
@@ -157,7 +157,7 @@ def seconds_per_operation(device: str, dtype: torch.dtype, size: int = 1024) -> 
 
 
 def measure_memory(method: str, shape: str, batch: str, dtype: str, device: str) -> dict[str, float]:
-    """Return the MiB by which this process grows at most while it makes a model and trains three steps."""
+    """Return the peak growth of this process, in MiB, while it builds a model and trains three steps."""
     before = _peak_of_process()
     training = Training(method, shape, batch, dtype, device, total_steps=3)
     on_gpu = training.batch["input_ids"].is_cuda
@@ -170,15 +170,15 @@ def measure_memory(method: str, shape: str, batch: str, dtype: str, device: str)
 
 
 def _peak_of_process() -> float:
-    # Not `getrusage`, which a process inherits from the one that has started it. Linux only.
+    # Not `getrusage`, whose peak a process inherits from its parent. Linux only.
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
 
 def in_own_process(method: str, *cell: str) -> dict[str, float]:
-    """Measure a method's memory where nothing else has taken any."""
+    """Measure a method's memory in a new process."""
     command = [sys.executable, str(Path(__file__)), "--memory_of", method, *cell]
-    # What is freed goes back to the system at once (glibc): else holes in the heap count too, and those vary.
+    # Return freed memory to the system at once (glibc): holes in the heap would count too, and they vary.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--no_memory", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--memory_of", nargs=5, help="Measure the memory of one cell only, in this process.")
+    parser.add_argument("--memory_of", nargs=5, help="Only measure the memory of one cell, in this process.")
     args = parser.parse_args()
     logging.set_verbosity_error()
     if args.memory_of:
@@ -209,7 +209,7 @@ def main() -> None:
         if not args.no_memory:
             row["mib"] = {method: in_own_process(method, *cell.values()) for method in METHODS}
             for method in METHODS[1:]:
-                # Of a tiny model, what the process had before may be enough.
+                # A tiny model may fit into memory that the process already had.
                 ratio = row["mib"][method]["peak"] / (row["mib"]["finetune"]["peak"] or float("inf"))
                 row[f"{method}_memory_over_finetune"] = round(ratio, 3)
         print(json.dumps(row), flush=True)

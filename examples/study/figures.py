@@ -1,4 +1,4 @@
-"""The study's figures: scores over sparsity (the paper's Fig. 2), and what is pruned where (its Fig. 3)."""
+"""The study's figures: scores against sparsity (the paper's Fig. 2), and the share pruned by module (its Fig. 3)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from results import Cells
 from hf_adaprune import AdaPruneConfig, sparsity_report
 
 
-# One look for each method in every figure. Baselines that keep pre-trained weights, as in the paper, have full lines.
+# Each method looks the same in all figures. Baselines that keep pre-trained weights, as in the paper, are solid lines.
 CURVES = {
     "adaprune": ("tab:blue", "-"),
     "longer": ("tab:blue", "--"),
@@ -30,10 +30,10 @@ CURVES = {
     "imp": ("tab:red", ":"),
     "movement": ("tab:olive", ":"),
 }
-LINES = {"finetune": "-", "lora": "-.", "feature_extraction": "--"}  # what is not pruned
+LINES = {"finetune": "-", "lora": "-.", "feature_extraction": "--"}  # methods that do not prune
 
-# What of these is told apart by where it prunes: a method that prunes each matrix alike has nothing to show there, and
-# one that trains weights has the same masks whatever the weights.
+# The methods shown by module. A method that prunes all matrices equally has nothing to show there, and one that trains
+# weights has the same masks under either score.
 BARS = ("adaprune", "paper", "smp", "movement", "magnitude", "imp")
 LABELS = {
     "embeddings": "embed-\ndings",
@@ -47,12 +47,12 @@ LABELS = {
 
 
 def plot_scores(cells: Cells, names: Mapping[str, str], tasks: Sequence[str]) -> Figure:
-    """Draw score over sparsity for each task; bands are one standard deviation over seeds to each side.
+    """Draw scores against sparsity for each task; bands are one standard deviation over seeds to each side.
 
     Args:
         cells (`Cells`): Rows, each with its `score`, by method and sparsity, and by task.
-        names (`Mapping[str, str]`): What each method is called.
-        tasks (`Sequence[str]`): Which tasks, one panel each.
+        names (`Mapping[str, str]`): The displayed name of each method.
+        tasks (`Sequence[str]`): The tasks, one panel each.
 
     Returns:
         `matplotlib.figure.Figure`: The figure.
@@ -105,25 +105,25 @@ def _draw_curve(axes: Any, found: Mapping[int, Sequence[float]], method: str) ->
 
 def _draw_legend(figure: Figure, handles: Mapping[str, Any], names: Mapping[str, str]) -> None:
     labels = [names[method].replace("`", "") for method in handles]
-    # The longest of the names takes some three inches and a half.
+    # The longest name is about three and a half inches wide.
     ncols = max(1, min(len(labels), int(figure.get_figwidth() / 3.5)))
     figure.legend(handles.values(), labels, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
 
 
 def plot_pruned(cells: Cells, names: Mapping[str, str], task: str, sparsities: Sequence[float]) -> Figure:
-    """Draw the share pruned of each component and of each layer; whiskers are one deviation over seeds to each side.
+    """Draw the share pruned by component and by layer; whiskers are one standard deviation over seeds to each side.
 
     Args:
-        cells (`Cells`): Rows by method and sparsity, and by task; those with `module_counts` are drawn.
-        names (`Mapping[str, str]`): What each method is called.
-        task (`str`): Which task.
-        sparsities (`Sequence[float]`): Which sparsities, one row of panels each.
+        cells (`Cells`): Rows by method and sparsity, and by task; rows with `module_counts` are drawn.
+        names (`Mapping[str, str]`): The displayed name of each method.
+        task (`str`): The task.
+        sparsities (`Sequence[float]`): The sparsities, one row of panels each.
 
     Returns:
         `matplotlib.figure.Figure`: The figure.
 
     Raises:
-        ValueError: If no row of the task tells what of its modules is pruned.
+        ValueError: If no row of the task has `module_counts`.
     """
     shares = {
         (method, sparsity): found
@@ -153,7 +153,7 @@ def plot_pruned(cells: Cells, names: Mapping[str, str], task: str, sparsities: S
             axes.spines[["right", "top"]].set_visible(False)
         row[0].set_ylabel(f"share pruned\n({sparsity:g} of all)")
         if sparsity > 0.75:
-            # Nothing is to be seen from zero: as far below as the least, and to one.
+            # On an axis from zero, differences would be invisible: show a range around the lowest share, up to one.
             sides = [side for key, found in shares.items() if key[1] == sparsity for side in found]
             least = min(statistics.fmean(values) for side in sides for values in side.values())
             row[0].set_ylim(1 - 1.3 * (1 - min(least, sparsity)), 1)
@@ -175,7 +175,7 @@ def _in_order(names: set[str]) -> list[str]:
 
 
 def _shares(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Return the shares pruned by component and by layer, one value for each row that tells."""
+    """Return the shares pruned by component and by layer, one value for each row with `module_counts`."""
     sides: tuple[dict[str, list[float]], dict[str, list[float]]] = defaultdict(list), defaultdict(list)
     for row in rows:
         if row.get("module_counts"):
@@ -187,7 +187,7 @@ def _shares(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[float]], 
 
 
 def _varies(row: Mapping[str, Any]) -> bool:
-    """Return whether a run has pruned more of some modules than of others, by more than a hundredth."""
+    """Return whether the shares pruned of a run's modules differ by more than a hundredth."""
     shares = [pruned / total for pruned, total in row.get("module_counts", {}).values()]
     return max(shares, default=0) - min(shares, default=0) > 0.01
 
@@ -201,7 +201,7 @@ def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _has_curve(cells: Cells, task: str) -> bool:
-    """Return whether there is a curve to draw, masks at two sparsities, and fine-tuning to hold it against."""
+    """Return whether there are masks at two or more sparsities to draw, and fine-tuning to compare with."""
     sparsities = [
         sparsity for (method, sparsity), by_task in cells.items() if method == "adaprune" and task in by_task
     ]
@@ -209,7 +209,7 @@ def _has_curve(cells: Cells, task: str) -> bool:
 
 
 def draw_all(cells: Cells, names: Mapping[str, str], tasks: Sequence[str], folder: Path) -> list[Path]:
-    """Draw every figure that the rows suffice for; return where they are."""
+    """Draw every figure for which there are enough rows; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [task for task in tasks if _has_curve(cells, task)]
     figures = {"scores": plot_scores(cells, names, drawn or tasks)}
@@ -219,7 +219,7 @@ def draw_all(cells: Cells, names: Mapping[str, str], tasks: Sequence[str], folde
             for (method, sparsity), by_task in cells.items()
             if method in CURVES and any(_varies(row) for row in by_task.get(task, []))
         }
-        # The paper's two, and where methods are compared; what is nearest to them of what there is.
+        # The paper's two sparsities and the two at which methods are compared, or the nearest that were run.
         if told:
             wanted = sorted({min(told, key=lambda sparsity: abs(sparsity - end)) for end in (0.2, 0.5, 0.9, 0.99)})
             figures[f"pruned_{task}"] = plot_pruned(cells, names, task, wanted)

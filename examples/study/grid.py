@@ -1,12 +1,12 @@
-"""The grid of the study: which runs there are, with which flags of `examples/run_glue.py`, and in which order."""
+"""The grid of the study: its runs, their flags for `examples/run_glue.py`, and their order."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 
-# Batches of 32. To spend little on padding, those of SST-2 are of sentences of like length. On STS-B, where length
-# tells the source, that costs fine-tuning three points: there and wherever it was not measured they are random, and
-# split by length into four parts.
+# Batches of 32. On SST-2 sentences of similar length are grouped, which saves padding. On STS-B, where the length
+# reveals the source, grouping costs fine-tuning three points: there, and on all tasks where this was not measured,
+# batches are random, and each is split by length into four parts.
 GROUPED = "--per_device_train_batch_size 32 --train_sampling_strategy group_by_length"
 REBALANCED = (
     "--per_device_train_batch_size 8 --gradient_accumulation_steps 4 --train_sampling_strategy batch_rebalance"
@@ -19,13 +19,13 @@ TASKS = {
     "rte": f"--task_name rte {REBALANCED}",
     "sst2": f"--task_name sst2 {GROUPED}",
 }
-EPOCHS = dict.fromkeys(TASKS, 3) | {"mrpc": 5, "rte": 8}  # the small tasks take more: no run has less than 500 steps
+EPOCHS = dict.fromkeys(TASKS, 3) | {"mrpc": 5, "rte": 8}  # more on the small tasks: no run has fewer than 500 steps
 COMMON = "--do_train --do_eval --per_device_eval_batch_size 64 --save_strategy no --logging_steps 50 --report_to none"
 
-# Learning rates: where none is given, the Trainer's 5e-5; 1e-3 for a head alone; 2e-3 for LoRA, whose own on SST-2,
-# 5e-4, is too low for so small a base (.846, not .856). Scores have theirs: 1e-2 in movement pruning and 2e-2 in SMP,
-# from the papers.
-ALL_WEIGHTS = "--learning_rate 1e-4"  # for so small a base; for BERT-base its paper takes 2e-5 to 5e-5
+# Learning rates: the Trainer's 5e-5 where none is given; 1e-3 if only the head is trained; 2e-3 for LoRA, since the
+# 5e-4 of its paper on SST-2 is too low for a base this small (.846, not .856). Scores have their own: 1e-2 in movement
+# pruning and 2e-2 in SMP, from the papers.
+ALL_WEIGHTS = "--learning_rate 1e-4"  # for a base this small; the BERT paper uses 2e-5 to 5e-5 for BERT-base
 METHODS = {
     "finetune": f"--method finetune {ALL_WEIGHTS}",
     "adaprune": "--method adaprune",
@@ -39,21 +39,21 @@ METHODS = {
     "no_recovery": "--method no_recovery",
     "ablations": "--method adaprune --ablate",
     "neurons_heads": "--method adaprune --granularity neuron+head",
-    "smaller": "--method adaprune --compact_first 0.5",  # half of the encoder, and of what is left half
+    "smaller": "--method adaprune --compact_first 0.5",  # half of the encoder, then half of the rest
     "longer": "--method adaprune",
     "small_batches": "--method adaprune --per_device_train_batch_size 8 --gradient_accumulation_steps 1 "
-    "--train_sampling_strategy random",  # four times the steps in the same epochs
+    "--train_sampling_strategy random",  # four times the steps in the same number of epochs
     "two_of_four": "--method adaprune --granularity 2:4",
-    "imp": f"--method imp {ALL_WEIGHTS}",  # 5 trainings to .5, 12 to .9: it comes last
+    "imp": f"--method imp {ALL_WEIGHTS}",  # 5 trainings to reach .5, 12 to reach .9: it runs last
 }
-# Masks of a regression are trained without dropout, by default; so that the others may be, too.
+# By default masks for regression are trained without dropout; these variants do the same for other methods.
 METHODS |= {f"{name}_no_dropout": f"{METHODS[name]} --dropout 0" for name in ("finetune", "lora", "smp", "magnitude")}
 NO_DROPOUT = tuple(name for name in METHODS if name.endswith("_no_dropout"))
 TWICE_THE_EPOCHS = ("smaller", "longer")
 UNPRUNED = ("finetune", "finetune_no_dropout", "feature_extraction", "lora", "lora_no_dropout")
-STRUCTURED = ("neurons_heads", "smaller", "two_of_four")  # at half of the weights alone
+STRUCTURED = ("neurons_heads", "smaller", "two_of_four")  # only with half of the weights pruned
 
-# Tried on held-out data (`run.py --tuning`); scores have a step of their own, which recipe.md tells of.
+# Tried on held-out data (`run.py --tuning`); scores have their own learning rate: see recipe.md.
 LEARNING_RATES = {"finetune": (5e-5, 1e-4, 2e-4, 4e-4), "lora": (5e-4, 1e-3, 2e-3, 4e-3)}
 
 CORE = ("stsb", "sst2-8k", "mrpc")
@@ -61,13 +61,13 @@ OTHERS = ("cola", "rte", "sst2")
 SPARSITIES = (0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 TELLING = (0.5, 0.9)
 REST = tuple(sparsity for sparsity in SPARSITIES if sparsity not in TELLING)
-CURVES = ("random", "magnitude", "movement", "smp", "paper", "imp")  # beside AdaPrune's own
-SPECIAL = (*STRUCTURED, *NO_DROPOUT, "longer", "small_batches")  # not for every task, or not at every sparsity
+CURVES = ("random", "magnitude", "movement", "smp", "paper", "imp")  # in addition to AdaPrune
+SPECIAL = (*STRUCTURED, *NO_DROPOUT, "longer", "small_batches")  # not run for every task, or not at every sparsity
 
 
 @dataclass(frozen=True)
 class Run:
-    """One cell of the grid, and one seed; `sparsity` is 0 for what is not pruned, `learning_rate` the method's own."""
+    """One cell of the grid, one seed; `sparsity` is 0 without pruning, `learning_rate` replaces the method's own."""
 
     task: str
     method: str
@@ -77,7 +77,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What `--only` is held against: `stsb/adaprune/0.5/0`, say, or `stsb/lora/0.0/0/0.001`."""
+        """The name that `--only` is matched with, for example `stsb/adaprune/0.5/0` or `stsb/lora/0.0/0/0.001`."""
         rate = "" if self.learning_rate is None else f"/{self.learning_rate}"
         return f"{self.task}/{self.method}/{self.sparsity}/{self.seed}{rate}"
 
@@ -87,7 +87,7 @@ class Run:
         return self.task.removesuffix("-8k")
 
     def command(self, model: str, data_dir: str | None, output_dir: str) -> list[str]:
-        """Return the arguments of `run_glue.py`; without a folder of data it fetches them from the Hub."""
+        """Return the arguments of `run_glue.py`, which fetches the data from the Hub if no folder is given."""
         where = ["--model_name_or_path", model, "--output_dir", output_dir]
         where += ["--data_dir", data_dir] if data_dir else []
         epochs = EPOCHS[self.task] * (2 if self.method in TWICE_THE_EPOCHS else 1)
@@ -98,7 +98,7 @@ class Run:
 
 
 def grid() -> list[Run]:
-    """Return all runs, the most telling first; in each block every cell comes once before any has a second seed."""
+    """Return all runs, the most informative first; in each block, all cells of one seed come before the next seed."""
 
     def cells(*sparsities: float, methods: Iterable[str] = METHODS.keys() - SPECIAL) -> list[tuple[str, float]]:
         known = [method for method in METHODS if method in methods]
@@ -121,7 +121,7 @@ def grid() -> list[Run]:
 
 
 def tuning_grid() -> list[Run]:
-    """Return the runs, on data held out of the training split, by which learning rates are chosen."""
+    """Return the runs, scored on data held out of the training split, that select the learning rates."""
     return [
         Run(task, method, 0.0, 0, rate)
         for method, rates in LEARNING_RATES.items()

@@ -1,4 +1,4 @@
-"""A part of a task's training data held out, to choose settings by: the dev set is for reporting alone."""
+"""Hold out part of a task's training data to choose settings on; the dev set is only for reporting."""
 
 import random
 from collections.abc import Collection, Iterator
@@ -15,7 +15,7 @@ MOST = 3_000
 
 @contextmanager
 def held_out(data_dir: str, tasks: Collection[str]) -> Iterator[str]:
-    """Give a folder like `data_dir`, for the time of a block, where `validation` is of the training data.
+    """Yield a temporary folder like `data_dir`, in which `validation` is a part of the training data.
 
     Args:
         data_dir (`str`): A folder with `{task}/train.parquet`.
@@ -31,10 +31,10 @@ def held_out(data_dir: str, tasks: Collection[str]) -> Iterator[str]:
 
 
 def split(rows: Dataset, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Return which rows to train on, and which are held out: a sample of 15 %, at most 3,000.
+    """Return the rows to train on, and the rows to hold out: a sample of 15 %, at most 3,000.
 
-    Some rows of SST-2 are phrases of others. So where a row is one sentence, those held out are part of no other, and
-    what is part of them is left out of both.
+    Some rows of SST-2 are phrases of others. If a row is a single sentence, rows that are part of another one are
+    therefore never held out, and rows that are part of a held-out one are in neither set.
     """
     words = [tuple(text.split()) for text in rows["sentence"]] if "sentence" in rows.column_names else []
     phrases = {part for sentence in words for part in _parts(sentence) if part != sentence}
@@ -47,7 +47,7 @@ def split(rows: Dataset, seed: int = 0) -> tuple[list[int], list[int]]:
 
 
 def _parts(words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Yield every stretch of a sentence, the sentence itself among them."""
+    """Yield every contiguous part of a sentence, including the sentence itself."""
     for start in range(len(words)):
         for end in range(start + 1, len(words) + 1):
             yield words[start:end]

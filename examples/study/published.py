@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from results import Cells, describe
 
 
-# Fine-tuning and, by sparsity, what the paper calls random, IMP, MP, and its own. All keep the pre-trained weights.
+# Scores of fine-tuning and, by sparsity, of the paper's random masks, IMP, MP and own method. The last four keep the
+# pre-trained weights.
 FINE_TUNING = {"stsb": 0.855, "sst2": 0.926}
 FEATURE_EXTRACTION = {"stsb": 0.761, "sst2": 0.867}
 SCORES = {
@@ -34,9 +35,9 @@ ABLATIONS = {
     "shuffled": "mask shuffled in each matrix",
     "reinit_deviation_01": "weights times N(1, .01^2)",
     "reinit_variance_01": "weights times N(1, .1^2)",
-    "redrawn": "weights drawn anew",
+    "redrawn": "weights redrawn at random",
 }
-# Both readings of the paper's N(1, .01), from .837 and .856 unchanged.
+# Under both interpretations of the paper's N(1, .01). Without a change the scores are .837 and .856.
 TABLE_3: dict[tuple[str | None, float, str], str] = {
     ("stsb", 0.5, "shuffled"): "0.312",
     ("stsb", 0.5, "reinit_deviation_01"): "-0.019",
@@ -49,9 +50,9 @@ TASKS = {"stsb": "stsb", "sst2": "sst2", "sst2-8k": "sst2"}  # ours -> theirs
 
 
 def beside_published(cells: Cells) -> str:
-    """Return a table of scores as shares of fine-tuning: the paper's methods here, in the paper, and AdaPrune here.
+    """Return a table of scores relative to fine-tuning: the paper's methods in the paper and here, and AdaPrune here.
 
-    The bases differ, so do their scores: what can be compared is what pruning takes away. STS-B is Spearman in the
+    The bases differ, and so do their scores: only the loss due to pruning can be compared. STS-B is Spearman in the
     paper, and the mean of Pearson and Spearman here.
     """
     header = ["task", "sparsity"]
@@ -70,13 +71,13 @@ def beside_published(cells: Cells) -> str:
 
 
 def ablation_table(cells: Cells, metrics: Mapping[str, str]) -> str:
-    """Return the paper's Table 3: scores with masks shuffled and with weights changed, the head trained on or not.
+    """Return the paper's Table 3: scores with shuffled masks or changed weights, before and after more head training.
 
     Args:
         cells (`Cells`): Rows by method and sparsity, and by task.
         metrics (`Mapping[str, str]`): The name of each task's score.
     """
-    lines = ["| task | sparsity | change | score: paper | here | head not trained on: here |"]
+    lines = ["| task | sparsity | change | score: paper | here, head trained further | here, same head |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     for (method, sparsity), by_task in sorted(cells.items()):
         for task, rows in by_task.items() if method == "ablations" else ():

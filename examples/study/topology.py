@@ -1,13 +1,13 @@
-"""Look at the masks of adapters: what they share, how far they are just their start, and what they leave of a network.
+"""Analyse the masks of adapters: how they overlap, how they differ from their initial masks, and what remains.
 
     python examples/study/run.py --data_dir glue --keep kept --only '*/adaprune/0.5/*'
     python examples/study/topology.py kept/stsb/adaprune/0.5/0 kept/mrpc/adaprune/0.5/0 --starts START START
 
-Adapters are folders or names on the Hub, of one base; what is compared is what all of them mask. The starts are the
-masks that these runs began with: what the same commands of `run_glue.py` leave with `--max_steps 1 --learning_rate 0`.
-What is alike in two masks tells nothing of training if it was alike in their starts. Without them, masks are held
-against those of the largest weights. Prints tables, and draws
-`topology_{overlap,departures,degrees,heads,spectrum}.png`; the last three of the adapter that comes first.
+Adapters are folders or names on the Hub, all of one base; only modules that all of them mask are compared. The starts
+are the initial masks of these runs: the results of the same `run_glue.py` commands with `--max_steps 1 --learning_rate
+0`. Similarity of two masks says nothing about training if their initial masks were equally similar. Without starts,
+masks are compared with those of the largest weights. Prints tables, and draws
+`topology_{overlap,departures,degrees,heads,spectrum}.png`, the last three for the first adapter.
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -40,7 +40,7 @@ from hf_adaprune.tuner.masks import sparsity_of
 
 
 def short_names(names: list[str]) -> list[str]:
-    """Return the parts of paths that are not the same in all of them."""
+    """Return the parts in which paths differ."""
     parts = [name.strip("/").split("/")[-4:] for name in names]
     if len(names) == 1 or len({len(part) for part in parts}) > 1:
         return names
@@ -50,7 +50,7 @@ def short_names(names: list[str]) -> list[str]:
 
 
 def departures(masks: Masks, start: Masks) -> dict[str, torch.Tensor]:
-    """Return which weights a mask treats otherwise than another: kept though pruned there, or pruned though kept."""
+    """Return where a mask differs from another one: kept here and pruned there, or pruned here and kept there."""
     return {name: mask ^ start[name] for name, mask in masks.items()}
 
 
@@ -59,7 +59,7 @@ def _part(masks: Masks, names: list[str]) -> Masks:
 
 
 def describe(masks: Masks, magnitude: Masks, spectra: Mapping[str, Spectrum], dead_heads: int) -> list[str]:
-    """Return one adapter's cells."""
+    """Return the table cells of one adapter."""
     degrees = list(neuron_degrees(masks).values())
     dead = [sum(len(getattr(module, side)) for module in degrees) for side in ("dead_outputs", "dead_inputs")]
     chance = np.sum([module.chance_dead for module in degrees], axis=0)
@@ -77,23 +77,23 @@ def describe(masks: Masks, magnitude: Masks, spectra: Mapping[str, Spectrum], de
 
 
 HEAD = (
-    *("adapter", "sparsity", "agrees with magnitude", "dead outputs (by chance)", "dead inputs (by chance)"),
-    *("dead heads", "dispersion of in- / out-degrees", "effective rank: mask / random masks / not pruned"),
+    *("adapter", "sparsity", "agreement with magnitude", "dead outputs (by chance)", "dead inputs (by chance)"),
+    *("dead heads", "dispersion of in- / out-degrees", "effective rank: mask / random masks / unpruned"),
 )
 
 
 def print_table(head: tuple[str, ...], rows: list[list[str]]) -> None:
-    """Print a table in Markdown."""
+    """Print a Markdown table."""
     print("\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)) + "\n")
 
 
 def main() -> None:
-    """Measure, print and draw."""
+    """Analyse the adapters, print the tables and draw the figures."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("adapters", nargs="+", help="Folders, or names on the Hub.")
-    parser.add_argument("--starts", nargs="+", help="The masks that each began with, in the same order.")
+    parser.add_argument("--starts", nargs="+", help="The initial masks of each adapter, in the same order.")
     parser.add_argument("--base", help="Name or folder of their base; by default the packaged MiniLM-L6.")
-    parser.add_argument("--spectrum", default="attention.self.query", help="Of which modules: how their names end.")
+    parser.add_argument("--spectrum", default="attention.self.query", help="Which modules: the end of their names.")
     parser.add_argument("--figures", type=Path, default=Path(__file__).with_name("figures"))
     args = parser.parse_args()
     if args.starts and len(args.starts) != len(args.adapters):
@@ -122,7 +122,7 @@ def main() -> None:
     if args.starts:
         overlaps = {short: mask_overlap(adapters[short], _part(began[short], shared)).whole for short in names}
         rows = [[short, f"{one.agreement:.3f}", f"{one.kappa:.3f}"] for short, one in overlaps.items()]
-        print_table(("adapter", "agrees with its start", "kappa"), rows)
+        print_table(("adapter", "agreement with its start", "kappa"), rows)
     figures = {
         "degrees": plot_degrees(neuron_degrees(adapters[names[0]]).values()),
         "heads": plot_heads(heads[names[0]]),
@@ -133,7 +133,7 @@ def main() -> None:
         apart = pairwise_overlap({short: departures(adapters[short], began[short]) for short in names})
         starts = pairwise_overlap({short: _part(masks, shared) for short, masks in began.items()})
         reference = "their starts" if args.starts else "the largest weights"
-        head = ("", "", "kappa", f"kappa of {reference}", f"Jaccard of what departs from {reference} (by chance)")
+        head = ("", "", "kappa", f"kappa of {reference}", f"Jaccard of the differences from {reference} (by chance)")
         rows = []
         for pair, report in pairs.items():
             apart_here = apart[pair].whole

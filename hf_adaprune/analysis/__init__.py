@@ -1,4 +1,4 @@
-"""What masks look like: plain data from here, pictures from the functions whose names begin with `plot`."""
+"""Analyse masks: functions return plain data, and those whose names begin with `plot` draw it."""
 
 from .heads import Heads, attention_heads, plot_heads
 from .magnitude import magnitude_masks

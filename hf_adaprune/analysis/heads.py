@@ -1,4 +1,4 @@
-"""What is left of each attention head."""
+"""How much of each attention head the masks keep."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-# How models name the four matrices of attention; the output is the one whose name holds "att" and none of the others.
+# Names of the four attention matrices in models. An output also needs "att" in the name of a module around it.
 _INPUTS = {
     "query": ("query", "query_proj", "q_lin", "q_proj", "q"),
     "key": ("key", "key_proj", "k_lin", "k_proj", "k"),
@@ -32,14 +32,14 @@ _OUTPUTS = ("dense", "out_lin", "out_proj", "o_proj", "o")
 
 @dataclass(frozen=True)
 class Heads:
-    """What the heads of one layer keep.
+    """The share of weights that the attention heads of one layer keep.
 
     Args:
-        layer (`str`): The number of the layer.
+        layer (`str`): The layer: `"3"`, or for instance `"decoder 3 (cross)"` for cross-attention in a decoder.
         kept (`dict[str, numpy.ndarray]`):
-            For `"query"`, `"key"`, `"value"` and `"output"`, as far as they are masked, the share of its weights
-            that each head keeps, in [0, 1], of shape `(heads,)`. A head has rows of the first three and columns of the
-            last; rows that several heads share are each one's.
+            For each masked matrix among `"query"`, `"key"`, `"value"` and `"output"`, the share of weights that each
+            head keeps, in [0, 1], of shape `(heads,)`. A head owns rows of the first three and columns of the last;
+            rows that several heads share count for each of them.
     """
 
     layer: str
@@ -52,29 +52,29 @@ class Heads:
 
     @property
     def empty(self) -> NDArray[np.int64]:
-        """The heads with nothing left."""
+        """The indices of heads whose weights are all pruned."""
         return np.flatnonzero(self.share_kept == 0)
 
     @property
     def dead(self) -> NDArray[np.int64]:
-        """The heads that add nothing that depends on the input: all values, or all outputs, are pruned."""
+        """The indices of heads whose output cannot depend on the input: all values, or all outputs, are pruned."""
         paths = [self.kept[part] == 0 for part in ("value", "output") if part in self.kept]
         return np.flatnonzero(np.any(paths, axis=0)) if paths else np.array([], dtype=np.int64)
 
 
 def attention_heads(masks: Masks, config: PretrainedConfig | AdaPruneConfig) -> list[Heads]:
-    """Tell for each attention head how much of it is kept.
+    """Return how much of each attention head is kept.
 
     Args:
-        masks (`Masks`): What `load_masks` or `model_masks` returns.
+        masks (`Masks`): Masks as returned by `load_masks` or `model_masks`.
         config (`PretrainedConfig` or `AdaPruneConfig`): `model.config`, or the configuration of a stored adapter.
 
     Returns:
-        `list[Heads]`: One entry a layer.
+        `list[Heads]`: One entry per layer, and one more for its cross-attention if it has any.
 
     Raises:
-        ValueError: If none of the modules is known as a matrix of attention, as where one holds query, key and value
-            together, or its size is no multiple of the number of heads.
+        ValueError: If a mask is not a matrix, none of the modules is a known attention matrix (one that holds query,
+            key and value together is not supported), or a size is not a multiple of the number of heads.
 
     Example:
 
@@ -96,14 +96,14 @@ def attention_heads(masks: Masks, config: PretrainedConfig | AdaPruneConfig) -> 
         rows = mask.T if part == "output" else mask
         groups = num_heads // sharing if part in ("key", "value") else num_heads
         if rows.shape[0] % groups:
-            raise ValueError(f"{name!r} must have a multiple of {groups} heads' rows, got {rows.shape[0]}.")
+            raise ValueError(f"The size of {name!r} must be a multiple of its {groups} heads, got {rows.shape[0]}.")
         share = rows.reshape(groups, -1).mean(1, dtype=torch.float64).cpu().numpy()
         attention = layer_of(name) + (" (cross)" if _is_cross(component_of(name)) else "")
         layers[attention][part] = np.repeat(share, num_heads // groups)
     if not layers:
         raise ValueError(
-            f"No matrix of attention is known among {sorted({component_of(name) for name in masks})}; known are "
-            f"{[names[0] for names in _INPUTS.values()]} and their kin, one matrix each."
+            f"No attention matrix was recognised among {sorted({component_of(name) for name in masks})}: query, key "
+            f"and value must be separate modules with names such as {[names[0] for names in _INPUTS.values()]}."
         )
     return [Heads(layer, kept) for layer, kept in layers.items()]
 
@@ -121,13 +121,13 @@ def _is_cross(component: str) -> bool:
 
 
 def plot_heads(found: list[Heads]) -> Figure:
-    """Draw the share that each head keeps, in per cent; a cross marks the dead.
+    """Draw the share of weights that each head keeps, in per cent; a cross marks dead heads.
 
     Args:
         found (`list[Heads]`): What `attention_heads` returns.
 
     Returns:
-        `matplotlib.figure.Figure`: A figure that belongs to no window; save it with `savefig`.
+        `matplotlib.figure.Figure`: A figure without a window; save it with `savefig`.
     """
     from matplotlib.figure import Figure
 

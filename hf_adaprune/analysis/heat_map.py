@@ -1,4 +1,4 @@
-"""A grid of shares, each in its colour and in figures."""
+"""Heat maps with a text in each cell."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def draw_heat_map(axes: Axes, grid: Any, texts: Sequence[Sequence[str]], highest: float = 1.0) -> AxesImage:
-    """Draw a grid of numbers, each with a text over it.
+    """Draw a grid of numbers as colours, with a text in each cell.
 
     Args:
-        axes (`matplotlib.axes.Axes`): Where to; ticks and titles are the caller's.
+        axes (`matplotlib.axes.Axes`): The axes to draw on; ticks and titles are left to the caller.
         grid (`numpy.ndarray` or lists): Numbers in [0, `highest`], of shape `(rows, columns)`; NaN leaves a gap.
-        texts (`Sequence[Sequence[str]]`): What to write over each, of the same shape.
-        highest (`float`): The number of the darkest colour.
+        texts (`Sequence[Sequence[str]]`): The text of each cell, of the same shape.
+        highest (`float`): The number that has the darkest colour.
 
     Returns:
         `matplotlib.image.AxesImage`: The image, for a colour bar.

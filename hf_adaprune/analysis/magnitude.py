@@ -1,4 +1,4 @@
-"""How far a mask is just magnitude."""
+"""Magnitude masks, to compare learned masks with."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .sources import Masks
 def magnitude_masks(
     masks: Masks, weights: Mapping[str, torch.Tensor], scope: str = "module"
 ) -> dict[str, torch.Tensor]:
-    """Return the masks that keep as many weights as given ones, and of those the largest.
+    """Return masks that keep the largest weights, in the same number as given masks keep.
 
     Args:
-        masks (`Masks`): What `load_masks` or `model_masks` returns.
-        weights (`Mapping[str, torch.Tensor]`): Their weights, of the same shapes: see `model_weights`.
+        masks (`Masks`): Masks as returned by `load_masks` or `model_masks`.
+        weights (`Mapping[str, torch.Tensor]`): The weights under the masks, of the same shapes: see `model_weights`.
         scope (`str`):
-            Over what as many are kept, and the largest: each `"module"`, each `"kind"` of matrix over all layers, or
-            the `"global"` whole.
+            Where the number of kept weights is matched and the largest are chosen: in each `"module"`, in each
+            `"kind"` of matrix over all layers, or over all masks together (`"global"`).
 
     Returns:
         `dict[str, torch.Tensor]`: Boolean masks of the same shapes.
 
     Raises:
-        ValueError: If there is no such scope.
+        ValueError: If `scope` is none of these.
 
     Example:
 

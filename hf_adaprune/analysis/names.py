@@ -1,4 +1,4 @@
-"""What a module's name tells: its layer, and what it is there."""
+"""Derive a module's layer and component from its name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 def layer_of(name: str) -> str:
-    """Return the number of the layer that a module is in (`"decoder 3"` in a decoder), or else `"embeddings"`."""
+    """Return the number of a module's layer (`"decoder 3"` in a decoder), or `"embeddings"` outside of layers."""
     number = re.search(r"\.(\d+)\.", name)
     if number is None:
         return "embeddings"
@@ -14,10 +14,10 @@ def layer_of(name: str) -> str:
 
 
 def component_of(name: str) -> str:
-    """Return what a module is in its layer, `"attention.self.query"`, say; its own name outside of the layers."""
+    """Return a module's name within its layer, such as `"attention.self.query"`; outside of layers, its full name."""
     return re.split(r"\.\d+\.", name, maxsplit=1)[-1]
 
 
 def in_order(names: list[str]) -> list[str]:
-    """Sort names as a reader would: layer 10 comes after layer 9."""
+    """Sort names in natural order: layer 10 comes after layer 9."""
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])

@@ -26,9 +26,9 @@ class Degrees:
     Args:
         name (`str`): The module's name.
         in_degrees (`numpy.ndarray`):
-            Integers of shape `(outputs,)`: how many weights are kept in each row of the mask; in an embedding, where
-            rows are tokens, `(tokens,)`.
-        out_degrees (`numpy.ndarray`): Integers of shape `(inputs,)`: how many are kept in each column.
+            Integers of shape `(outputs,)`: the number of weights kept in each row of the mask. The rows of an
+            embedding are tokens.
+        out_degrees (`numpy.ndarray`): Integers of shape `(inputs,)`: the number kept in each column.
     """
 
     name: str
@@ -42,31 +42,31 @@ class Degrees:
 
     @property
     def dead_outputs(self) -> NDArray[np.int64]:
-        """The rows that are wholly pruned: what is left of such a neuron is its bias."""
+        """Outputs whose weights are all pruned: only the bias of such a neuron is left."""
         return np.flatnonzero(self.in_degrees == 0)
 
     @property
     def dead_inputs(self) -> NDArray[np.int64]:
-        """The columns that are wholly pruned: what comes in there is not looked at."""
+        """Inputs whose weights are all pruned."""
         return np.flatnonzero(self.out_degrees == 0)
 
     @property
     def chance_dead(self) -> tuple[float, float]:
-        """How many outputs and inputs would be dead if each weight were kept with the same probability."""
+        """The expected numbers of dead outputs and inputs if each weight were kept with the same probability."""
         outputs, inputs = self.in_degrees.size, self.out_degrees.size
         return outputs * (1 - self.density) ** inputs, inputs * (1 - self.density) ** outputs
 
     @property
     def dispersion(self) -> tuple[float, float]:
-        """The variance of the in- and the out-degrees over that of a random mask: 1 by chance, more if uneven.
+        """The variances of the in- and out-degrees over those of a random mask: 1 by chance, more if uneven.
 
-        NaN where nothing, or everything, is pruned.
+        NaN if nothing or everything is pruned, or if there is only one output or input.
         """
         outputs, inputs = self.in_degrees.size, self.out_degrees.size
         spread = self.density * (1 - self.density)
         if not spread:
             return float("nan"), float("nan")
-        # The sum over all rows is given, so their variance is that much smaller than the binomial one.
+        # The fixed sum of all degrees makes their variance smaller than the binomial one; `ddof=1` corrects for that.
         return (
             float(self.in_degrees.var(ddof=1) / (inputs * spread)) if outputs > 1 else float("nan"),
             float(self.out_degrees.var(ddof=1) / (outputs * spread)) if inputs > 1 else float("nan"),
@@ -74,10 +74,10 @@ class Degrees:
 
 
 def neuron_degrees(masks: Masks) -> dict[str, Degrees]:
-    """Count the connections of each neuron.
+    """Count the connections that each neuron keeps.
 
     Args:
-        masks (`Masks`): What `load_masks` or `model_masks` returns, of shape `(outputs, inputs)` each.
+        masks (`Masks`): Masks as returned by `load_masks` or `model_masks`, of shape `(outputs, inputs)` each.
 
     Returns:
         `dict[str, Degrees]`: The counts, by module.
@@ -97,27 +97,28 @@ def neuron_degrees(masks: Masks) -> dict[str, Degrees]:
 
 
 def check_matrices(masks: Masks) -> None:
-    """Raise if there are no masks, or one of them is not a matrix.
+    """Raise if there are no masks, or some of them are not matrices.
 
     Raises:
-        ValueError: If so.
+        ValueError: If `masks` is empty, or a mask does not have two dimensions.
     """
     flat = [name for name, mask in masks.items() if mask.dim() != 2]
     if flat or not masks:
         raise ValueError(
-            f"Masks must be matrices; there are {len(masks)}, and these are not: {flat}. An adapter whose model "
-            "transformers does not know is stored without shapes: reshape them, or take `model_masks` of the model."
+            f"Masks must be matrices; got {len(masks)}, of which these are not: {flat}. An adapter whose model "
+            "transformers does not know is stored without shapes: reshape its masks, or use `model_masks` of the "
+            "model."
         )
 
 
 def plot_degrees(found: Mapping[str, Degrees] | Iterable[Degrees]) -> Figure:
-    """Draw the distributions of the degrees of each component, all layers together, beside those of random masks.
+    """Draw the degree distributions of each component over all layers, with those of random masks.
 
     Args:
-        found (`Mapping[str, Degrees]` or `Iterable[Degrees]`): What `neuron_degrees` returns, or its values.
+        found (`Mapping[str, Degrees]` or `Iterable[Degrees]`): The result of `neuron_degrees`, or its values.
 
     Returns:
-        `matplotlib.figure.Figure`: A figure that belongs to no window; save it with `savefig`.
+        `matplotlib.figure.Figure`: A figure without a window; save it with `savefig`.
     """
     from matplotlib.figure import Figure
 
@@ -150,7 +151,7 @@ def plot_degrees(found: Mapping[str, Degrees] | Iterable[Degrees]) -> Figure:
 def _draw_degrees(axes: Any, values: NDArray[np.int64], fan: int) -> None:
     from scipy import stats
 
-    # Bins of whole counts: else their edges draw stripes.
+    # Bins cover whole numbers of counts: other edges would draw stripes.
     step = -(-fan // 48)
     edges = np.arange(-0.5, fan + step, step)
     random = np.diff(stats.binom(fan, values.mean() / fan).cdf(edges))

@@ -1,4 +1,4 @@
-"""How much two masks have in common, and how much they would by chance."""
+"""Overlap of masks, compared with the overlap expected by chance."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two masks over the same weights have in common.
+    """Overlap of two masks over the same weights.
 
     The chance level is that of two masks with these two sparsities whose entries are independent of each other.
 
     Args:
-        name (`str`): What is masked.
-        num_weights (`int`): How many weights there are, > 0.
+        name (`str`): The module, component or layer that is masked; empty for all.
+        num_weights (`int`): The number of weights, > 0.
         num_kept (`tuple[int, int]`): How many each mask keeps.
         num_both (`int`): How many both keep.
     """
@@ -42,7 +42,7 @@ class Overlap:
 
     @property
     def chance_agreement(self) -> float:
-        """The agreement that chance gives."""
+        """The agreement expected by chance."""
         first, second = (kept / self.num_weights for kept in self.num_kept)
         return first * second + (1 - first) * (1 - second)
 
@@ -54,12 +54,12 @@ class Overlap:
 
     @property
     def jaccard(self) -> float:
-        """Kept by both over kept by either, in [0, 1]; NaN if both prune everything."""
+        """The Jaccard index: kept by both over kept by either, in [0, 1]; NaN if both prune everything."""
         return _jaccard(self.num_kept, self.num_both)
 
     @property
     def chance_jaccard(self) -> float:
-        """The Jaccard index of the number that both keep by chance."""
+        """The Jaccard index at the number of commonly kept weights expected by chance."""
         return _jaccard(self.num_kept, self.num_kept[0] * self.num_kept[1] / self.num_weights)
 
 
@@ -70,17 +70,17 @@ def _jaccard(num_kept: tuple[int, int], num_both: float) -> float:
 
 @dataclass(frozen=True)
 class OverlapReport:
-    """What two adapters have in common.
+    """Overlap of the masks of two adapters.
 
     Args:
-        modules (`tuple[Overlap, ...]`): One entry a module.
+        modules (`tuple[Overlap, ...]`): One entry per module.
     """
 
     modules: tuple[Overlap, ...]
 
     @property
     def whole(self) -> Overlap:
-        """All modules as one; two masks that prune the same *modules* most agree here by more than chance."""
+        """The overlap over all modules; masks that prune the same *modules* most agree here by more than chance."""
         return _sum("", list(self.modules))
 
     def by_component(self) -> dict[str, Overlap]:
@@ -108,11 +108,11 @@ def _sum(name: str, overlaps: list[Overlap]) -> Overlap:
 
 
 def mask_overlap(first: Masks, second: Masks) -> OverlapReport:
-    """Compare the masks of two adapters of one base.
+    """Compare the masks of two adapters of the same base.
 
     Args:
-        first (`Masks`): What `load_masks` or `model_masks` returns.
-        second (`Masks`): The same of another adapter: of another task, method, seed or sparsity.
+        first (`Masks`): Masks as returned by `load_masks` or `model_masks`.
+        second (`Masks`): The masks of another adapter: of another task, method, seed or sparsity.
 
     Returns:
         `OverlapReport`: The counts, module by module.
@@ -129,8 +129,8 @@ def mask_overlap(first: Masks, second: Masks) -> OverlapReport:
     differing = sorted(name for name in {**first, **second} if sizes[0].get(name) != sizes[1].get(name))
     if differing or not first:
         raise ValueError(
-            f"Two adapters are compared over the same weights; they differ in {differing}, out of {len(first)} and "
-            f"{len(second)} modules. Give both with the modules that they share."
+            f"Two adapters must mask the same weights to be compared; they differ in {differing}, out of {len(first)} "
+            f"and {len(second)} modules. Give only the modules that both of them mask."
         )
     return OverlapReport(
         tuple(
@@ -146,16 +146,16 @@ def mask_overlap(first: Masks, second: Masks) -> OverlapReport:
 
 
 def pairwise_overlap(adapters: Mapping[str, Masks]) -> dict[tuple[str, str], OverlapReport]:
-    """Compare each adapter with each other.
+    """Compare each pair of adapters.
 
     Args:
-        adapters (`Mapping[str, Masks]`): The masks of each adapter, under the name that it is to be shown by.
+        adapters (`Mapping[str, Masks]`): The masks of each adapter, by display name.
 
     Returns:
         `dict[tuple[str, str], OverlapReport]`: One report for each pair of names, in the order given.
 
     Raises:
-        ValueError: If there are fewer than two, or they do not mask the same weights.
+        ValueError: If there are fewer than two adapters, or they do not mask the same weights.
     """
     if len(adapters) < 2:
         raise ValueError(f"A comparison takes at least two adapters, got {len(adapters)}.")
@@ -163,19 +163,19 @@ def pairwise_overlap(adapters: Mapping[str, Masks]) -> dict[tuple[str, str], Ove
 
 
 def plot_overlap(pairs: Mapping[tuple[str, str], OverlapReport], measure: str = "kappa") -> Figure:
-    """Draw a measure of each pair of adapters.
+    """Draw an overlap measure of each pair of adapters.
 
     Args:
-        pairs (`Mapping[tuple[str, str], OverlapReport]`): What `pairwise_overlap` returns.
+        pairs (`Mapping[tuple[str, str], OverlapReport]`): The result of `pairwise_overlap`.
         measure (`str`):
-            `"kappa"`, `"jaccard"` or `"agreement"`, over all weights; for the latter two the chance level stands in
-            brackets.
+            `"kappa"`, `"jaccard"` or `"agreement"`, over all weights; for the latter two the chance level is
+            shown in brackets.
 
     Returns:
-        `matplotlib.figure.Figure`: A figure that belongs to no window; save it with `savefig`.
+        `matplotlib.figure.Figure`: A figure without a window; save it with `savefig`.
 
     Raises:
-        ValueError: If there is no such measure.
+        ValueError: If `measure` is none of these.
     """
     from matplotlib.figure import Figure
 

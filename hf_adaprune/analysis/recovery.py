@@ -1,4 +1,4 @@
-"""Which weights came back after they had been pruned (the paper's connection recovery)."""
+"""Connection recovery, as the paper calls it: weights that come back after they were pruned."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .sources import Masks, model_masks
 
 @dataclass
 class Recovery:
-    """Count what was pruned and came back, from masks of one run in order of time.
+    """Count weights that were pruned and came back, from the masks of one run in chronological order.
 
-    What is between two masks is not seen: with the masks of a few checkpoints the shares are lower bounds, with those
-    after every step they are exact. Nothing of this is in a stored adapter by itself.
+    Changes between two of these masks are not seen: from the masks of a few checkpoints the shares are lower bounds,
+    from those after every step they are exact. A single stored adapter does not contain this information.
 
     Example:
 
@@ -38,10 +38,10 @@ class Recovery:
         """Return the recovery over a whole run.
 
         Args:
-            history (`Iterable[Masks]`): Masks in order of time, as `load_masks` gives them for each checkpoint.
+            history (`Iterable[Masks]`): Masks in chronological order, such as `load_masks` of each checkpoint.
 
         Returns:
-            `Recovery`: What came back by the last of them.
+            `Recovery`: The recovery up to the last of them.
         """
         recovery = cls()
         for masks in history:
@@ -49,19 +49,22 @@ class Recovery:
         return recovery
 
     def update(self, masks: Masks) -> None:
-        """Take the next masks of the run."""
+        """Add the next masks of the run."""
         for name, mask in masks.items():
             earlier = self._ever_pruned.get(name)
             self._ever_pruned[name] = ~mask if earlier is None else earlier | ~mask
         self._masks = dict(masks)
 
     def recovered(self) -> dict[str, torch.Tensor]:
-        """Return for each module which weights are kept now and were pruned before: boolean, of the mask's shape."""
+        """Return, for each module, which weights are kept now and were pruned before: boolean, of the mask's shape."""
         return {name: mask & self._ever_pruned[name] for name, mask in self._masks.items()}
 
     @property
     def share_of_kept(self) -> float:
-        """The share of the weights kept now that were pruned before, in [0, 1]; the paper has .123 on MNLI at .99."""
+        """The share of the weights kept now that were pruned before, in [0, 1].
+
+        The paper reports .123 on MNLI at a sparsity of .99.
+        """
         return self._recovered / max(1, sum(int(mask.count_nonzero()) for mask in self._masks.values()))
 
     @property
@@ -75,10 +78,10 @@ class Recovery:
 
 
 class RecoveryCallback(TrainerCallback):
-    """Watch recovery in a `Trainer`, exactly: it takes the masks after every step.
+    """Record recovery in a `Trainer` exactly, from the masks after every step.
 
     Args:
-        adapter_name (`str`): Which adapter of the model.
+        adapter_name (`str`): The name of the adapter.
 
     Example:
 
@@ -93,11 +96,11 @@ class RecoveryCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Take the masks of this step."""
+        """Add the masks after this step."""
         self.recovery.update(model_masks(model, self.adapter_name))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Take the masks that training ends with."""
+        """Add the masks that training ends with."""
         self.recovery.update(model_masks(model, self.adapter_name))

@@ -1,4 +1,4 @@
-"""Where masks come from: a stored adapter, without its base, or a model in memory."""
+"""Read masks from a stored adapter, without its base, or from a model in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..tuner.structure import stored_blocks
 from .names import in_order
 
 
-# What would make transformers fetch code, or name a billion labels.
+# Fields that could make transformers download code, or create a billion labels.
 _NOT_TAKEN = {"attn_implementation", "_attn_implementation", "experts_implementation", "auto_map", "num_labels"}
 _MAX_LAYERS = 1000
 
@@ -36,23 +36,25 @@ Masks = Mapping[str, torch.Tensor]
 
 
 def load_masks(name_or_path: str | Path, *, subfolder: str | None = None, **hub: Any) -> dict[str, torch.Tensor]:
-    """Read the masks of a stored adapter. Its base is neither needed nor loaded, unless the masks are coded by it.
+    """Read the masks of a stored adapter.
+
+    The base is neither needed nor loaded, unless the masks are entropy-coded with its weights.
 
     Args:
         name_or_path (`str` or `Path`): The adapter's folder, or its name on the Hub.
-        subfolder (`str`, *optional*): Where in it the adapter is.
-        hub: What `huggingface_hub.hf_hub_download` takes besides: `revision`, `token`, `cache_dir`, ...
+        subfolder (`str`, *optional*): The subfolder that holds the adapter.
+        hub: Further arguments of `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir`, ...
 
     Returns:
         `dict[str, torch.Tensor]`:
-            The mask of each module, boolean, True = kept, of shape `(outputs, inputs)`: a `Conv1D` is turned over.
-            A mask of neurons or heads is given as those of all the modules that they have weights in.
-            That of an embedding is of shape `(tokens, width)`. An adapter of a model that is not one of transformers'
-            own does not tell its shapes: its masks are flat.
+            The mask of each module, boolean, True = kept, of shape `(outputs, inputs)`; that of a `Conv1D` is
+            transposed to this. A mask of neurons or heads is expanded to all the modules that hold their weights. The
+            mask of an embedding has shape `(tokens, width)`. An adapter of a model class that transformers does not
+            have stores no shapes: its masks are flat.
 
     Raises:
-        AdapterFileError: If the weights are a pickle, or are not all there, or what is told of the model is wrong.
-        AdapterNotFoundError: If the masks are coded, and the base is not within reach.
+        AdapterFileError: If the weights are a pickle or incomplete, or the stored model configuration is wrong.
+        AdapterNotFoundError: If the masks are entropy-coded and the base cannot be found.
         NotPrunedError: If the adapter is of another method, or holds no masks.
         ValueError: If there is no adapter of that name.
 
@@ -63,8 +65,8 @@ def load_masks(name_or_path: str | Path, *, subfolder: str | None = None, **hub:
     config = PeftConfig.from_pretrained(str(name_or_path), subfolder=subfolder, **hub)
     if not isinstance(config, AdaPruneConfig) or not config.module_counts:
         raise NotPrunedError(
-            f"{str(name_or_path)!r} must be an adapter that AdaPrune has saved; it is one of the method "
-            f"{config.peft_type.value}, and its configuration tells of no masks. Name another."
+            f"{str(name_or_path)!r} must be an adapter saved by AdaPrune; its method is {config.peft_type.value}, and "
+            "its configuration lists no masks. Name another adapter."
         )
     if config.mask_bytes:
         given = {key: hub[key] for key in ("revision", "token") if key in hub}
@@ -85,21 +87,21 @@ def load_masks(name_or_path: str | Path, *, subfolder: str | None = None, **hub:
 
 
 def model_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
-    """Return the masks of a model in memory, in training or not.
+    """Return the masks of a model in memory, during or after training.
 
     Args:
         model (`torch.nn.Module`): A model with an AdaPrune adapter.
-        adapter_name (`str`): Which adapter of the model.
+        adapter_name (`str`): The name of the adapter.
 
     Returns:
-        `dict[str, torch.Tensor]`: As `load_masks`; the names and shapes are the same.
+        `dict[str, torch.Tensor]`: The masks, with the same names and shapes as from `load_masks`.
 
     Raises:
         NotPrunedError: If the model has no such adapter.
     """
     layers = {plain_name(name): layer for name, layer in adaprune_layers(model, adapter_name)}
     if not layers:
-        raise NotPrunedError(f"The model has no masks under the adapter name {adapter_name!r}.")
+        raise NotPrunedError(f"The model has no masks under the adapter name {adapter_name!r}: name one that it has.")
     masks: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
         groups = layer.groups(adapter_name)
@@ -108,20 +110,20 @@ def model_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, to
 
 
 def model_weights(model: nn.Module, masks: Masks) -> dict[str, torch.Tensor]:
-    """Return the weights that masks belong to, from the base or from any model that holds it.
+    """Return the weights under the masks, from the base or from any model that contains it.
 
     Args:
         model (`torch.nn.Module`): The base, with or without a head or an adapter.
-        masks (`Masks`): What `load_masks` or `model_masks` returns.
+        masks (`Masks`): Masks as returned by `load_masks` or `model_masks`.
 
     Returns:
         `dict[str, torch.Tensor]`: For each mask its weight, of the mask's shape.
 
     Raises:
-        NoMatchingModuleError: If the model lacks one of the modules, or has it in another size.
+        NoMatchingModuleError: If the model lacks one of the modules, or has one of another size.
     """
     modules = {plain_name(name): module for name, module in model.named_modules()}
-    # A base that was loaded without a head has no name for its body.
+    # In a base that was loaded without a head, module names lack the prefix of the body.
     prefix = getattr(model, "base_model_prefix", "")
     modules = {f"{prefix}.{name}": module for name, module in modules.items()} | modules
     weights, missing = {}, []
@@ -146,19 +148,22 @@ def transformers_config(config: AdaPruneConfig | PretrainedConfig) -> Pretrained
     """Return the configuration of the model that a stored adapter was made for.
 
     Args:
-        config (`AdaPruneConfig` or `PretrainedConfig`): The adapter's; one that is a model's already is returned.
+        config (`AdaPruneConfig` or `PretrainedConfig`): The adapter's; that of a model is returned unchanged.
 
     Returns:
-        `PretrainedConfig`: The model's.
+        `PretrainedConfig`: The configuration of the model.
 
     Raises:
-        NotPrunedError: If the adapter was made for a model that is none of transformers'.
-        AdapterFileError: If what is stored is no configuration of a model.
+        NotPrunedError: If the adapter was made for a model that is not a transformers model.
+        AdapterFileError: If the stored `model_config` is not a valid model configuration.
     """
     if isinstance(config, PretrainedConfig):
         return config
     if config.model_config is None:
-        raise NotPrunedError("The adapter's configuration does not tell what model it was made for.")
+        raise NotPrunedError(
+            "The adapter's configuration has no `model_config`, because it was not made for a transformers model: "
+            "give the configuration of the model itself."
+        )
     told = {key: value for key, value in config.model_config.items() if key not in _NOT_TAKEN}
     try:
         is_compact = told.get("model_type") == MODEL_TYPE
@@ -173,13 +178,13 @@ def transformers_config(config: AdaPruneConfig | PretrainedConfig) -> Pretrained
 
 def _no_model(reason: object) -> AdapterFileError:
     return AdapterFileError(
-        f"The `model_config` of the adapter's configuration is none of a model that masks can be for: {reason}. Fetch "
-        "the adapter again."
+        f"The `model_config` in the adapter's configuration must describe the model under the masks: {reason}. "
+        "Download the adapter again."
     )
 
 
 def _skeleton(config: AdaPruneConfig) -> nn.Module | None:
-    """Return the adapter's model without weights, or `None` if transformers has no such class."""
+    """Return the adapter's model on the meta device, or `None` if transformers has no such class."""
     cls = getattr(transformers, config.architecture or "", None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         return None
@@ -201,7 +206,7 @@ def _skeleton(config: AdaPruneConfig) -> nn.Module | None:
     if not config.group_counts:
         strangers += [name for name, length in config.mask_entries.items() if sizes.get(name, length) != length]
     if strangers:
-        raise _no_model(f"it has no {strangers} of that size")
+        raise _no_model(f"it has no {strangers} of the masks' sizes")
     return skeleton
 
 

@@ -39,7 +39,7 @@ class ModuleSparsity:
 
     @property
     def component(self) -> str:
-        """What the module is in its layer: `"attention.self.query"`, say."""
+        """The module's name within its layer, such as `"attention.self.query"`."""
         return component_of(self.name)
 
     @property
@@ -80,7 +80,7 @@ class SparsityReport:
         """The fraction of all parameters that is pruned, in [0, 1].
 
         Raises:
-            ValueError: If the configuration that was counted lacks `num_parameters`.
+            ValueError: If `num_parameters` is 0, as the counted configuration does not store it.
         """
         if not self.num_parameters:
             raise ValueError("The size of the whole model is not known: the configuration lacks `num_parameters`.")
@@ -88,7 +88,7 @@ class SparsityReport:
 
     @property
     def is_even(self) -> bool:
-        """Whether each module is pruned as much as the whole, to a thousandth."""
+        """Whether the sparsity of every module is within 0.001 of the overall sparsity."""
         return all(abs(module.sparsity - self.sparsity) < 1e-3 for module in self.modules)
 
     def by_component(self) -> dict[str, float]:
@@ -110,12 +110,12 @@ class SparsityReport:
 
 
 def sparsity_report(model: Any, adapter_name: str | None = None) -> SparsityReport:
-    """Count what is pruned.
+    """Count the pruned weights of a model or of a saved adapter.
 
     Args:
         model (`torch.nn.Module` or `AdaPruneConfig`):
-            A model with an AdaPrune adapter, or the configuration of a saved adapter: that one is enough, and no
-            weight needs to be loaded.
+            A model with an AdaPrune adapter, or the configuration of a saved adapter, for which no weights need to be
+            loaded.
         adapter_name (`str`, *optional*): Which adapter of the model; by default the active one.
 
     Returns:
@@ -137,7 +137,7 @@ def sparsity_report(model: Any, adapter_name: str | None = None) -> SparsityRepo
         active = [name for name in names if name in layers[0].active_adapters]
         adapter_name = adapter_name or next(iter([*active, *names]), "default")
         if adapter_name not in names:
-            raise NotPrunedError(f"There are no masks under the adapter name {adapter_name!r}, but of {names}.")
+            raise NotPrunedError(f"The model has no masks under the adapter name {adapter_name!r}, but under {names}.")
         counts = {name: list(count) for name, count in module_counts(model, adapter_name).items()}
         config = next(adaprune_layers(model, adapter_name))[1].config(adapter_name)
         num_parameters = config.num_parameters or 0
@@ -151,10 +151,10 @@ def plot_sparsity(report: SparsityReport) -> Figure:
     """Draw the sparsity of each component in each layer.
 
     Args:
-        report (`SparsityReport`): What to draw.
+        report (`SparsityReport`): The report to draw.
 
     Returns:
-        `matplotlib.figure.Figure`: A figure that belongs to no window; save it with `savefig`.
+        `matplotlib.figure.Figure`: A figure without a window; save it with `savefig`.
     """
     from matplotlib.figure import Figure
 

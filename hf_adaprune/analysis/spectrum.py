@@ -1,4 +1,4 @@
-"""What pruning leaves of a matrix's singular values, beside what random pruning would."""
+"""Singular values of masked matrices, compared with those under random masks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Spectrum:
 
     Args:
         name (`str`): The module's name.
-        masked (`numpy.ndarray`): Of the masked matrix, shape `(min(outputs, inputs),)`.
-        random (`numpy.ndarray`): Of the matrix under random masks that keep as many, shape `(masks, min(...))`.
-        dense (`numpy.ndarray`): Of the matrix as it is, shape `(min(outputs, inputs),)`.
+        masked (`numpy.ndarray`): Those of the masked matrix, of shape `(min(outputs, inputs),)`.
+        random (`numpy.ndarray`): Those under random masks of the same sparsity, of shape `(masks, min(...))`.
+        dense (`numpy.ndarray`): Those of the unmasked matrix, of shape `(min(outputs, inputs),)`.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Spectrum:
     def effective_rank(self) -> dict[str, float]:
         """The exponential of the entropy of the normalised singular values (Roy and Vetterli, 2007), by kind.
 
-        From 1 to `min(outputs, inputs)`; for the random masks the mean; 0 where nothing is left.
+        In [1, `min(outputs, inputs)`], or 0 if everything is pruned; for the random masks, their mean.
         """
         return {
             "masked": _effective_rank(self.masked),
@@ -55,15 +55,15 @@ def _effective_rank(values: NDArray[np.float64]) -> float:
 def mask_spectrum(
     masks: Masks, weights: Mapping[str, torch.Tensor] | None = None, *, num_random: int = 3, seed: int = 0
 ) -> dict[str, Spectrum]:
-    """Return the singular values of masked matrices, beside those under random masks of the same sparsity.
+    """Return the singular values of masked matrices, and those under random masks of the same sparsity.
 
     Args:
-        masks (`Masks`): What `load_masks` or `model_masks` returns; pass a part of it to look at some modules only.
+        masks (`Masks`): Masks as returned by `load_masks` or `model_masks`; pass a subset to analyse fewer modules.
         weights (`Mapping[str, torch.Tensor]`, *optional*):
-            Their weights, of the same shapes: see `model_weights`. `None` is ones: the masks themselves, for which no
-            base is needed.
-        num_random (`int`): How many random masks to draw for each, >= 1.
-        seed (`int`): What they are drawn with.
+            The weights under the masks, of the same shapes: see `model_weights`. `None` stands for ones, which gives
+            the spectra of the masks themselves and needs no base.
+        num_random (`int`): The number of random masks per module, >= 1.
+        seed (`int`): The seed of the random masks.
 
     Returns:
         `dict[str, Spectrum]`: The singular values, by module.
@@ -95,10 +95,10 @@ def plot_spectrum(found: Spectrum) -> Figure:
     """Draw the singular values of one matrix.
 
     Args:
-        found (`Spectrum`): One of the values of what `mask_spectrum` returns.
+        found (`Spectrum`): One of the values in the result of `mask_spectrum`.
 
     Returns:
-        `matplotlib.figure.Figure`: A figure that belongs to no window; save it with `savefig`.
+        `matplotlib.figure.Figure`: A figure without a window; save it with `savefig`.
     """
     from matplotlib.figure import Figure
 

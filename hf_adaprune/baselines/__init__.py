@@ -1,6 +1,6 @@
-"""What AdaPrune is compared with: each method is a callback of a stock `Trainer`, as `AdaPruneCallback` is.
+"""Baselines to compare AdaPrune with; each is a callback of a stock `Trainer`, as `AdaPruneCallback` is.
 
-All of them prune the layers that AdaPrune prunes, to the last weight as many, and train the same head.
+Those that prune remove exactly as many weights, from the same layers, as AdaPrune; all of them train the same head.
 """
 
 from collections.abc import Callable
@@ -49,21 +49,21 @@ METHODS: dict[str, Callable[[AdaPruneConfig], TrainerCallback | None]] = {
     "feature_extraction": lambda config: FeatureExtractionCallback(),
     "finetune": lambda config: None,
 }
-"""What makes the callback of each method; of the configuration most of them take `final_sparsity` alone."""
+"""A function for each method that creates its callback; most use only `final_sparsity` of the configuration."""
 
 
 def make_callback(method: str, config: AdaPruneConfig | None = None) -> TrainerCallback | None:
-    """Return what a `Trainer` needs to train by a method.
+    """Return the callback with which a `Trainer` trains by a method.
 
     Args:
         method (`str`): One of `METHODS`.
-        config (`AdaPruneConfig`, *optional*): How much is pruned, and for AdaPrune itself all the rest.
+        config (`AdaPruneConfig`, *optional*): The configuration, of which most methods use only `final_sparsity`.
 
     Returns:
         `TrainerCallback` or `None`: The callback; fine-tuning needs none.
 
     Raises:
-        ConfigError: If there is no method of that name.
+        ConfigError: If `method` is not one of `METHODS`.
     """
     if method not in METHODS:
         raise ConfigError(f"The method must be one of {sorted(METHODS)}, got {method!r}.")

@@ -1,4 +1,4 @@
-"""What is left of a trained model once its masks, or the weights under them, are others."""
+"""Ablations of a trained model: shuffled masks, or other weights under the masks."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Change = Callable[[AdaPruneLayer, str, torch.Generator], None]
 
 
 def shuffle_mask(layer: AdaPruneLayer, adapter_name: str, generator: torch.Generator) -> None:
-    """Permute a layer's mask at random: as many weights (or groups) are kept, but others."""
+    """Permute a layer's mask at random: the number of kept weights (or groups) stays the same."""
     mask = layer.scored_mask(adapter_name)
     order = torch.randperm(mask.numel(), generator=generator).to(mask.device)
     layer.set_mask(adapter_name, mask.reshape(-1)[order].view(mask.shape))
 
 
 def scale_weight(deviation: float) -> Change:
-    """Return a change that multiplies each weight of a layer by its own number from N(1, deviation^2)."""
+    """Return a change that multiplies each weight of a layer by an independent sample of N(1, deviation^2)."""
 
     @torch.no_grad()
     def change(layer: AdaPruneLayer, adapter_name: str, generator: torch.Generator) -> None:
@@ -41,7 +41,7 @@ def scale_weight(deviation: float) -> Change:
 
 @torch.no_grad()
 def redraw_weight(layer: AdaPruneLayer, adapter_name: str, generator: torch.Generator) -> None:
-    """Draw the weights of a layer anew, from a normal distribution with their mean and deviation."""
+    """Redraw the weights of a layer from a normal distribution with their mean and standard deviation."""
     noise = torch.randn(layer.base_weight.shape, generator=generator).to(layer.base_weight)
     layer.base_weight.copy_(layer.base_weight.mean() + layer.base_weight.std() * noise)
 
@@ -53,25 +53,25 @@ ABLATIONS: dict[str, Change] = {
     "reinit_variance_01": scale_weight(0.1),
     "redrawn": redraw_weight,
 }
-"""Table 3 of "Adapting by Pruning" (arXiv 2105.03343), and its second row in three readings."""
+"""Table 3 of "Adapting by Pruning" (arXiv 2105.03343), with its second row in three interpretations."""
 
 
 def ablate(trainer: Trainer, head_learning_rate: float = 1e-3, adapter_name: str = "default") -> dict[str, float]:
-    """Score a trained model with shuffled masks and with other weights: as it is then, and with its head trained on.
+    """Score a trained model under each ablation, with its head as it is and with its head trained further.
 
     Args:
         trainer (`transformers.Trainer`):
-            A Trainer whose model AdaPrune has adapted. Its model is changed, scored, and put back.
-        head_learning_rate (`float`): For training the head on, as long as the Trainer has trained.
+            A Trainer whose model AdaPrune has adapted. The model is changed, scored and restored.
+        head_learning_rate (`float`): The learning rate for training the head further, as long as the Trainer trains.
         adapter_name (`str`): The adapter's name.
 
     Returns:
         `dict[str, float]`:
-            What `Trainer.evaluate` returns, under `eval_{ablation}_...` with the head as it was trained and
-            `eval_{ablation}_retrained_...` with the head trained on, for each of `ABLATIONS`.
+            For each of `ABLATIONS` the results of `Trainer.evaluate`, under `eval_{ablation}_...` with the head as it
+            is and `eval_{ablation}_retrained_...` with the head trained further.
 
     Raises:
-        NotPrunedError: If the model has no masks of that name.
+        NotPrunedError: If the model has no masks under `adapter_name`.
     """
     layers = dict(adaprune_layers(trainer.model, adapter_name))
     if not layers:
@@ -110,7 +110,7 @@ def _head_trainer(trainer: Trainer, learning_rate: float, adapter_name: str) -> 
 
 @contextmanager
 def _restored(model: Any) -> Iterator[None]:
-    """Put back, at the end of the block, what it changes in a model."""
+    """Restore a model's state, card and trainable parameters at the end of the block."""
     state = copy.deepcopy(model.state_dict())
     told = {name: copy.copy(config.training) for name, config in model.peft_config.items()}
     complete_card = vars(model).get("create_or_update_model_card")

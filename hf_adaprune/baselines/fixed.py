@@ -1,4 +1,4 @@
-"""Masks that no training moves: only the head learns."""
+"""Fixed masks: only the head is trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..tuner.masked_layers import adaprune_layers
 
 
 def global_masks(final_sparsity: float, **schedule: Any) -> AdaPruneConfig:
-    """Return the configuration of masks under one threshold whose scores no optimizer moves."""
+    """Return a configuration with one threshold for all masks, whose scores no optimizer trains."""
     return AdaPruneConfig(
         final_sparsity=final_sparsity,
         scope="global",
@@ -29,28 +29,28 @@ def global_masks(final_sparsity: float, **schedule: Any) -> AdaPruneConfig:
 
 
 class FixedMaskPruner(Pruner):
-    """Count steps, and leave the masks as they are."""
+    """Count steps without changing the masks."""
 
     finished = False
 
     def step(self) -> None:
-        """Count: the head learns at the optimizer's own rate, whatever `head_lr_ratio` is."""
+        """Count the step; the head is trained at the optimizer's own rate, whatever `head_lr_ratio` is."""
         self.num_steps += 1
 
     def finalize(self) -> None:
-        """Leave the masks as they are; give the model its own dropout again."""
+        """Restore the model's own dropout; the masks stay as they are."""
         restore_dropout(self.model)
 
 
 class FixedMaskCallback(AdaPruneCallback):
-    """Train the head of a model with an adapter whose masks stay as they are."""
+    """Train the head of a model while its masks stay as they are."""
 
     pruner_cls = FixedMaskPruner
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Freeze the scores, before the Trainer's optimizer is made."""
+        """Set the scores to the masks and freeze them, before the Trainer's optimizer is created."""
         super().on_init_end(args, state, control, model, **kwargs)
         for _, layer in adaprune_layers(model, self.adapter_name):
             if self.adapter_name in layer.adaprune_scores:
@@ -59,10 +59,10 @@ class FixedMaskCallback(AdaPruneCallback):
 
 
 class RandomMaskCallback(FixedMaskCallback):
-    """Prune weights of the Trainer's model at random, with the Trainer's seed, and train the head alone.
+    """Prune random weights of the Trainer's model, drawn with the Trainer's seed, and train only the head.
 
-    `Rnd` of "Adapting by Pruning" (arXiv 2105.03343), with exactly `final_sparsity` of all masked weights pruned where
-    the paper prunes each with that probability. The learning rate that suits is that of feature extraction: 1e-3.
+    `Rnd` of "Adapting by Pruning" (arXiv 2105.03343), except that exactly `final_sparsity` of all masked weights are
+    pruned, where the paper prunes each with that probability. Use the learning rate of feature extraction, 1e-3.
 
     Args:
         final_sparsity (`float`): The fraction of the masked weights to remove, in [0, 1).
@@ -77,7 +77,7 @@ class RandomMaskCallback(FixedMaskCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Put masks on the Trainer's model and draw them."""
+        """Add masks to the Trainer's model and draw them at random."""
         super().on_init_end(args, state, control, model, **kwargs)
         generator = torch.Generator().manual_seed(args.seed)
         for _, layer in adaprune_layers(model, self.adapter_name):

@@ -1,4 +1,4 @@
-"""Pruning the smallest weights: gradually (MP), or in rounds that start over (IMP)."""
+"""Magnitude pruning: gradual (MP), or iterative with rewinding (IMP)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .trained import TrainedWeightsCallback
 
 
 class MagnitudePruner(Pruner):
-    """Prune by |w| a hundred times over a run, and no more once the target is reached."""
+    """Prune by |w| every hundredth of a run until the target is reached."""
 
     def __init__(self, model: nn.Module, total_steps: int, adapter_name: str = "default") -> None:
         super().__init__(model, total_steps, adapter_name)
@@ -23,7 +23,7 @@ class MagnitudePruner(Pruner):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Make the next masks, if it is time."""
+        """Update the masks, if an interval has passed."""
         step = self.num_steps + 1
         if step % self._interval == 0 and step - self._interval < self.config.pruning_end * self.total_steps:
             for layer in self.layers.values():
@@ -34,12 +34,12 @@ class MagnitudePruner(Pruner):
 
 
 class MagnitudeCallback(TrainedWeightsCallback):
-    """Train the weights of a `Trainer`'s model and prune the smallest, more and more of them.
+    """Train the weights of a `Trainer`'s model and gradually prune the smallest.
 
-    Gradual magnitude pruning (Zhu and Gupta, arXiv 1710.01878; `MP` of arXiv 2105.03343), over all matrices together.
-    A pruned weight keeps its value unseen, and is back if others have become smaller before the ramp ends. The ramp is
-    that of the magnitude pruning in "Movement Pruning" (arXiv 2005.07683): from a tenth of training to eight. The
-    learning rate is that of fine-tuning.
+    Gradual magnitude pruning (Zhu and Gupta, arXiv 1710.01878; `MP` of arXiv 2105.03343), with one threshold for all
+    matrices. A pruned weight keeps its value behind the mask, and returns if others become smaller before the ramp
+    ends. The ramp is that of magnitude pruning in "Movement Pruning" (arXiv 2005.07683): from one tenth to eight
+    tenths of training. Use the learning rate of fine-tuning.
 
     Args:
         final_sparsity (`float`): The fraction of the masked weights to remove, in [0, 1).
@@ -56,19 +56,19 @@ class MagnitudeCallback(TrainedWeightsCallback):
 
 
 class IterativeMagnitudeCallback(TrainedWeightsCallback):
-    """Train, prune the smallest weights, start over with those that are left; again and again.
+    """Train, prune the smallest weights, rewind the others to their initial values, and repeat.
 
     Iterative magnitude pruning with rewinding (Frankle and Carbin, arXiv 1803.03635; for BERT, Chen et al., arXiv
-    2007.12223; `IMP` of arXiv 2105.03343), over all matrices together. Each round trains as long as the Trainer is
-    told to, from the same weights and the same head; the last one trains what the target leaves. The learning rate is
-    that of fine-tuning.
+    2007.12223; `IMP` of arXiv 2105.03343), with one threshold for all matrices. Each round is a full run of the
+    Trainer, from the same initial weights and head; the last one trains at the target sparsity. Use the learning rate
+    of fine-tuning.
 
     Args:
         final_sparsity (`float`): The fraction of the masked weights to remove, in [0, 1).
-        rate (`float`): The fraction of the remaining weights that goes between two rounds, in (0, 1).
+        rate (`float`): The fraction of the remaining weights to remove between two rounds, in (0, 1).
 
     Raises:
-        ConfigError: If one of them is out of range, or a run is to be resumed.
+        ConfigError: If an argument is out of range, or a run is resumed from a checkpoint.
 
     Example:
 
@@ -87,23 +87,23 @@ class IterativeMagnitudeCallback(TrainedWeightsCallback):
             raise ConfigError(f"`rate` must be in (0, 1), got {rate}.")
         self._sparsities = [0.0]
         while self._sparsities[-1] < final_sparsity:
-            # Rounded, or 0.2 would be missed by a hair and take a round more.
+            # Rounded: floating-point error could otherwise miss a target such as 0.2 and add a round.
             following = round(1 - (1 - rate) ** len(self._sparsities), 9)
             self._sparsities.append(min(following, final_sparsity))
         self._round = -1
 
     @property
     def num_rounds(self) -> int:
-        """How many times the Trainer has to train."""
+        """How many times `Trainer.train` has to be called."""
         return len(self._sparsities)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Prune what the round before has trained, and put the rest back to where it started."""
+        """Prune the smallest weights of the previous round, and rewind the model to its initial values."""
         if state.global_step:
             raise ConfigError(
-                "The rounds of iterative pruning cannot be resumed from a checkpoint, which knows of one round only: "
+                "The rounds of iterative pruning cannot be resumed from a checkpoint, which stores one round only: "
                 "train without `resume_from_checkpoint`."
             )
         self._round += 1
@@ -119,7 +119,7 @@ class IterativeMagnitudeCallback(TrainedWeightsCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """After the last round, make a plain model with zeros."""
+        """After the last round, turn the model into a plain one with zeros."""
         if self._round == self.num_rounds - 1:
             super().on_train_end(args, state, control, **kwargs)
 

@@ -1,4 +1,4 @@
-"""AdaPrune without connection recovery: what is pruned once stays pruned."""
+"""AdaPrune without connection recovery: pruned weights stay pruned."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ..training.callback import AdaPruneCallback
 from ..training.pruner import Pruner
 
 
-# Below any score that training reaches, and far enough from the limits of float32 for a sum over a matrix.
+# Below any score that training reaches, yet small enough for the sum over a matrix to stay finite in float32.
 _GONE: Final = -1e9
 
 
 class NoRecoveryPruner(Pruner):
-    """Turn scores into masks that only ever lose weights."""
+    """Turn scores into masks from which weights are only ever removed."""
 
     @property
     def target_sparsity(self) -> float:
-        """The fraction that the schedule wants pruned now; short of the end it leaves each matrix one weight to go."""
+        """The scheduled sparsity; until it is the final one, every matrix keeps at least one weight yet to prune."""
         target, final = super().target_sparsity, self.config.final_sparsity
         if target == final:
             return target
@@ -28,20 +28,20 @@ class NoRecoveryPruner(Pruner):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Make the next masks, from the weights that are left."""
+        """Update the masks, choosing among the weights that are not yet pruned."""
         before = self._selector.masks()
         for name, mask in before.items():
             self.layers[name].adaprune_scores[self.adapter_name].masked_fill_(~mask, _GONE)
         super().step()
-        # So that all matrices together are pruned exactly, what one of them has to lose may shrink by one weight.
+        # Rounding to an exact total may lower the number to prune in one matrix by one weight, which must not return.
         self._set({name: mask & before[name] for name, mask in self._selector.masks().items()})
 
 
 class NoRecoveryCallback(AdaPruneCallback):
-    """Adapt the model of a `Trainer` by pruning alone, with no way back for a pruned weight.
+    """Adapt the model of a `Trainer` by pruning alone, without recovery of pruned weights.
 
-    Table 4 of "Adapting by Pruning" (arXiv 2105.03343): a score that is negative stays negative. Here, for any
-    configuration, a weight that is pruned stays pruned.
+    Table 4 of "Adapting by Pruning" (arXiv 2105.03343), where a negative score stays negative. Here, under any
+    configuration, a pruned weight stays pruned.
     """
 
     pruner_cls = NoRecoveryPruner

@@ -1,4 +1,4 @@
-"""Scores with a learning rate of their own."""
+"""Training with an absolute learning rate for the scores."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..training.callback import AdaPruneCallback
 
 
 class ScoreStepsCallback(AdaPruneCallback):
-    """Move scores by a learning rate that is given, whatever the Trainer's is.
+    """Train the scores at a given learning rate, independent of the Trainer's.
 
     Args:
-        config (`AdaPruneConfig`): What is pruned, how much of it and when.
+        config (`AdaPruneConfig`): The pruning configuration; its `score_lr_ratio` is overwritten.
         score_learning_rate (`float`): The learning rate of the scores, > 0.
 
     Raises:
-        ConfigError: If it is not positive, or the Trainer's is not, which it is a multiple of.
+        ConfigError: If `score_learning_rate` or the Trainer's learning rate is not positive.
     """
 
     config: AdaPruneConfig
@@ -34,11 +34,11 @@ class ScoreStepsCallback(AdaPruneCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Put masks on the Trainer's model, before its optimizer is made."""
+        """Add masks to the Trainer's model, before its optimizer is created."""
         if not args.learning_rate > 0:
             raise ConfigError(
-                f"`learning_rate` must be greater than 0, got {args.learning_rate}: that of the scores is set as a "
-                "multiple of it."
+                f"`learning_rate` must be greater than 0, got {args.learning_rate}: the learning rate of the "
+                "scores is set as a multiple of it."
             )
         self.config.score_lr_ratio = self.score_learning_rate / args.learning_rate
         super().on_init_end(args, state, control, model, **kwargs)

@@ -1,4 +1,4 @@
-"""Masks over frozen weights by the recipe of Static Model Pruning."""
+"""Masks over frozen weights, trained with the recipe of Static Model Pruning."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from .score_steps import ScoreStepsCallback
 
 
 class SMPCallback(ScoreStepsCallback):
-    """Adapt the model of a `Trainer` by pruning alone, by the recipe of SMP (Jiang et al., arXiv 2210.06210).
+    """Adapt the model of a `Trainer` by pruning alone, with the recipe of SMP (Jiang et al., arXiv 2210.06210).
 
-    Scores from a constant, ties broken by |w|; straight-through; one threshold for each kind of matrix; the cubic ramp
-    over the first six tenths of training; a learning rate of 2e-2 for the scores, and a penalty on their mean sigmoid
-    that grows over the whole run. The paper trains 12 to 100 epochs and freezes a head of label words; here the head
-    is trained, as AdaPrune trains it at the Trainer's learning rate of 5e-5. There is no distillation.
+    Scores start from a constant, with ties broken by |w|, and have straight-through gradients. Each kind of matrix has
+    one threshold; the cubic ramp covers the first six tenths of training. Scores have a learning rate of 2e-2, and a
+    penalty on their mean sigmoid grows over the whole run. The paper trains for 12 to 100 epochs and freezes a head of
+    label words; here the head is trained, as AdaPrune trains it at the Trainer's learning rate of 5e-5. There is no
+    distillation.
 
     Args:
         final_sparsity (`float`): The fraction of the masked weights to remove, in [0, 1).
@@ -29,7 +30,7 @@ class SMPCallback(ScoreStepsCallback):
         max_penalty (`float`): The factor of the penalty at the end of training, >= 0.
 
     Raises:
-        ConfigError: If one of these is out of range, or the model computes no loss to add the penalty to.
+        ConfigError: If an argument is out of range, or the model computes no loss to add the penalty to.
     """
 
     def __init__(
@@ -47,29 +48,29 @@ class SMPCallback(ScoreStepsCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Put the penalty into the model's loss."""
+        """Add the penalty to the model's loss."""
         super().on_train_begin(args, state, control, model, **kwargs)
-        if self._hook is not None:  # of a run that was broken off
+        if self._hook is not None:  # left by an interrupted run
             self._hook.remove()
         self._hook = model.register_forward_hook(self._penalize)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the penalty out of the loss, and end at exactly the sparsity that was asked for."""
+        """Remove the penalty from the loss, and end at exactly the requested sparsity."""
         if self._hook is not None:
             self._hook.remove()
         super().on_train_end(args, state, control, **kwargs)
 
     def penalty(self) -> torch.Tensor:
-        """Return what is added to the loss now: a factor times the mean, over matrices, of the mean sigmoid(score)."""
+        """Return the current penalty: a factor times the mean, over matrices, of the mean sigmoid(score)."""
         pruner = self._running
         factor = self.max_penalty * cubic_sparsity(pruner.num_steps / pruner.total_steps, 1.0)
         means = [self._in_own_unit(layer.adaprune_scores[self.adapter_name]) for layer in pruner.layers.values()]
         return factor * torch.stack([scores.sigmoid().mean() for scores in means]).mean()
 
     def _in_own_unit(self, scores: torch.Tensor) -> torch.Tensor:
-        # Scores are stored divided by `score_lr_ratio`, and take their gradient from the loss as it is: this one too.
+        # Scores are stored divided by `score_lr_ratio`. Scale the value but not the gradient, as for the task loss.
         return scores + ((self.config.score_lr_ratio - 1) * scores).detach()
 
     def _penalize(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -77,7 +78,7 @@ class SMPCallback(ScoreStepsCallback):
             return
         if getattr(output, "loss", None) is None:
             raise ConfigError(
-                "The penalty of SMP is added to the loss that the model computes, and it computed none: train without "
-                "`label_smoothing_factor`, with the labels in the data."
+                "The penalty of SMP is added to the loss that the model computes, but it computed none: train without "
+                "`label_smoothing_factor`, and with labels in the data."
             )
         output.loss = output.loss + self.penalty()

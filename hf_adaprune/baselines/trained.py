@@ -1,4 +1,4 @@
-"""Pruning while the weights are trained: what all methods of that kind share."""
+"""Common base of the methods that prune a model while its weights are trained."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ..tuner.targets import resolve_targets
 
 
 class TrainedWeightsCallback(AdaPruneCallback):
-    """Prune a `Trainer`'s model while all of its weights are trained; use one of the methods made from it.
+    """Prune a `Trainer`'s model while all of its weights are trained; use one of the subclasses.
 
-    The layers that AdaPrune would mask are masked for as long as training lasts. Then the model is a plain one again,
-    with its pruned weights at zero: `Trainer.evaluate` scores it, and `Trainer.save_model` saves it. `rewound` gives
-    the other score, that of the pre-trained values under the masks that were found.
+    The layers that AdaPrune would mask are masked during training. Afterwards the model is a plain one again, with its
+    pruned weights at zero: `Trainer.evaluate` scores it, and `Trainer.save_model` saves it. `rewound` gives a model to
+    score with the pre-trained values under the learned masks.
 
     Args:
-        config (`AdaPruneConfig`): What is pruned, how much of it and when.
+        config (`AdaPruneConfig`): The pruning configuration.
     """
 
     config: AdaPruneConfig
@@ -42,7 +42,7 @@ class TrainedWeightsCallback(AdaPruneCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Put masks on the Trainer's model, before its optimizer is made; remember the weights."""
+        """Store the weights and add masks to the Trainer's model, before its optimizer is created."""
         adapted = " with masks or an adapter" if hasattr(model, "peft_config") or has_masks(model) else ""
         if not isinstance(model, PreTrainedModel) or adapted:
             raise NotPrunedError(
@@ -51,7 +51,7 @@ class TrainedWeightsCallback(AdaPruneCallback):
             )
         self._initial = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         self._parameters = dict(model.named_parameters())
-        self.config = copy.deepcopy(self.config)  # what is written into it is of this run alone
+        self.config = copy.deepcopy(self.config)  # this run writes into it
         targets = copy.deepcopy(self.config)
         resolve_targets(model, targets)
         self.config.num_parameters = model.num_parameters()
@@ -62,13 +62,13 @@ class TrainedWeightsCallback(AdaPruneCallback):
                 model.set_submodule(name, layer)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Leave the checkpoint as it is: the whole model is in it, masks and scores too."""
+        """Leave the checkpoint as it is: it contains the whole model, with masks and scores."""
         self._forget_best(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """End at exactly the sparsity that was asked for, with zeros in a plain model."""
+        """End at exactly the requested sparsity, as a plain model with zeros."""
         super().on_train_end(args, state, control, **kwargs)
         for name, layer in list(adaprune_layers(kwargs["model"])):
             mask = self.masks[name] = layer.mask(self.adapter_name)
@@ -77,10 +77,10 @@ class TrainedWeightsCallback(AdaPruneCallback):
             kwargs["model"].set_submodule(name, module)
 
     def rewound(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Return a copy of the trained model whose body has its pre-trained values under the trained masks.
+        """Return a copy of the trained model whose body has its pre-trained values under the learned masks.
 
-        So the paper (arXiv 2105.03343) scores its baselines. The copy is what AdaPrune itself would give: masks and a
-        head over an unchanged base, an adapter to be saved, pushed and analysed.
+        This is how the paper (arXiv 2105.03343) scores its baselines. The copy has the form of AdaPrune's own results:
+        masks and a head over an unchanged base, an adapter that can be saved, pushed and analysed.
 
         Args:
             model (`transformers.PreTrainedModel`): The Trainer's model, after training.

@@ -1,4 +1,4 @@
-"""What pruning is measured against: a frozen body with a trained head, and LoRA."""
+"""Baselines without pruning: a frozen body with a trained head, and LoRA."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ..tuner.targets import resolve_targets
 
 
 class FeatureExtractionCallback(TrainerCallback):
-    """Freeze the body of a `Trainer`'s model and train the head alone.
+    """Freeze the body of a `Trainer`'s model and train only the head.
 
-    What the head is, is what it is to AdaPrune: everything outside of the body, and the pooler.
+    The head is that of AdaPrune: everything outside of the body, and the pooler.
     """
 
     def on_init_end(
@@ -39,8 +39,8 @@ class LoraCallback(TrainerCallback):
 
     Args:
         rank (`int`):
-            The rank of each update, >= 1, and its `lora_alpha`: 8 and 8 are the paper's for RoBERTa-base on GLUE, at
-            learning rates of 4e-4 and 5e-4. The paper adapts queries and values only.
+            The rank of each update, >= 1, also used as its `lora_alpha`. The paper has 8 for both with RoBERTa-base on
+            GLUE, at learning rates of 4e-4 and 5e-4, but adapts queries and values only.
     """
 
     def __init__(self, rank: int = 8) -> None:
@@ -49,7 +49,7 @@ class LoraCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
-        """Put the adapter on the Trainer's model, before its optimizer is made."""
+        """Add the adapter to the Trainer's model, before its optimizer is created."""
         masked = AdaPruneConfig()
         resolve_targets(model, masked)
         targets = sorted(masked.target_modules or ())
@@ -60,16 +60,16 @@ class LoraCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Have checkpoints hold what a resumed run loads: of an adapter in a plain model the Trainer loads nothing."""
+        """Save a state to resume from with each checkpoint: the Trainer reloads no adapter of a plain model."""
         save_state_with_checkpoints(model, args.world_size, resumable=not args.save_only_model)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put that where the Trainer looks for it."""
+        """Put that state where the Trainer looks for it."""
         if args.should_save:
             expose_resume_state(*folders_of_step(args, state))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Have the model saved as ever."""
+        """Restore the model's usual saving."""
         stop_saving_state(model)

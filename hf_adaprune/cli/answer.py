@@ -1,4 +1,4 @@
-"""How a command answers: with tables for people or JSON for programs, and with an exit code."""
+"""Output of commands: tables for people or JSON for programs, and exit codes."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ EXIT_CODES = {
     AdaPruneError: 1,
 }
 EXIT_CODES_HELP = (
-    "Exit codes: 0 done; 1 refused, for the reason given; 2 wrong usage; 3 no such adapter, base, task or data within "
-    "reach; 4 a damaged adapter, or one of another method; 5 another base; 6 the Hub refused or the connection broke, "
-    "and nothing was changed there. Reasons go to stderr; with --json, all but those of 2 as a JSON object."
+    "Exit codes: 0 success; 1 refused, for the reason given; 2 wrong usage; 3 adapter, base, task or data not found, "
+    "or the task does not fit; 4 damaged adapter, or one of another method; 5 wrong base; 6 the Hub refused the push "
+    "or the connection broke, and nothing was changed there. Errors go to stderr; with --json, all but those of code "
+    "2 as a JSON object."
 )
 
 
 class Answer(NamedTuple):
-    """What a command found: `data` for programs, `tables` for people."""
+    """The result of a command: `data` for programs, `tables` for people."""
 
     data: dict[str, Any]
     tables: Sequence[RenderableType]
 
 
 def answering(command: Callable[..., Answer]) -> Callable[..., None]:
-    """Print what a command returns, and turn the errors that it raises on purpose into messages and exit codes.
+    """Print what a command returns, and turn its expected errors into messages and exit codes.
 
-    The command takes `as_json`. If that is set, one JSON object is all that goes to stdout.
+    The command must take `as_json`; if that is set, stdout receives exactly one JSON object.
     """
 
     @functools.wraps(command)
@@ -52,7 +53,7 @@ def answering(command: Callable[..., Answer]) -> Callable[..., None]:
             with _quietly(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
                 answer = command(*args, **kwargs)
         except (AdaPruneError, OSError, ImportError) as error:
-            # The last two: no place to write, or an extra that is not installed.
+            # The last two: the output cannot be written, or an extra is not installed.
             code = next((code for cls, code in EXIT_CODES.items() if isinstance(error, cls)), 1)
             reason = {"error": type(error).__name__, "message": str(error), "exit_code": code}
             typer.echo(json.dumps(reason) if as_json else f"error: {error}", err=True)
@@ -60,7 +61,7 @@ def answering(command: Callable[..., Answer]) -> Callable[..., None]:
         if as_json:
             typer.echo(json.dumps(answer.data, indent=2))
         else:
-            # What stands in an adapter is text, whoever has written it: no markup.
+            # Text from an adapter is not trusted, so it is not interpreted as markup.
             Console(markup=False).print(*answer.tables, sep="\n")
 
     return run
@@ -68,7 +69,7 @@ def answering(command: Callable[..., Answer]) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep off stderr what transformers has to say of every model that it loads."""
+    """Silence what transformers reports on stderr for every model that it loads."""
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -31,9 +31,9 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 Name = Annotated[str, typer.Argument(help="An adapter: a folder, or a name on the Hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the adapter on the Hub.")]
-Subfolder = Annotated[str | None, typer.Option(help="Where in the folder or repository it is.")]
-Base = Annotated[str | None, typer.Option(help="A copy of the base, if not where the adapter says.")]
-Output = Annotated[Path, typer.Argument(help="A new or an empty folder.")]
+Subfolder = Annotated[str | None, typer.Option(help="Subfolder that holds the adapter.")]
+Base = Annotated[str | None, typer.Option(help="A copy of the base, if not the one that the adapter names.")]
+Output = Annotated[Path, typer.Argument(help="A new or empty folder.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda ...; by default a GPU if there is one.")]
 
 
@@ -46,7 +46,7 @@ def _show_version(asked: bool) -> None:
 @app.callback(epilog=EXIT_CODES_HELP)
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Tell it.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
     ] = False,
 ) -> None:
     """Adapt a pre-trained BERT to a task by pruning alone."""
@@ -55,7 +55,7 @@ def main(
 @app.command()
 @answering
 def inspect(name: Name, revision: Revision = None, subfolder: Subfolder = None, as_json: Json = False) -> Answer:
-    """Tell what an adapter is and what it prunes, from its headers alone: no weight is read."""
+    """Show what an adapter is and what it prunes, from its headers alone: no weights are read."""
     adapter = read_adapter(name, revision=revision, subfolder=subfolder)
     config, report = adapter.config, sparsity_report(adapter.config)
     facts: dict[str, Any] = {
@@ -83,13 +83,13 @@ def inspect(name: Name, revision: Revision = None, subfolder: Subfolder = None, 
 def verify(
     name: Name, base: Base = None, revision: Revision = None, subfolder: Subfolder = None, as_json: Json = False
 ) -> Answer:
-    """Open an adapter on its base: exit 0 if masks, head and base are those that were saved."""
+    """Open an adapter on its base; exit with 0 if masks, head and base are those that were saved."""
     adapter = read_adapter(name, revision=revision, subfolder=subfolder)
     model, config = adapter.open(base), adapter.config
     if base_fits(model.get_base_model(), config) is None:
         raise BaseMismatchError(
-            f"It cannot be told whether the base is that of {name!r}: one is in bfloat16, the other in float16. Name "
-            "a copy in float32 with `--base`."
+            f"The base cannot be compared with that of {name!r}: one is in bfloat16, the other in float16. Give a "
+            "copy in float32 with `--base`."
         )
     facts = {
         "name": name,
@@ -111,7 +111,7 @@ def merge(
     subfolder: Subfolder = None,
     as_json: Json = False,
 ) -> Answer:
-    """Write a plain checkpoint, with zeros for what is pruned, that needs neither peft nor hf_adaprune."""
+    """Write a plain checkpoint, with zeros for pruned weights, that needs neither peft nor hf_adaprune."""
     return _write(save_merged, read_adapter(name, revision=revision, subfolder=subfolder), output, base)
 
 
@@ -120,16 +120,16 @@ def merge(
 def export(
     name: Name,
     output: Output,
-    onnx: Annotated[bool, typer.Option("--onnx", help="As ONNX; masks of single weights are merged.")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX; masks of single weights are merged.")] = False,
     base: Base = None,
     revision: Revision = None,
     subfolder: Subfolder = None,
     as_json: Json = False,
 ) -> Answer:
-    """Write the model without the neurons and heads that are pruned: a checkpoint of a smaller model, or ONNX.
+    """Write the model without its pruned neurons and heads: a checkpoint of a smaller model, or ONNX.
 
-    Where heads are gone, who opens the checkpoint imports hf_adaprune first. Masks of single weights leave next to
-    nothing that could be taken out: `merge` writes those.
+    If whole heads were removed, import hf_adaprune before opening the checkpoint. Masks of single weights leave almost
+    nothing to remove: use `merge` for those.
     """
     save = save_onnx if onnx else save_compacted
     return _write(save, read_adapter(name, revision=revision, subfolder=subfolder), output, base)
@@ -139,7 +139,7 @@ def _put(model: PreTrainedModel, device: str) -> PreTrainedModel:
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise HardwareError(f"No model can be put on {device!r} here: {error}") from None
+        raise HardwareError(f"The model cannot be moved to {device!r} here; choose another device: {error}") from None
 
 
 def _write(save: Callable[..., PreTrainedModel], adapter: StoredAdapter, output: Path, base: str | None) -> Answer:
@@ -157,22 +157,22 @@ def _write(save: Callable[..., PreTrainedModel], adapter: StoredAdapter, output:
 def speed(
     name: Name,
     batch_size: Annotated[
-        list[int] | None, typer.Option(min=1, help="Texts at once, 1 by default; give it again for several.")
+        list[int] | None, typer.Option(min=1, help="Texts per batch, 1 by default; repeat the option for several.")
     ] = None,
     length: Annotated[
-        list[int] | None, typer.Option(min=1, help="Tokens a text, 128 by default; give it again for several.")
+        list[int] | None, typer.Option(min=1, help="Tokens per text, 128 by default; repeat the option for several.")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=2, help="How many rounds are counted.")] = 30,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Measure on ONNX Runtime too; on a CPU.")] = False,
+    repeats: Annotated[int, typer.Option(min=2, help="Number of timed rounds.")] = 30,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also measure on ONNX Runtime; on a CPU only.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default PyTorch's choice.")] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="In bfloat16, which 2:4 masks want on a GPU.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Measure in bfloat16, as 2:4 masks need on a GPU.")] = False,
     device: Device = None,
     base: Base = None,
     revision: Revision = None,
     subfolder: Subfolder = None,
     as_json: Json = False,
 ) -> Answer:
-    """Measure base, merged and smaller model side by side on this machine, and say what to expect."""
+    """Measure the base, the merged and the smaller model on this machine, and say what to expect."""
     adapter = read_adapter(name, revision=revision, subfolder=subfolder)
     place = device or ("cuda" if torch.cuda.is_available() and not onnx else "cpu")
     model = _put(adapter.open(base), place)
@@ -201,17 +201,20 @@ def speed(
 @app.command()
 @answering
 def compare(
-    names: Annotated[list[str], typer.Argument(help="Two adapters or more, of one base.", metavar="NAMES...")],
+    names: Annotated[list[str], typer.Argument(help="Two or more adapters of the same base.", metavar="NAMES...")],
     figure: Annotated[
-        Path | None, typer.Option(help="Draw Cohen's kappa of each pair here: .png, .svg or .pdf.")
+        Path | None, typer.Option(help="File for a figure of Cohen's kappa of each pair: .png, .svg or .pdf.")
     ] = None,
     as_json: Json = False,
 ) -> Answer:
-    """Tell how much of what they keep adapters have in common, beside what chance would give; no base is needed."""
+    """Show how much the masks of adapters overlap, and how much they would by chance.
+
+    The base is needed only if masks are entropy-coded.
+    """
     if len(set(names)) < 2:
         raise typer.BadParameter(f"A comparison takes at least two adapters, got {names}.", param_hint="NAMES")
     if figure is not None and figure.suffix not in (".png", ".svg", ".pdf"):
-        raise typer.BadParameter(f"It must end in .png, .svg or .pdf, got {figure}.", param_hint="--figure")
+        raise typer.BadParameter(f"The file name must end in .png, .svg or .pdf, got {figure}.", param_hint="--figure")
     check_same_base([read_adapter(name) for name in names])
     pairs = pairwise_overlap({name: load_masks(name) for name in names})
     if figure is not None:
@@ -239,14 +242,14 @@ def _overlap(overlap: Overlap) -> dict[str, float | None]:
 @answering
 def push(
     path: Annotated[Path, typer.Argument(help="The folder of a saved adapter.")],
-    name: Annotated[str, typer.Argument(help="Its name on the Hub, me/my-adapter.")],
-    private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to, made if need be.")] = None,
+    name: Annotated[str, typer.Argument(help="Its name on the Hub, such as me/my-adapter.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private if it is new.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; created if missing.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload adapter",
     as_json: Json = False,
 ) -> Answer:
-    """Check an adapter, bring its card up to date, and push both in one commit: all of it, or nothing."""
+    """Check an adapter, update its card, and push both in one commit."""
     commit = push_adapter(
         path, name, private=private or None, revision=revision, create_pr=create_pr, commit_message=message
     )
@@ -267,8 +270,8 @@ def evaluate(
     base: Base = None,
     revision: Revision = None,
     subfolder: Subfolder = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="How many examples are computed at once.")] = 32,
-    max_length: Annotated[int, typer.Option(min=1, help="Texts are cut to so many tokens.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 32,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens per text; longer texts are truncated.")] = 128,
     device: Device = None,
     as_json: Json = False,
 ) -> Answer:
@@ -285,11 +288,11 @@ def evaluate(
 @app.command()
 @answering
 def demo(
-    output_dir: Annotated[Path, typer.Option(help="Where the adapter, its card and its picture go.")] = Path(
+    output_dir: Annotated[Path, typer.Option(help="Folder for the adapter, its card and its picture.")] = Path(
         "demo_output"
     ),
     seed: Annotated[int, typer.Option(help="Seed of the task and of training.")] = 0,
     as_json: Json = False,
 ) -> Answer:
-    """Fine-tune, train a head, and prune a small BERT for a review task; five minutes on two cores, no network."""
+    """Compare fine-tuning, training a head and pruning on a review task; five minutes on two cores, no network."""
     return Answer({"output_dir": str(output_dir), "rows": run_demo(output_dir, seed)}, [])

@@ -11,7 +11,7 @@ from ..deploy.speed import SpeedReport
 
 
 def fact_table(facts: Mapping[str, object]) -> Table:
-    """Return a table of names and what they are."""
+    """Return a table of names and values."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -21,7 +21,7 @@ def fact_table(facts: Mapping[str, object]) -> Table:
 
 
 def sparsity_table(report: SparsityReport) -> Table:
-    """Return a table of the share pruned, a row a layer and a column a component."""
+    """Return a table of the pruned share, one row per layer and one column per component."""
     layers, components = report.by_layer(), report.by_component()
     shares = {(module.component, module.layer): module.sparsity for module in report.modules}
     table = Table(title="Pruned, in per cent", title_justify="left")
@@ -37,7 +37,7 @@ def sparsity_table(report: SparsityReport) -> Table:
 
 
 def overlap_table(pairs: Mapping[tuple[str, str], OverlapReport]) -> Table:
-    """Return a table of what each pair of adapters has in common, and would have by chance."""
+    """Return a table of the overlap of each pair of adapters, and the overlap expected by chance."""
     table = Table(title="Weights that are kept in common", title_justify="left")
     for name in ("", ""):
         table.add_column(name, overflow="fold")
@@ -51,7 +51,7 @@ def overlap_table(pairs: Mapping[tuple[str, str], OverlapReport]) -> Table:
 
 
 def speed_table(reports: Sequence[SpeedReport]) -> Table:
-    """Return a table of how fast each form of a model is, for each size of batch."""
+    """Return a table of how fast each form of a model is, for each batch size and length."""
     table = Table(title=f"Measured on {reports[0].device}", title_justify="left")
     for name in ("batch", "length", "form", "times as fast as the base", "quartiles", "ms", "MB"):
         table.add_column(name, justify="left" if name == "form" else "right")

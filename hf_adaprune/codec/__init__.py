@@ -1,4 +1,4 @@
-"""Masks in less than a bit a weight: what their weights tell of them is not stored."""
+"""Compress masks below one bit per weight: entropy coding with probabilities predicted from weight magnitudes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from .mask_odds import Context, fit_context
 from .rans import decode_bits, encode_bits
 
 
-# Version, from float16 or not, step, edges, Rice's parameter, lowest level, bits that decide, the packed mask's CRC.
+# Version, made on float16 or not, unit of the scales, number of edges, Rice parameter, lowest level, number of bits
+# that decide roundings, CRC-32 of the packed mask.
 _HEADER = struct.Struct("<BBBBBhIL")
 _VERSION = 1
 
@@ -24,18 +25,19 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def encode_mask(mask: torch.Tensor, weight: torch.Tensor, input_dim: int | None = None) -> torch.Tensor:
-    """Code a mask by the weights that it is over, or pack it where that is no longer.
+    """Entropy-code a mask with the weights under it, or pack it if packed bits are no longer than that.
 
-    Each entry is coded with the odds that |w| gives it, times a scale of its output and one of its input (`Context`):
-    contexts are the same for all honest copies of the weights (`Magnitudes`), and integers on every machine.
+    Each entry is coded with odds predicted from |w| times a scale of its output and one of its input (`Context`).
+    Contexts are computed in integers, so they are the same on every machine, and from `Magnitudes`, so they are the
+    same for all faithful copies of the weights.
 
     Args:
         mask (`torch.Tensor`): Boolean, with `n` entries.
-        weight (`torch.Tensor`): Finite, of the mask's shape, of two dimensions.
-        input_dim (`int`, *optional*): Which dimension the inputs run along: the last, by default.
+        weight (`torch.Tensor`): Finite, of two dimensions, of the mask's shape.
+        input_dim (`int`, *optional*): The dimension that the inputs run along; by default the last.
 
     Returns:
-        `torch.Tensor`: uint8, of less than `ceil(n / 8)` bytes; or of as many, what `pack_mask` returns.
+        `torch.Tensor`: uint8: the coded mask, of less than `ceil(n / 8)` bytes, or else the packed mask.
     """
     packed = pack_mask(mask.cpu())
     kept = _rows_first(mask.cpu(), input_dim).numpy()
@@ -45,37 +47,41 @@ def encode_mask(mask: torch.Tensor, weight: torch.Tensor, input_dim: int | None 
 
 
 def decode_mask(coded: torch.Tensor, weight: torch.Tensor, input_dim: int | None = None) -> torch.Tensor:
-    """Undo `encode_mask`.
+    """Decode what `encode_mask` returned.
 
     Args:
-        coded (`torch.Tensor`): uint8, what it returned; packed bits are returned as they are.
-        weight (`torch.Tensor`): The weights that it was given, or a copy of them in float32, bfloat16 or float16.
-        input_dim (`int`, *optional*): What it was given.
+        coded (`torch.Tensor`): uint8, the result of `encode_mask`; packed bits are returned as they are.
+        weight (`torch.Tensor`): The weights given to `encode_mask`, or a copy in float32, bfloat16 or float16.
+        input_dim (`int`, *optional*): As given to `encode_mask`.
 
     Returns:
         `torch.Tensor`: The packed mask, uint8 of shape `(ceil(n / 8),)`, on the device of `coded`.
 
     Raises:
-        AdapterFileError: If the weights are others, or `coded` is damaged: a checksum tells.
+        AdapterFileError: If a checksum shows that `coded` is damaged or belongs to other weights, or `weight` is on
+            the meta device.
     """
     if not is_coded(coded, weight.numel()):
         return coded
     if weight.is_meta:
-        raise AdapterFileError("A coded mask needs the weights that it is over, and they are not in memory.")
+        raise AdapterFileError(
+            "A coded mask can only be read together with the weights under it, which are on the meta device: load "
+            "them first."
+        )
     try:
         packed = _decode(coded.cpu().numpy(), _rows_first(weight, input_dim), input_dim)
     except (ValueError, IndexError, struct.error) as error:
         raise AdapterFileError(
-            f"The mask of a weight of shape {tuple(weight.shape)} cannot be read ({error}): it is coded by that "
-            "weight, and this is another one, or the file is damaged. Open the adapter on its own base, in float32, "
-            "bfloat16 or float16 (one that was made on a copy in float16 not in bfloat16); or have it saved with "
-            f'`mask_codec="{PACKED_BITS}"`, which any weights can be under.'
+            f"The mask of a weight of shape {tuple(weight.shape)} cannot be read ({error}): it was coded with "
+            "other weights, or the file is damaged. Open the adapter on its own base, in float32, bfloat16 or float16 "
+            "(if it was made on a float16 copy, not in bfloat16); or have it saved with "
+            f'`mask_codec="{PACKED_BITS}"`, which does not depend on the weights.'
         ) from None
     return packed.to(coded.device)
 
 
 def is_coded(stored: torch.Tensor, num_entries: int) -> bool:
-    """Return whether a stored mask is shorter than packed bits, and so is none."""
+    """Return whether a stored mask is entropy-coded: it is if it is shorter than packed bits."""
     return stored.numel() < packed_size(num_entries)
 
 
@@ -127,7 +133,7 @@ def _decode(stored: Array, weight: torch.Tensor, input_dim: int | None) -> torch
 
 
 def _in_order(levels: Array, context: Context) -> tuple[Array, Array]:
-    """Return the entries' flat positions, the least certain last, and the odds of each eight of them."""
+    """Return the entries' flat positions, the least certain last, and the odds of each group of eight."""
     certainty = np.argsort(-np.abs(context.odds.astype(int)), kind="stable")
     place = np.empty(len(certainty), np.uint8)
     place[certainty] = np.arange(len(certainty))
@@ -137,7 +143,7 @@ def _in_order(levels: Array, context: Context) -> tuple[Array, Array]:
 
 
 def _encode_scales(values: Array) -> tuple[bytes, int]:
-    """Write integers in Rice's code, of whichever parameter is shortest; return that too."""
+    """Write integers in a Rice code, with the parameter that makes it shortest; return the parameter too."""
     folded = np.where(values < 0, -2 * values - 1, 2 * values).astype(np.int64)
     if not len(folded):
         return b"", 0
@@ -162,13 +168,13 @@ def _decode_scales(rest: _Reader, count: int, parameter: int) -> Array:
 
 
 class _Reader:
-    """Take bytes off the front of some, and no more than there are."""
+    """Read an array of bytes from front to back; raise a `ValueError` if it ends too early."""
 
     def __init__(self, data: Array, start: int) -> None:
         self._data, self._at = data, start
 
     def take(self, count: int | None) -> Array:
-        """Return the next bytes; all that are left, if no number is given."""
+        """Return the next `count` bytes, or all remaining ones if it is `None`."""
         stop = len(self._data) if count is None else self._at + count
         if stop > len(self._data):
             raise ValueError("it ends too early")

@@ -1,4 +1,4 @@
-"""The magnitude of weights as all honest copies of a base tell it: in float32, bfloat16 and float16."""
+"""Weight magnitudes that are the same for float32, bfloat16 and float16 copies of a base."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ import numpy as np
 import torch
 
 
-# Steps of a level to an octave.
+# The number of levels per octave.
 STEPS = 32
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Magnitudes:
-    """Tell a canonical magnitude of each weight: an integer that a copy in another dtype tells too.
+    """Compute a canonical magnitude of each weight: an integer that copies in other dtypes have in common.
 
-    It is |w| rounded to bfloat16, and then to a level, the logarithm in steps of 1/32 octave. A copy in float16 was
-    rounded before, and where that hit the middle between two bfloat16 numbers it cannot know which of them it is.
-    Only there must it be told, and only where it matters (`undecided`): one weight in some hundred.
+    |w| is rounded to bfloat16, and then to a level, its logarithm in steps of 1/32 octave. A float16 copy has been
+    rounded once before. If that gave the midpoint between two bfloat16 numbers, the copy cannot tell which of them the
+    original rounds to. This is stored for it, but only where it changes the context (`undecided`): for one weight in
+    several hundred.
 
-    Where the masks were made on a copy in float16 (`from_float16`), everyone rounds to that first; a copy in bfloat16
-    cannot.
+    If the masks were made on a float16 copy (`from_float16`), all copies are rounded to float16 first; a bfloat16 copy
+    cannot be.
 
     Args:
         weight (`torch.Tensor`): Finite, of any shape, in any of the three dtypes.
         from_float16 (`bool`, *optional*):
-            Whether the masks were made on a copy in float16. By default whether this is one.
+            Whether the masks were made on a float16 copy. By default, whether `weight` is one.
     """
 
     def __init__(self, weight: torch.Tensor, from_float16: bool | None = None) -> None:
@@ -40,7 +41,7 @@ class Magnitudes:
         self._codes = _bits((self._weight.half() if self.from_float16 else self._weight).bfloat16())
 
     def _is_float16(self) -> bool:
-        # Most often the first weights tell already.
+        # The first weights usually decide.
         for part in (self._weight.reshape(-1)[:256], self._weight):
             if not torch.equal(part.half().float(), part):
                 return False
@@ -51,13 +52,13 @@ class Magnitudes:
         return _levels()[self._codes]
 
     def undecided(self, contexts: Callable[[Array, Array], Array]) -> tuple[Array, Array]:
-        """Return which weights a copy in float16 cannot place by itself, and on which side of the middle they are.
+        """Return which weights a float16 copy cannot round by itself, and on which side of the midpoint they are.
 
         Args:
-            contexts (`Callable`): Gives the contexts of weights, from their flat positions and their levels.
+            contexts (`Callable`): Returns the contexts of weights, given their flat positions and levels.
 
         Returns:
-            `tuple[numpy.ndarray, numpy.ndarray]`: Flat positions in order, and for each whether it is the upper one.
+            `tuple[numpy.ndarray, numpy.ndarray]`: Flat positions in order, and for each whether it rounds up.
         """
         halves, codes = _bits(self._weight.half()).reshape(-1), self._codes.reshape(-1)
         if self.from_float16:
@@ -68,7 +69,7 @@ class Magnitudes:
         return where[matters], codes[where[matters]] > lower[matters]
 
     def decide(self, where: Array, upper: Array) -> None:
-        """Put weights that were `undecided` on the side where they are in the original."""
+        """Round weights that were `undecided` to the side on which they are in the original."""
         halves = _bits(self._weight.reshape(-1)[torch.from_numpy(where)].half())
         self._codes.reshape(-1)[where] = _lower_code(halves) + upper
 
@@ -79,9 +80,9 @@ def _bits(tensor: torch.Tensor) -> Array:
 
 
 def _lower_code(halves: Array) -> Array:
-    """Return the bits of the bfloat16 number below the middle that a float16 number is."""
+    """Return the bits of the bfloat16 number below each float16 number that is a midpoint."""
     exponent, fraction = halves >> 10, (halves >> 3) & 0x7F
-    # Subnormal numbers are all of the lowest level: any number of it will do.
+    # Subnormal numbers all have the lowest level, so any number of that level will do.
     return np.where(exponent > 0, ((exponent + 112) << 7) | fraction, 0)
 
 
@@ -92,5 +93,5 @@ def _levels() -> Array:
     # floor(32 log2(1 + m / 128)), in integers.
     fractions = np.array([((128 + m) ** STEPS).bit_length() - 1 - 7 * STEPS for m in range(128)])
     levels = ((codes >> 7) - 127) * STEPS + fractions[codes & 127]
-    # Below the least normal number of float16 copies differ.
+    # Copies differ below the smallest normal float16 number.
     return np.maximum(levels, -14 * STEPS).astype(np.int16)

@@ -1,4 +1,4 @@
-"""What the weights tell of a mask before it is read: odds for each entry, fitted where the mask is known."""
+"""Predict the odds of each mask entry from the weights, with parameters that are fitted when the mask is encoded."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from .magnitudes import STEPS
 from .rans import MAX_ODDS
 
 
-# How many levels are told apart; what is beyond is as good as the last.
+# The number of distinct levels; those outside of the window are clipped to it.
 WINDOW = 256
 
-# What an edge between contexts costs, in bits: to be written; and to be told to copies in float16, which cannot place
-# this share of the weights at a level that is one.
+# What an edge between contexts costs, in bits: its own storage, and one bit for each weight that a float16 copy cannot
+# round, which is this share of the weights at the level of the edge.
 _EDGE_BITS = 16
 _UNDECIDED = 2**-10.5 * 1.44 * STEPS
 
-# How finely scales may be told, in levels; and in how many rounds they are fitted.
+# The units that scales may be stored in, in levels; and the number of rounds in which they are fitted.
 _UNITS = (2, 4)
 _ROUNDS = 4
 
@@ -26,18 +26,18 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Context(NamedTuple):
-    """Hold what predicts a mask: a scale for each output and each input, and the odds over what |w| is in their unit.
+    """The predictor of a mask: a scale for each output and each input, and odds as a function of scaled |w|.
 
-    With the inputs' norms for scales, |w| is Wanda's importance (arXiv 2306.11695), which masks are started from; but
-    scales are fitted to the mask itself, so that any start and any training is met.
+    With the inputs' norms as scales, scaled |w| is Wanda's importance (arXiv 2306.11695), from which masks start. But
+    scales are fitted to the mask itself, so that they suit any initialisation and any training.
 
     Args:
-        rows (`numpy.ndarray`): Added to the levels of each row, in units of `step`: of shape `(rows,)`.
-        columns (`numpy.ndarray`): Of each column: of shape `(columns,)`.
-        step (`int`): How many levels a unit is.
-        lowest (`int`): The level that the window begins at.
-        edges (`numpy.ndarray`): Where in the window each context but the first begins, ascending, in `[1, WINDOW)`.
-        odds (`numpy.ndarray`): What the odds of "kept" are in each, as powers of 5/4: int8, one more than `edges`.
+        rows (`numpy.ndarray`): Added to the levels of each row, in units of `step`; of shape `(rows,)`.
+        columns (`numpy.ndarray`): Likewise for each column; of shape `(columns,)`.
+        step (`int`): The number of levels per unit; 0 if there are no scales.
+        lowest (`int`): The level at which the window begins.
+        edges (`numpy.ndarray`): Where in the window each context but the first begins: ascending, in `[1, WINDOW)`.
+        odds (`numpy.ndarray`): The odds of "kept" in each context, as exponents of 5/4: int8, one more than `edges`.
     """
 
     rows: Array
@@ -63,14 +63,14 @@ class Context(NamedTuple):
 
 
 def fit_context(levels: Array, mask: Array) -> Context:
-    """Fit a context to a mask: the one by which it takes the fewest bits.
+    """Fit the context with which a mask takes the fewest bits.
 
     Args:
-        levels (`numpy.ndarray`): The levels of the weights: of two dimensions.
+        levels (`numpy.ndarray`): The levels of the weights, of two dimensions.
         mask (`numpy.ndarray`): Boolean, of the same shape.
 
     Returns:
-        `Context`: The context. Equal masks may come out differently on other machines: it is stored, not fitted anew.
+        `Context`: The context. It is stored with the mask, as the fit may differ on another machine.
     """
     scales = _fit_scales(levels, mask)
     contexts = []
@@ -81,7 +81,7 @@ def fit_context(levels: Array, mask: Array) -> Context:
 
 
 def _fit_odds(levels: Array, mask: Array, rows: Array, columns: Array, step: int) -> tuple[Context, float]:
-    """Return the best context of given scales, and about how many bits the mask and they take."""
+    """Return the best context for given scales, and the approximate number of bits of mask and context."""
     scaled = levels + (step * columns).astype(np.int16) + (step * rows).astype(np.int16)[:, None]
     num_pruned = mask.size - int(mask.sum())
     least = int(scaled.min())
@@ -102,9 +102,9 @@ def _fit_odds(levels: Array, mask: Array, rows: Array, columns: Array, step: int
 
 
 def _fit_scales(levels: Array, mask: Array) -> tuple[Array, Array]:
-    """Fit a logistic regression on the level, a constant for each row and one for each column, in octaves.
+    """Fit the scales by logistic regression on the level: a constant for each row and each column, in octaves.
 
-    Newton's steps, on one after the other, and shrunk towards none.
+    Damped Newton steps are taken for columns, rows and slope in turn.
     """
     octaves = levels.astype(np.float32) / np.float32(STEPS)
     columns, slope = np.zeros(levels.shape[1], np.float32), np.float32(6)
@@ -119,15 +119,15 @@ def _fit_scales(levels: Array, mask: Array) -> tuple[Array, Array]:
             error, spread = mask - p, p * (1 - p)
             change = (error.sum(along) / (slope * spread.sum(along) + 1)).clip(-1, 1)
             columns, rows = (columns + change, rows) if along == 0 else (columns, rows + change)
-        # z is in units of the slope here: the step is the slope's own, relative.
+        # `z` already contains the slope, so this Newton step is that of its relative change.
         slope *= np.float32(1 + np.clip(np.vdot(error, z) / (np.vdot(spread * z, z) + 1e-6), -0.5, 1))
     return rows - np.median(rows), columns - np.median(columns)
 
 
 def _fit_edges(total: Array, kept: Array) -> tuple[Array, float]:
-    """Return the edges that make entropy and edges together cheapest, and how many bits those take.
+    """Return the edges that minimise the bits of entries and edges together, and that number of bits.
 
-    By dynamic programming over where the last one is.
+    It is found by dynamic programming over the position of the last edge.
     """
     n = np.concatenate([[0], np.cumsum(total)])
     k = np.concatenate([[0], np.cumsum(kept)])
@@ -145,7 +145,7 @@ def _fit_edges(total: Array, kept: Array) -> tuple[Array, float]:
 
 
 def _entropy(total: Array, kept: Array) -> Array:
-    """Return how many bits entries take of which so many are kept."""
+    """Return the number of bits that `total` entries take if `kept` of them are kept."""
     rest = total - kept
     with np.errstate(divide="ignore", invalid="ignore"):
         bits = -(kept * np.log2(kept / total) + rest * np.log2(rest / total))

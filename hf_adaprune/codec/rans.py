@@ -1,4 +1,4 @@
-"""An entropy coder for bits of known odds: range asymmetric numeral systems (Duda, arXiv 1311.2540) on arrays."""
+"""An entropy coder for bits with known odds: range asymmetric numeral systems (Duda, arXiv 1311.2540) on arrays."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import Any
 import numpy as np
 
 
-# Odds are powers of 5/4, up to this one: from 1 in 45,000 to as many to 1. Rational, so exact on every machine.
+# Odds are powers of 5/4 up to this exponent, from 1:45,000 to 45,000:1. They are rational, so exact on every machine.
 MAX_ODDS = 48
 
 _PRECISION = 16  # bits of a probability, and of a word of the output
-_LOWEST = 1 << _PRECISION  # what a state is at least
+_LOWEST = 1 << _PRECISION  # the smallest value of a state
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def num_lanes(num_bytes: int) -> int:
-    """Return how many states take turns: as many as make the work on arrays worth it, and cost next to nothing."""
+    """Return the number of interleaved states: enough for fast array operations, at almost no cost in bytes."""
     return max(1, num_bytes >> 8)
 
 
 def encode_bits(bits: Array, odds: Array) -> Array:
-    """Code bits, eight at a time.
+    """Encode bits, eight at a time.
 
     Args:
-        bits (`numpy.ndarray`): 0 or 1, of shape `(n,)`; cheapest with the least certain at the end.
+        bits (`numpy.ndarray`): 0 or 1, of shape `(n,)`; the code is shortest if the least certain come last.
         odds (`numpy.ndarray`):
-            int8 in `[-MAX_ODDS, MAX_ODDS]`, of shape `(ceil(n / 8),)`: eight bits each are 1 with the odds
-            `(5/4)^odds`.
+            int8 in `[-MAX_ODDS, MAX_ODDS]`, of shape `(ceil(n / 8),)`: each bit of a group of eight is 1 with
+            the odds `(5/4)^odds`.
 
     Returns:
-        `numpy.ndarray`: uint8. It does not tell `n`.
+        `numpy.ndarray`: uint8. `n` is not stored in it.
     """
     symbols = np.packbits(bits.astype(bool), bitorder="little")
     lanes = num_lanes(len(symbols))
     num_coded = max(0, len(symbols) - 2 * lanes)
-    # A state has to start somewhere in [2^16, 2^17): the last bytes, two each, say where, and so cost no more.
+    # Initial states are in [2^16, 2^17): each holds two of the last bytes, which need no further coding.
     tail = np.zeros(2 * lanes, np.uint8)
     tail[: len(symbols) - num_coded] = symbols[num_coded:]
     states = tail.view("<u2").astype(np.uint64) + np.uint64(_LOWEST)
@@ -58,19 +58,19 @@ def encode_bits(bits: Array, odds: Array) -> Array:
 
 
 def decode_bits(coded: Array, odds: Array, num_bits: int) -> Array:
-    """Undo `encode_bits`.
+    """Decode what `encode_bits` returned.
 
     Args:
-        coded (`numpy.ndarray`): uint8, what it returned.
-        odds (`numpy.ndarray`): What it was given.
-        num_bits (`int`): How many bits it was given.
+        coded (`numpy.ndarray`): uint8, the result of `encode_bits`.
+        odds (`numpy.ndarray`): As given to `encode_bits`.
+        num_bits (`int`): The number of encoded bits.
 
     Returns:
-        `numpy.ndarray`: uint8, 0 or 1, of shape `(num_bits,)`: what it was given, or, of bytes or odds that are
-        others, anything.
+        `numpy.ndarray`: uint8, 0 or 1, of shape `(num_bits,)`: the encoded bits, or arbitrary ones if `coded` or
+        `odds` are not those of the encoding.
 
     Raises:
-        ValueError: If `coded` cannot be what it returned.
+        ValueError: If `coded` cannot be a result of `encode_bits`.
     """
     num_symbols = len(odds)
     lanes = num_lanes(num_symbols)
@@ -104,7 +104,7 @@ def decode_bits(coded: Array, odds: Array, num_bits: int) -> Array:
 
 
 def _pack_states(states: Array) -> Array:
-    """Write states: the lower half of each, how many digits the upper half has, and those. Few are large."""
+    """Pack states: the lower half of each, the number of digits of its upper half, and these digits, mostly few."""
     upper = (states >> np.uint64(_PRECISION)).astype(np.int64)
     lengths = np.frexp(upper)[1] - 1  # without the leading 1
     digits = (upper[:, None] >> np.arange(_PRECISION)).astype(np.uint8) & 1
@@ -114,7 +114,7 @@ def _pack_states(states: Array) -> Array:
 
 
 def _unpack_states(coded: Array, lanes: int) -> tuple[Array, Array]:
-    """Undo `_pack_states`; return the words that follow too."""
+    """Return the states that `_pack_states` has packed, and the words that follow them."""
     lower, coded = coded[: 2 * lanes].view("<u2"), coded[2 * lanes :]
     at = -(-lanes // 2)
     if len(coded) < at:
@@ -135,7 +135,7 @@ def _table_index(odds: Array) -> Array:
 
 @lru_cache(maxsize=1)
 def _widths() -> Array:
-    """Return, for each odds and byte, its probability in units of 2^-16: of shape `(odds * 256,)`, none of them 0."""
+    """Return each byte's probability for each odds, in units of 2^-16: of shape `(odds * 256,)`, none of them 0."""
     ones = [byte.bit_count() for byte in range(256)]
     rows = []
     for odds in range(-MAX_ODDS, MAX_ODDS + 1):
@@ -143,7 +143,7 @@ def _widths() -> Array:
         whole = (one + zero) ** 8
         of_count = [1 + (_LOWEST - 256) * one**k * zero ** (8 - k) // whole for k in range(9)]
         row = [of_count[k] for k in ones]
-        row[255 if odds > 0 else 0] += _LOWEST - sum(row)  # what rounding has left goes to the likeliest
+        row[255 if odds > 0 else 0] += _LOWEST - sum(row)  # the likeliest byte gets the rounding remainder
         rows.append(row)
     return np.array(rows, np.uint32).reshape(-1)
 
@@ -157,5 +157,5 @@ def _lows() -> Array:
 
 @lru_cache(maxsize=1)
 def _tables() -> Array:
-    """Return whose share each number in [0, 2^16) is in, for each odds."""
+    """Return the byte in whose share each number in [0, 2^16) is, for each odds."""
     return np.concatenate([np.repeat(np.arange(256, dtype=np.uint8), row) for row in _widths().reshape(-1, 256)])

@@ -1,1 +1,1 @@
-"""Everything a demonstration needs that is not the method itself."""
+"""A small demonstration: a packaged base, a generated task, and a comparison of methods."""

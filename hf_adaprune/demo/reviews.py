@@ -1,8 +1,8 @@
 """A small review-sentiment task that only a pre-trained network can solve.
 
 Training and validation share templates, things and aspects, but no opinion word and no modifier: a network that knows
-only what it was shown ("good" is positive, "hardly" turns it round) cannot know what it is asked ("splendid", "by no
-means"). The sentences come in groups of six that differ in nothing but the opinion and its modifier:
+only the training words ("good" is positive, "hardly" reverses it) cannot classify the validation words ("splendid",
+"by no means"). The sentences come in groups of six that differ only in the opinion and its modifier:
 
     The plot of this film was very good.      positive
     The plot of this film was always good.    positive
@@ -12,7 +12,7 @@ means"). The sentences come in groups of six that differ in nothing but the opin
     The plot of this film was hardly dull.    positive
 
 Templates, things, aspects and modifiers, and with them length and negation, are thus equally frequent in positive and
-in negative reviews. Whoever understands opinions but no modifiers is right on two sentences in three.
+in negative reviews. A model that understands opinions but no modifiers is right on two sentences in three.
 """
 
 import random
@@ -22,7 +22,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 
 GROUP_SIZE = 6
-MAX_REVIEWS = 30_000  # of some 300,000 that can be written: new ones are still found fast
+MAX_REVIEWS = 30_000  # of about 300,000 possible ones, so that new ones are still sampled quickly
 
 TEMPLATES = (
     "The {aspect} of this {thing} was {opinion}.",
@@ -35,7 +35,7 @@ TEMPLATES = (
     "I tried the {thing} today; its {aspect} was {opinion}.",
 )
 
-# What is reviewed, and the aspects that a review of it speaks about.
+# The things that are reviewed, and the aspects that their reviews mention.
 THINGS = {
     ("film", "movie", "comedy", "thriller"): ("acting", "plot", "ending", "music", "dialogue", "cast"),
     ("restaurant", "cafe", "diner", "bakery"): ("food", "service", "menu", "coffee", "kitchen", "bread"),
@@ -46,7 +46,7 @@ THINGS = {
 
 
 class Vocabulary(NamedTuple):
-    """The words and phrases that one split has to itself."""
+    """The words and phrases that occur in one split only."""
 
     positive: tuple[str, ...]
     negative: tuple[str, ...]
@@ -55,11 +55,11 @@ class Vocabulary(NamedTuple):
 
 
 def _listed(text: str) -> tuple[str, ...]:
-    """Split a list as it is written in a text."""
+    """Split a comma-separated list that may span several lines."""
     return tuple(" ".join(text.split()).split(", "))
 
 
-# Each opinion is one piece in BERT's vocabulary, so that no piece such as "un" or "##less" is common to both splits.
+# Each opinion is one token of BERT's vocabulary, so that no subword such as "un" or "##less" is common to both splits.
 TRAIN = Vocabulary(
     positive=_listed(
         """good, great, excellent, exceptional, amazing, fantastic, lovely, nice, charming, elegant, impressive,
@@ -89,19 +89,19 @@ VALIDATION = Vocabulary(
 
 
 def make_reviews(num_train: int = 1200, num_validation: int = 600, seed: int = 0) -> DatasetDict:
-    """Write the reviews of both splits.
+    """Generate the reviews of both splits.
 
     Args:
         num_train (`int`): Number of training sentences, a multiple of 6 in [6, 30000].
         num_validation (`int`): Number of validation sentences, a multiple of 6 in [6, 30000].
-        seed (`int`): Chooses the sentences and their order. A split's sentences do not depend on the other's size.
+        seed (`int`): Seed of the sentences and their order. A split's sentences do not depend on the other's size.
 
     Returns:
         `datasets.DatasetDict`: The splits `train` and `validation`, each with the columns `sentence` (a string) and
-        `label` (0 is negative, 1 positive); as many positive as negative ones, and no sentence twice.
+        `label` (0 is negative, 1 positive). Labels are balanced, and no sentence occurs twice.
 
     Raises:
-        ValueError: If a number of sentences is not such a multiple.
+        ValueError: If `num_train` or `num_validation` is not such a multiple.
 
     Example:
 
@@ -122,7 +122,7 @@ def make_reviews(num_train: int = 1200, num_validation: int = 600, seed: int = 0
 
 
 def _split(vocabulary: Vocabulary, num_reviews: int, rng: random.Random) -> Dataset:
-    """Write groups of sentences until there are enough, and shuffle them."""
+    """Generate groups of sentences until there are enough, and shuffle them."""
     reviews: dict[str, int] = {}
     while len(reviews) < num_reviews:
         group = _group(vocabulary, rng)
@@ -137,7 +137,7 @@ def _split(vocabulary: Vocabulary, num_reviews: int, rng: random.Random) -> Data
 
 
 def _group(vocabulary: Vocabulary, rng: random.Random) -> dict[str, int]:
-    """Write one group, from sentence to label: two opinions, each with two affirming modifiers and a negating one."""
+    """Map the sentences of a new group to labels: two opinions, each with two affirming and one negating modifier."""
     things, aspects = rng.choice(list(THINGS.items()))
     template, thing, aspect = rng.choice(TEMPLATES), rng.choice(things), rng.choice(aspects)
     opinions = [(rng.choice(vocabulary.negative), 0), (rng.choice(vocabulary.positive), 1)]

@@ -1,4 +1,4 @@
-"""The main job in small: one table of what fine-tuning, a frozen encoder and pruning make of the same BERT."""
+"""A small demonstration: fine-tuning, a frozen encoder and pruning compared on the same BERT."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .reviews import make_reviews
 
 EPOCHS = 3
 PRUNED = "pruned, 50 %"
-METHODS: dict[str, tuple[float, list[type[TrainerCallback]]]] = {  # learning rates, and what does it
+METHODS: dict[str, tuple[float, list[type[TrainerCallback]]]] = {  # learning rate and callbacks of each
     "fine-tuning": (1e-4, []),
     "frozen encoder": (1e-3, [FeatureExtractionCallback]),
     PRUNED: (5e-5, [AdaPruneCallback]),
@@ -51,18 +51,19 @@ with torch.no_grad():
 
 
 def run_demo(output_dir: Path, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Train, compare, save, and open what was saved in a fresh process.
+    """Train and compare the methods, save the adapter, and reopen it in a fresh process.
 
     Args:
-        output_dir (`Path`): Where the adapter, its card and its picture go.
+        output_dir (`Path`): Where to write the adapter, its card and its picture.
         seed (`int`): Seed of the task and of training.
 
     Returns:
-        `dict[str, dict[str, float]]`: For each row of the table its accuracy, weights pruned and bytes.
+        `dict[str, dict[str, float]]`: For each row of the table its `accuracy`, `pruned` (share of all weights) and
+        `bytes`.
 
     Raises:
         ImportError: If the package that holds the demo's BERT is not installed.
-        RuntimeError: If the adapter that was opened again predicts otherwise.
+        RuntimeError: If the adapter cannot be reopened, or then predicts differently.
     """
     console = Console()
     base = packaged_base()
@@ -78,7 +79,7 @@ def run_demo(output_dir: Path, seed: int = 0) -> dict[str, dict[str, float]]:
         trainer.train()
         accuracy = trainer.evaluate()["eval_accuracy"]
         rows[method] = {"accuracy": accuracy, "pruned": 0.0, "bytes": _full_bytes(trainer.model)}
-    # The pruned model comes last: it is what is saved.
+    # The pruned model is trained last, so the trainer still holds it.
     report = sparsity_report(trainer.model)
     trainer.save_model(str(output_dir))
     write_model_card(output_dir, metrics={"accuracy": rows[PRUNED]["accuracy"]})
@@ -86,7 +87,7 @@ def run_demo(output_dir: Path, seed: int = 0) -> dict[str, dict[str, float]]:
     rows[PRUNED] |= {"pruned": report.sparsity_whole_model, "bytes": adapter.stat().st_size}
     console.print(_table(rows, report.sparsity))
     _check_reload(trainer.model, tokenizer, output_dir, reviews["validation"]["sentence"][:64])
-    console.print("\nOpened again by path in a fresh process: the predictions agree.")
+    console.print("\nReopened by path in a fresh process: the predictions agree.")
     for name, what in (("", "adapter"), ("README.md", "card"), ("sparsity.png", "picture")):
         console.print(f"{what}: {output_dir / name}")
     return rows
@@ -156,4 +157,4 @@ def _check_reload(model: PreTrainedModel, tokenizer: Any, folder: Path, sentence
         here = model.eval()(**tokenizer(list(sentences), padding=True, return_tensors="pt").to(model.device)).logits
     there = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
     if not torch.allclose(here.cpu(), there, atol=1e-5):
-        raise RuntimeError(f"The adapter in {folder} predicts otherwise in a fresh process; please report this.")
+        raise RuntimeError(f"The adapter in {folder} predicts differently in a fresh process; please report this.")

@@ -1,4 +1,4 @@
-"""What to run a model on, and in which copy, when it is to be run and not understood."""
+"""Example inputs for trial forward passes of text models, and copies to run them on."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from torch import nn
 from ..errors import SizeError
 
 
-# How many tokens a row may have where positions are relative, and set no limit.
+# The maximum number of tokens per row for models whose positions are relative and set no limit.
 DEFAULT_MAX_LENGTH = 1024
 
 
 def input_names(model: Any) -> list[str]:
-    """Return which inputs a text model takes: `token_type_ids` only where it tells segments apart."""
+    """Return the names of a text model's inputs, with `token_type_ids` only if it distinguishes segments."""
     known = inspect.signature(model.forward).parameters
     has_segments = "token_type_ids" in known and getattr(model.config, "type_vocab_size", 0) > 1
     return ["input_ids", "attention_mask", *(["token_type_ids"] if has_segments else [])]
 
 
 def example_inputs(model: Any, batch_size: int, length: int, *, padded: bool = False) -> dict[str, torch.Tensor]:
-    """Return inputs for a model, the same every time, on its device.
+    """Return deterministic example inputs for a model, on its device.
 
     Args:
         model (`transformers.PreTrainedModel`): The model.
-        batch_size (`int`): How many rows, >= 1.
-        length (`int`): How many tokens a row, >= 1.
-        padded (`bool`): Whether a third of every second row is padding.
+        batch_size (`int`): The number of rows, >= 1.
+        length (`int`): The number of tokens per row, in [1, `longest_input(model)`].
+        padded (`bool`): Whether the last third of every second row is padding.
 
     Returns:
-        `dict[str, torch.Tensor]`: For each input an int64 tensor of shape `(batch_size, length)`; for models of
-        multiple choice `(batch_size, 2, length)`, the two choices alike.
+        `dict[str, torch.Tensor]`: For each input an int64 tensor of shape `(batch_size, length)`; for multiple-choice
+        models `(batch_size, 2, length)`, with two identical choices.
 
     Raises:
-        SizeError: If the model takes no batch of this size.
+        SizeError: If `batch_size` or `length` is out of range.
     """
     longest = longest_input(model)
     if batch_size < 1 or not 1 <= length <= longest:
@@ -59,21 +59,22 @@ def example_inputs(model: Any, batch_size: int, length: int, *, padded: bool = F
 
 
 def dummy_inputs(model: Any) -> dict[str, torch.Tensor]:
-    """Return the few tokens that transformers has for trying out a model, on its device."""
+    """Return the dummy inputs that transformers defines for a model, on its device."""
     return {name: tensor.to(model.device) for name, tensor in model.dummy_inputs.items() if tensor is not None}
 
 
 def tensor_sharing_copy(model: Any) -> Any:
-    """Return a copy to try things on: of the same tensors, not of equal ones, and in evaluation mode.
+    """Return a copy of a model for trial runs, in evaluation mode, that shares its parameters and buffers.
 
-    A pass can change a model for good: BigBird gives up its sparse attention at the first input too short for it.
+    A forward pass can change a model permanently: BigBird switches off its sparse attention at the first input that is
+    too short for it.
     """
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
 
 
 def longest_input(model: Any) -> int:
-    """Return how many tokens a row may have: RoBERTa and its kin need some of their positions for padding."""
+    """Return the maximum number of tokens per row; RoBERTa-like models reserve some positions for padding."""
     for name, module in model.named_modules():
         if (
             name.endswith("position_embeddings")
@@ -82,4 +83,4 @@ def longest_input(model: Any) -> int:
         ):
             return module.num_embeddings - module.padding_idx - 1
     longest = getattr(model.config, "max_position_embeddings", None) or 0
-    return longest if longest > 0 else DEFAULT_MAX_LENGTH  # XLNet says -1
+    return longest if longest > 0 else DEFAULT_MAX_LENGTH  # XLNet has -1

@@ -1,4 +1,4 @@
-"""Models in the ONNX format, checked against PyTorch on ONNX Runtime."""
+"""Export models to ONNX, and compare the result on ONNX Runtime with PyTorch."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ _NEEDED = ("onnx", "onnxruntime", "onnxscript")
 
 
 def export_onnx(model: Any, folder: str | Path) -> Path:
-    """Write a model in the ONNX format, for any batch and any length.
+    """Export a model to ONNX, for any batch size and any sequence length.
 
-    What is written is run on ONNX Runtime before it takes its place: batches of other sizes and lengths, with padding,
-    give PyTorch's results, or it is an error. Inputs are `input_ids`, `attention_mask` and, where the model tells
-    segments apart, `token_type_ids`, all int64 of shape `(batch, length)`. Outputs are those of the model, by their
-    names: `logits`, or `last_hidden_state`, or `start_logits` and `end_logits`.
+    Before the file is put in place it is run on ONNX Runtime, and must give PyTorch's results for padded batches of
+    several sizes and lengths. Inputs are `input_ids`, `attention_mask` and, if the model distinguishes segments,
+    `token_type_ids`, all int64 of shape `(batch, length)`, or `(batch, choices, length)` for multiple choice. Outputs
+    have the names of the model's own: `logits`, or `last_hidden_state`, or `start_logits` and `end_logits`.
 
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`):
-            A plain model, such as `compact` returns, in float32 on the CPU; one with an adapter is merged first, in a
+            A plain model, such as `compact` returns, in float32 on the CPU. A model with masks is merged first, in a
             copy.
-        folder (`str` or `Path`): Where `model.onnx` and the model's configuration go; made if it is not there.
+        folder (`str` or `Path`): Where to write `model.onnx` and the model's configuration; created if missing.
 
     Returns:
-        `Path`: The file.
+        `Path`: The path of the ONNX file.
 
     Raises:
-        ExportError: If a package of the extra `onnx` is missing, PyTorch cannot export the model, or the results
-            differ.
+        ExportError: If a package of the extra `onnx` is missing, the model is not a transformers model in float32 on
+            the CPU, PyTorch cannot export it, or the results differ.
 
     Example:
 
@@ -67,11 +67,11 @@ def export_onnx(model: Any, folder: str | Path) -> Path:
         with TemporaryDirectory(dir=folder) as aside:
             _export(_Tensors(model.eval()), Path(aside, ONNX_FILE))
             _check(_Tensors(model), Path(aside, ONNX_FILE))
-            for file in Path(aside).iterdir():  # more than one where weights are too many for one file
+            model.config.save_pretrained(aside)
+            for file in Path(aside).iterdir():  # several if the weights are too large for one file
                 file.replace(folder / file.name)
     finally:
         model.train(was_training)
-    model.config.save_pretrained(folder)
     return folder / ONNX_FILE
 
 
@@ -79,11 +79,11 @@ class OnnxModel:
     """Run an exported model on ONNX Runtime, on the CPU.
 
     Args:
-        path (`str` or `Path`): The file.
-        num_threads (`int`, *optional*): How many threads to compute with; by default ONNX Runtime decides.
+        path (`str` or `Path`): The ONNX file.
+        num_threads (`int`, *optional*): The number of threads; by default ONNX Runtime decides.
 
     Attributes:
-        inputs (`list[str]`): The names of what it takes.
+        inputs (`list[str]`): The names of the model's inputs.
 
     Raises:
         ExportError: If a package of the extra `onnx` is missing.
@@ -99,7 +99,7 @@ class OnnxModel:
         self.inputs = [value.name for value in self.session.get_inputs()]
 
     def __call__(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the model's outputs; inputs that it does not have are left out."""
+        """Return the model's outputs; inputs that it does not have are ignored."""
         arrays = {name: inputs[name].numpy() for name in self.inputs}
         return tuple(torch.from_numpy(output) for output in self.session.run(None, arrays))
 
@@ -107,11 +107,11 @@ class OnnxModel:
 def _require_packages() -> None:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise ExportError(f"ONNX needs {', '.join(missing)}: run `pip install 'hf_adaprune[onnx]'`.")
+        raise ExportError(f"ONNX export needs {', '.join(missing)}: run `pip install 'hf_adaprune[onnx]'`.")
 
 
 class _Tensors(nn.Module):
-    """A model whose results are a plain tuple of tensors."""
+    """Wrap a model so that it returns a plain tuple of tensors."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ def _name_dimensions(graph: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep to itself what the exporter's parts warn each other of."""
+    """Silence the warnings of the exporter's internals."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -175,18 +175,19 @@ def _quiet() -> Iterator[None]:
 @torch.no_grad()
 def _check(model: _Tensors, path: Path) -> None:
     exported = OnnxModel(path)
-    # Long enough for a window of local attention to leave something out.
+    # Long enough that a local attention window does not cover the whole row.
     longest = min(160, longest_input(model.model))
     for batch_size, length in ((1, 2), (3, 5), (2, longest)):
         inputs = example_inputs(model.model, batch_size, length, padded=True)
         for expected, found in zip(model(*inputs.values()), exported(**inputs), strict=True):
-            if expected.shape[:2] == inputs["input_ids"].shape:  # a result for each token
-                # What is computed for padding has no meaning, and no place where it would matter.
+            if expected.shape[:2] == inputs["input_ids"].shape:  # one result per token
+                # Results at padded positions are meaningless and may differ.
                 attended = inputs["attention_mask"].bool()
                 expected, found = expected[attended], found[attended]
             error = float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-6))
             if not error < 1e-3:
                 raise ExportError(
-                    f"On ONNX Runtime {type(model.model).__name__} gives other results than in PyTorch: they differ "
-                    f"by {error:.2g} of their range for {batch_size} rows of {length} tokens. Nothing was written."
+                    f"{type(model.model).__name__} must give the same results on ONNX Runtime as in PyTorch, but they "
+                    f"differ by {error:.2g} of their range for {batch_size} rows of {length} tokens. Nothing was "
+                    "written: use the model in PyTorch."
                 )

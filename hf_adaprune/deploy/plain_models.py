@@ -1,4 +1,4 @@
-"""Plain models, written from a stored adapter: with zeros in place of masks, made smaller, or as ONNX."""
+"""Write plain models from a stored adapter: merged with zeros, compacted, or as ONNX."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from .export import export_onnx
 
 
 def save_merged(adapter: StoredAdapter, folder: str | Path, base: str | None = None) -> PreTrainedModel:
-    """Write a checkpoint that plain transformers opens, and the tokenizer if there is one: whole, or not at all.
+    """Write a merged checkpoint that plain transformers opens, with the tokenizer if there is one.
+
+    The folder is put in place only once it is complete.
 
     Args:
-        adapter (`StoredAdapter`): What to merge.
-        folder (`str` or `Path`): Where to; a new or an empty folder.
-        base (`str`, *optional*): A copy of the adapter's base, if not at the place that it names.
+        adapter (`StoredAdapter`): The adapter to merge.
+        folder (`str` or `Path`): A new or empty folder to write to.
+        base (`str`, *optional*): A copy of the adapter's base, if not the one that the adapter names.
 
     Returns:
         `transformers.PreTrainedModel`: The model.
 
     Raises:
-        FileExistsError: If the folder holds something.
+        FileExistsError: If the folder is not new or empty.
         MergeError: If a plain checkpoint would not compute what the adapter does.
     """
     with _whole(adapter, folder, base) as aside:
@@ -41,14 +43,14 @@ def save_merged(adapter: StoredAdapter, folder: str | Path, base: str | None = N
 
 
 def save_compacted(adapter: StoredAdapter, folder: str | Path, base: str | None = None) -> PreTrainedModel:
-    """Write the checkpoint that `compact` makes, with the scores on the adapter's card; see `save_merged`.
+    """Write a checkpoint of the compacted model, with the scores from the adapter's card; see `save_merged`.
 
     Returns:
         `transformers.PreTrainedModel`: The model.
 
     Raises:
-        FileExistsError: If the folder holds something.
-        CompactionError: If the adapter prunes no neuron and no head as a whole.
+        FileExistsError: If the folder is not new or empty.
+        CompactionError: If the model cannot be compacted; see `compact`.
     """
     with _whole(adapter, folder, base) as aside:
         model = compact(adapter.open(base))
@@ -61,14 +63,15 @@ def save_compacted(adapter: StoredAdapter, folder: str | Path, base: str | None 
 
 
 def save_onnx(adapter: StoredAdapter, folder: str | Path, base: str | None = None) -> PreTrainedModel:
-    """Write the model as ONNX: without the neurons and heads that are pruned, or merged; see `save_merged`.
+    """Write the model as ONNX, compacted if neurons or heads are masked, else merged; see `save_merged`.
 
     Returns:
         `transformers.PreTrainedModel`: The model.
 
     Raises:
-        FileExistsError: If the folder holds something.
-        ExportError: If it cannot be exported.
+        FileExistsError: If the folder is not new or empty.
+        CompactionError: If neurons or heads are masked and the model cannot be compacted.
+        ExportError: If the model cannot be exported.
     """
     with _whole(adapter, folder, base) as aside:
         opened = adapter.open(base)
@@ -79,14 +82,14 @@ def save_onnx(adapter: StoredAdapter, folder: str | Path, base: str | None = Non
 
 @contextmanager
 def _whole(adapter: StoredAdapter, folder: str | Path, base: str | None) -> Iterator[Path]:
-    """Give a folder to write to, of the same name, that takes its place at the end, with the tokenizer."""
+    """Yield a temporary folder of the same name that takes the place of `folder` at the end, with the tokenizer."""
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"'{folder}' must be a new or an empty folder: name another.")
+        raise FileExistsError(f"'{folder}' must be a new or empty folder: choose another.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f"{folder.name}.tmp-", dir=folder.parent) as temporary:
         aside = Path(temporary, folder.name)
         yield aside
-        with suppress(AdapterNotFoundError):  # A checkpoint is whole without a tokenizer.
+        with suppress(AdapterNotFoundError):  # The tokenizer is optional.
             adapter.tokenizer(base).save_pretrained(aside)
         os.replace(aside, folder)

@@ -1,4 +1,4 @@
-"""How fast the forms of a pruned model are, on this machine: its base, merged, made smaller, on ONNX Runtime."""
+"""Measure how fast the forms of a pruned model are: base, merged, compacted, semi-structured, on ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .export import OnnxModel, export_onnx
 
 
 BASE = "base"
-# A ratio whose quartiles are within this of 1 is no difference that anybody would notice.
+# A form counts as faster or slower only if the quartiles of its speed-up are on one side of 1 by more than this.
 _NOTICEABLE = 0.05
 
 
 class Form(NamedTuple):
-    """A model as it can be run, and the bytes of its weights or of its file."""
+    """A callable form of a model, and the size in bytes of its weights or its file."""
 
     run: Callable[..., Any]
     num_bytes: int
@@ -35,14 +35,14 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class Timing:
-    """How fast one form of a model is.
+    """Timing of one form of a model.
 
     Args:
-        name (`str`): What it is: `"base"`, `"merged"`, `"compacted"`, ...
-        num_bytes (`int`): The size of its weights, or of its file.
+        name (`str`): The form: `"base"`, `"merged"`, `"compacted"`, ...
+        num_bytes (`int`): The size of its weights, or of its file, in bytes.
         seconds (`tuple[float, ...]`): How long each round took.
         speed_up (`tuple[float, float, float]`):
-            The quartiles of how many times as fast as the base it was, round by round: above 1 it is faster.
+            The quartiles of the speed-up over the base, taken round by round: above 1, the form is faster.
     """
 
     name: str
@@ -66,13 +66,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """What was measured for batches of one size.
+    """Timings of the forms of a model for one batch size and length.
 
     Args:
         timings (`tuple[Timing, ...]`): The forms of the model, the base first.
-        batch_size (`int`): How many rows went through at once.
-        length (`int`): How many tokens a row had.
-        device (`str`): Where, and for a CPU on how many threads.
+        batch_size (`int`): The number of rows per batch.
+        length (`int`): The number of tokens per row.
+        device (`str`): The device; for a CPU, with the number of threads.
     """
 
     timings: tuple[Timing, ...]
@@ -81,7 +81,7 @@ class SpeedReport:
     device: str
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return what was measured as plain data, one row a form; `speed_up` are quartiles."""
+        """Return the measurements as plain data, one row per form; `speed_up` holds quartiles."""
         size = {"batch_size": self.batch_size, "length": self.length, "device": self.device}
         return [
             size
@@ -108,44 +108,52 @@ def measure_speed(
 ) -> list[SpeedReport]:
     """Time the forms of a pruned model side by side, on the device that the model is on.
 
-    The forms take turns, one forward pass each, so that a machine that slows down slows all. Compared are the base,
-    the merged model, where neurons or heads are pruned the compacted one, on a GPU with 2:4 masks in half precision
-    the semi-structured one, and, if asked for, base and smallest form on ONNX Runtime.
+    The forms take turns, one forward pass each, so that a slowdown of the machine affects all of them. They are the
+    base; the merged model; if neurons or heads are masked, the compacted model; for 2:4 masks in half precision on a
+    supported GPU, the semi-structured model; and, on request, the base and the smallest form on ONNX Runtime.
 
     Args:
         model (`peft.PeftModel` or `transformers.PreTrainedModel`):
-            A model with an active AdaPrune adapter. Not changed.
-        batch_sizes (`Sequence[int]`): How many rows go through at once, >= 1.
-        lengths (`Sequence[int]`): How many tokens a row has, >= 1; every batch size is measured with every length.
-        repeats (`int`): How many rounds are counted, >= 2.
-        warmup (`int`): How many rounds come before them, >= 0.
-        onnx (`bool`): Whether to export and time on ONNX Runtime too; on a CPU only.
-        num_threads (`int`, *optional*): How many threads a CPU computes with; by default as many as PyTorch has set.
+            A model with an active AdaPrune adapter. Not modified.
+        batch_sizes (`Sequence[int]`): Numbers of rows per batch, >= 1.
+        lengths (`Sequence[int]`): Numbers of tokens per row, >= 1; every batch size is measured with every length.
+        repeats (`int`): The number of timed rounds, >= 2.
+        warmup (`int`): The number of untimed rounds before them, >= 0.
+        onnx (`bool`): Whether to also export to ONNX and time on ONNX Runtime; on a CPU only.
+        num_threads (`int`, *optional*): The number of CPU threads; by default PyTorch's current setting.
         cpu_time (`bool`):
-            Whether to count the processor's time instead of the clock's, on a CPU with one thread: what others do on
-            the machine then disturbs less.
+            Whether to measure processor time instead of wall-clock time, on a CPU with one thread: other load on the
+            machine then affects the result less.
 
     Returns:
         `list[SpeedReport]`: One for each batch size and length.
 
     Raises:
         NotPrunedError: If the model has no active AdaPrune adapter.
-        SizeError: If a size is out of range.
-        HardwareError: If ONNX Runtime or processor time is asked for on a GPU.
-        ExportError: If the model cannot be exported.
+        SizeError: If a batch size, a length, `repeats` or `warmup` is out of range, or `cpu_time` is combined with
+            more than one thread.
+        HardwareError: If ONNX Runtime or processor time is requested for a model that is not on the CPU.
+        CompactionError: If neurons or heads are masked and the model cannot be compacted.
+        ExportError: If ONNX is requested and the model cannot be exported.
     """
     if repeats < 2 or warmup < 0:
-        raise SizeError(f"There must be at least 2 `repeats` and 0 of `warmup`, got {repeats} and {warmup}.")
+        raise SizeError(f"`repeats` must be at least 2 and `warmup` at least 0, got {repeats} and {warmup}.")
     plain = _plain_forms(model)
     base = plain[BASE]
     if (onnx or cpu_time) and base.device.type != "cpu":
         raise HardwareError(
-            f"ONNX Runtime and processor time are measured on a CPU; the model is on {str(base.device)!r}."
+            f"ONNX Runtime and processor time are measured on a CPU; the model is on {str(base.device)!r}: call "
+            "`model.cpu()` first."
         )
     clock = time.process_time if cpu_time else time.perf_counter
     sizes = list(itertools.product(batch_sizes, lengths))
     batches = [example_inputs(base, *size) for size in sizes]
     with _threads(num_threads):
+        if cpu_time and torch.get_num_threads() != 1:
+            raise SizeError(
+                "`cpu_time=True` needs one thread, since processor time adds up over threads; got "
+                f"{torch.get_num_threads()}: pass `num_threads=1`."
+            )
         device = f"{torch.get_num_threads()} CPU thread(s)"
         if base.device.type == "cuda":
             device = torch.cuda.get_device_name(base.device)
@@ -167,7 +175,7 @@ def _plain_forms(model: Any) -> dict[str, Any]:
     if config.is_structured:
         forms["compacted"] = compact(model)
     elif config.n_of_m == (2, 4):
-        # Where they cannot be used, or on no layer, the advice for 2:4 masks says what they need.
+        # If they cannot be used, this form is left out: the advice for 2:4 masks says what they need.
         with suppress(HardwareError, NotPrunedError):
             forms["2:4"] = to_semi_structured(model)
     return forms
@@ -218,7 +226,7 @@ def _take_turns(
 
 def _quartiles(base: list[float], taken: list[float]) -> tuple[float, float, float]:
     ratios = [one / other for one, other in zip(base, taken, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")  # never beyond what was measured
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")  # within the range of the measurements
     return low, median, high
 
 
@@ -228,7 +236,7 @@ def _num_bytes(model: Any) -> int:
 
 
 def _parts(tensor: Any) -> list[torch.Tensor]:
-    """Return what a tensor is stored as: one that is semi-structured, as several."""
+    """Return the tensors that hold a tensor's data: several if it is semi-structured."""
     if hasattr(tensor, "__tensor_flatten__"):
         return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
     return [tensor]

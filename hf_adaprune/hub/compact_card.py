@@ -1,4 +1,4 @@
-"""The card of a model that was made smaller, written wherever the model is saved or pushed."""
+"""The model card of a compacted model, written whenever the model is saved or pushed."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _TEMPLATE = Path(__file__).parent / "templates" / "compact_card.md"
 
 @dataclass(frozen=True)
 class CompactCard:
-    """Hold what the card of a smaller model tells.
+    """Hold the contents of a compacted model's card.
 
     Args:
         config (`AdaPruneConfig`): The configuration of the adapter that was applied.
         architecture (`str`): The name of the model's class.
         stock (`bool`): Whether transformers alone can build the model.
-        before (`int`): How many parameters the base model has.
-        after (`int`): How many the smaller one has.
+        before (`int`): The number of parameters of the base model.
+        after (`int`): The number of parameters of the compacted model.
         blocks (`Sequence[tuple[str, int, int, str]]`):
-            For each block its name, how many groups are left, how many there were, and what a group is.
+            For each block its name, the number of groups kept, the number before, and the kind of group.
     """
 
     config: AdaPruneConfig
@@ -41,7 +41,7 @@ class CompactCard:
     blocks: Sequence[tuple[str, int, int, str]]
 
     def render(self, name: str) -> ModelCard:
-        """Return the card under the model's name: on the Hub, or that of its folder."""
+        """Return the card of a model of this name: its name on the Hub, or that of its folder."""
         base, description = describe_base(self.config.base_model_name_or_path)
         data = ModelCardData(
             base_model=base,
@@ -65,7 +65,7 @@ class CompactCard:
         )
 
     def attach(self, model: Any) -> None:
-        """Have a model write this card whenever it is saved, and take it to the Hub when it is pushed."""
+        """Make a model write this card whenever it is saved, and push it whenever it is pushed."""
         model.save_pretrained = functools.partial(_save, self, model)
         model.push_to_hub = functools.partial(_push, self, model)
 
@@ -83,7 +83,7 @@ def _save(
 
 
 def _push(card: CompactCard, model: Any, repo_id: str, **kwargs: Any) -> Any:
-    # transformers keeps the card that a repository has; without one, it writes one of its own that says nothing.
+    # transformers keeps a repository's card, but writes an empty template if there is none.
     api = HfApi(token=kwargs.get("token"))
     repo = api.create_repo(repo_id, private=kwargs.get("private"), exist_ok=True).repo_id
     if not api.file_exists(repo, "README.md"):

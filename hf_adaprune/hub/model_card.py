@@ -1,4 +1,4 @@
-"""The card that a saved adapter carries."""
+"""The model card of a saved adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .advice import speed_advice
 BEGIN, END = "<!-- hf_adaprune: what is between these lines is written anew -->", "<!-- hf_adaprune: end -->"
 CARD, PICTURE = "README.md", "sparsity.png"
 
-# What the templates of transformers and PEFT are full of.
+# The placeholder in the templates of transformers and PEFT.
 _UNFILLED = "[More Information Needed]"
 
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
@@ -65,29 +65,29 @@ def write_model_card(
     picture: bool = True,
     card: str | Path | None = None,
 ) -> ModelCard:
-    """Write, or bring up to date, the `README.md` of a saved adapter, and the picture of what it prunes.
+    """Write or update the `README.md` of a saved adapter, and the picture of its sparsity.
 
-    A card that somebody has written keeps its text and metadata: only what stands between our two comment lines is
-    replaced, or added at the end if they are missing.
+    An existing card keeps the text and metadata that people wrote: only the part between this package's two comment
+    lines is replaced, or added at the end if they are missing.
 
     Args:
         folder (`str` or `Path`): A folder with a saved adapter.
-        name (`str`, *optional*): The adapter's name on the Hub; by default the one that it has, or else the folder's.
-        subfolder (`str`, *optional*): Where it is in the repository of that name.
+        name (`str`, *optional*): The adapter's name on the Hub; by default its card's title, or the folder's name.
+        subfolder (`str`, *optional*): Its subfolder in the repository of that name.
         metrics (`Mapping[str, float]`, *optional*):
-            Scores to show, and to enter in the card's `model-index`; by default those that it already has.
-        dataset (`str`, *optional*): Name, on the Hub, of the data set that the scores are for.
-        dataset_config (`str`, *optional*): The part of it: `"sst2"`, say.
-        dataset_split (`str`, *optional*): The split: `"validation"`, say.
+            Scores to show, and to enter in the card's `model-index`; by default those already on the card.
+        dataset (`str`, *optional*): The name on the Hub of the data set that the scores are for.
+        dataset_config (`str`, *optional*): Its configuration, such as `"sst2"`.
+        dataset_split (`str`, *optional*): Its split, such as `"validation"`.
         picture (`bool`): Whether to draw `sparsity.png` too.
         card (`str` or `Path`, *optional*): The card's file, if it is not the folder's `README.md`.
 
     Returns:
-        `huggingface_hub.ModelCard`: What was written.
+        `huggingface_hub.ModelCard`: The card that was written.
 
     Raises:
-        NotPrunedError: If the folder's adapter holds no masks.
-        ValueError: If the folder holds no adapter.
+        NotPrunedError: If the folder's adapter has no masks.
+        ValueError: If the folder has no adapter.
 
     Example:
 
@@ -122,12 +122,12 @@ def write_model_card(
         drawn,
     )
     if kept:
-        made.data.eval_results = kept  # with the data sets and splits that they are of
+        made.data.eval_results = kept  # with their data sets and splits
     return put_card(path, made)
 
 
 def put_card(path: Path, made: ModelCard) -> ModelCard:
-    """Write a card; of one that stands there, keep the text and metadata that somebody has written."""
+    """Write a card; keep the text and metadata that people wrote in an existing one."""
     written = _written(path)
     if written is not None and _UNFILLED not in written.text:
         made = _update(written, made)
@@ -138,7 +138,7 @@ def put_card(path: Path, made: ModelCard) -> ModelCard:
 
 
 def written_by_hand(text: str) -> str:
-    """Return what people have written in a card: what is neither metadata nor between comment lines of ours."""
+    """Return the text that people wrote in a card: all except metadata and the parts between our comment lines."""
     if _UNFILLED in text:
         return ""
     body = re.sub(r"\A---\r?\n.*?\n---\s*\n", "", text, flags=re.DOTALL)
@@ -148,7 +148,7 @@ def written_by_hand(text: str) -> str:
 
 
 def replace_block(text: str, begin: str, end: str, block: str) -> str:
-    """Replace what stands between two comment lines, the lines included; add it at the end if they are missing."""
+    """Replace the text from one comment line to another; add it at the end if they are missing."""
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     return before + block + after if found and closed else f"{text.rstrip()}\n\n{block}\n".lstrip()
@@ -165,7 +165,7 @@ def _without_peft_version(text: str) -> str:
 
 
 def describe_base(base: str | None) -> tuple[str | None, str]:
-    """Return a base's name if it is one on the Hub, and how a card's text speaks of it."""
+    """Return the name of a base if it can be on the Hub (else `None`), and how to mention it in a card."""
     on_hub = _on_hub(base)
     text = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{Path(base or 'a local model').name}`"
     return base if on_hub else None, text
@@ -177,7 +177,7 @@ def pipeline_of(config: AdaPruneConfig) -> str | None:
 
 
 def auto_class(architecture: str | None) -> str | None:
-    """Return the Auto class of transformers whose name ends as a model's does, `None` if there is none."""
+    """Return the Auto class of transformers for a model class, by the end of its name; `None` if there is none."""
     if architecture is None:
         return None
     if architecture.endswith("LMHeadModel"):

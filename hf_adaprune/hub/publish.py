@@ -1,4 +1,4 @@
-"""What goes to the Hub, and how: an adapter and its own card, in one commit."""
+"""Push an adapter and its card to the Hub, in one commit."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .model_card import CARD, describe_base, write_model_card, written_by_hand
 
 logger = logging.get_logger(__name__)
 
-# What `save_pretrained(push_to_hub=True)` hands on to the push.
+# Arguments that `save_pretrained(push_to_hub=True)` passes on to the push.
 PUSH_OPTIONS = ("commit_message", "create_pr", "private", "repo_id", "revision")
 
-# What a Trainer leaves beside an adapter: pickles, results, and what it resumes from.
+# Files of a Trainer beside an adapter: pickles, results, and the state that it resumes from.
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 _LEFT_OUT = (*_PICKLES, "*/*", ".*", "*.tmp", "*_results.json", TRAINER_STATE_NAME, SAFE_WEIGHTS_NAME, STATE_NAME)
 
@@ -41,16 +41,16 @@ def push_adapter(
     token: str | bool | None = None,
     commit_message: str | None = None,
 ) -> CommitInfo:
-    """Push a saved adapter, its card, picture and tokenizer, in one commit: all of it, or nothing.
+    """Push a saved adapter with its card, picture and tokenizer in one commit: all of it, or nothing.
 
-    The card is brought up to date first, in the folder: `name` is its title, and what its code opens. If nobody has
-    written in it, what people have written in the one on the Hub is kept.
+    The card in the folder is updated first: `name` becomes its title, and the name that its code opens. If it has no
+    text that people wrote, the text that people wrote in the card on the Hub is kept.
 
     Args:
         folder (`str` or `Path`): The folder of a saved adapter.
         name (`str`): Its name on the Hub.
         private (`bool`, *optional*): If the repository is new, whether it is private.
-        revision (`str`, *optional*): The branch to push to, made if need be.
+        revision (`str`, *optional*): The branch to push to; created if it does not exist.
         create_pr (`bool`): Whether to open a pull request instead.
         token (`str` or `bool`, *optional*): A token for the Hub, if not the stored one.
         commit_message (`str`, *optional*): Title of the commit.
@@ -59,8 +59,8 @@ def push_adapter(
         `huggingface_hub.CommitInfo`: The commit.
 
     Raises:
-        AdapterNotFoundError: If the folder holds no adapter.
-        AdapterFileError: If it is one of another method, or damaged.
+        AdapterNotFoundError: If the folder has no adapter.
+        AdapterFileError: If the adapter is of another method, or damaged.
         PushError: If the Hub refuses, or the connection breaks.
     """
     folder = Path(folder)
@@ -87,29 +87,29 @@ def push_adapter(
 def _hub_errors(name: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # What a broken connection raises is the business of the client's HTTP library.
+    except Exception as error:  # a broken connection raises errors of the HTTP library
         reason = f"{error} {error.__cause__ or ''}".strip()
         raise PushError(
-            f"{name!r} was not pushed, and its files on the Hub are as they were: {reason} If it is a matter of "
-            "rights, log in with a token that may write there (`hf auth login`, or HF_TOKEN); otherwise push again."
+            f"{name!r} was not pushed, and its files on the Hub are unchanged: {reason} If permission is missing, log "
+            "in with a token that may write there (`hf auth login`, or HF_TOKEN); otherwise push again."
         ) from error
 
 
 def push_with_card(model: Any) -> None:
-    """Have a model's `push_to_hub` push the adapter's own card, where it would push one without content."""
+    """Make a model's `push_to_hub` push the adapter's own card instead of an empty template."""
     if isinstance(model, PushToHubMixin):
         model._upload_modified_files = functools.partial(_upload, model)
 
 
 def _upload(model: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-    """Complete the cards in a folder that is about to be pushed: of the adapter in it, and of those in subfolders."""
+    """Update the cards of all adapters in a folder and its subfolders, then push the folder."""
     revision, token = kwargs.get("revision"), kwargs.get("token")
     for config in sorted(Path(working_dir).glob(f"**/{CONFIG_NAME}")):
         if json.loads(config.read_text(encoding="utf-8")).get("peft_type") != "ADAPRUNE":
-            continue  # The model that had ours has one of another method now.
+            continue  # The adapter is of another method.
         subfolder = config.parent.relative_to(working_dir).as_posix()
         if subfolder == "." and revision is not None:
-            # It has been fetched from the main branch.
+            # It was fetched from the main branch.
             (config.parent / CARD).unlink(missing_ok=True)
         _complete_card(config.parent, repo_id, None if subfolder == "." else subfolder, revision, token)
     return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
@@ -119,24 +119,24 @@ def _complete_card(folder: Path, name: str, subfolder: str | None, revision: str
     base = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if describe_base(base)[0] is None:
         logger.warning(
-            f"{name!r} is an adapter over {base!r}, which is no name on the Hub: only who has a copy of that base can "
-            "open it. If it is there too, write its name into `base_model_name_or_path` of "
-            f"'{folder / CONFIG_NAME}', and push again with `hf-adaprune push`."
+            f"{name!r} is an adapter for the base {base!r}, which is not a name on the Hub: only those who have a "
+            "copy of it can open the adapter. If the base is on the Hub too, enter its name as "
+            f"`base_model_name_or_path` in '{folder / CONFIG_NAME}', and push again with `hf-adaprune push`."
         )
     fetch_card(folder / CARD, name, subfolder=subfolder, revision=revision, token=token)
     write_model_card(folder, name=name, subfolder=subfolder)
 
 
 def fetch_card(card: Path, name: str, **hub: Any) -> None:
-    """Where nobody has written in a card, start from the one on the Hub, if there is one within reach.
+    """Replace a card by the one on the Hub, if people wrote nothing in it and the other can be fetched.
 
     Args:
-        card (`Path`): The card's file, there or not.
+        card (`Path`): The card's file, existing or not.
         name (`str`): The repository's name.
-        hub: What `huggingface_hub.hf_hub_download` takes besides: `subfolder`, `revision`, `token`.
+        hub: Further arguments of `huggingface_hub.hf_hub_download`: `subfolder`, `revision`, `token`.
     """
     if card.is_file() and written_by_hand(card.read_text(encoding="utf-8")):
         return
-    # Whatever the Hub has against it, the push that follows will say so.
+    # The push that follows will report any problem.
     with suppress(Exception):
         shutil.copyfile(hf_hub_download(name, CARD, **hub), card)

@@ -1,4 +1,4 @@
-"""What of a model goes into an adapter's file, and whether what comes out of one fits the model."""
+"""Collect the tensors that an adapter's file stores, and check that loaded ones fit the model."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ logger = logging.get_logger(__name__)
 def masks_to_store(
     model: nn.Module, config: AdaPruneConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Return an adapter's masks as they are stored, and write into its configuration what goes with them.
+    """Return an adapter's masks in their stored form, and record their metadata in its configuration.
 
     Args:
         model (`torch.nn.Module`): The model, wrapped by PEFT or not.
         config (`AdaPruneConfig`): The adapter's configuration; changed in place.
         adapter_name (`str`): Its name.
-        state_dict (`dict[str, torch.Tensor]`): The model's state; what PEFT must not save of it is taken out.
+        state_dict (`dict[str, torch.Tensor]`): The model's state; embeddings, which PEFT must not save, are removed.
 
     Returns:
-        `dict[str, torch.Tensor]`: uint8, by their names in the model: one bit an entry, or less.
+        `dict[str, torch.Tensor]`: `uint8`, by their names in the model: one bit per entry, or less.
     """
     base = model.base_model.model if isinstance(model, PeftModel) else model
     head_sync = head_sync_of(base)
@@ -62,16 +62,19 @@ def masks_to_store(
 def check_loaded(
     model: nn.Module, config: AdaPruneConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Return what was loaded of an adapter under the names that a model has for it; note that it has been filled.
+    """Check that a loaded adapter fits the model, return it by the model's names, and mark its masks as loaded.
 
     Args:
         model (`torch.nn.Module`): The model, with the adapter on it.
         config (`AdaPruneConfig`): The adapter's configuration; changed in place.
         adapter_name (`str`): Its name.
-        state_dict (`dict[str, torch.Tensor]`): Masks and head, under names that PEFT has made of those in the file.
+        state_dict (`dict[str, torch.Tensor]`): Masks and head, by the names that PEFT derives from the file's.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The same tensors, by the names that the model has for them.
 
     Raises:
-        AdapterFileError: If a mask is missing, or masks or head are not of the model's size.
+        AdapterFileError: If a mask is missing, or a mask or the head does not fit the model.
     """
     layers = dict(adaprune_layers(model, adapter_name))
     keys = {name: f"{name}.adaprune_mask.{adapter_name}" for name in layers}
@@ -103,10 +106,10 @@ def head_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...
 
 
 def _leave_out_embeddings(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
-    """Take embeddings, which PEFT saves if they are targeted or were resized, out of a state: the base has them."""
+    """Remove embeddings from a state dict: PEFT saves them if targeted or resized, but they are the base's."""
     embeddings = []
     for name in ("get_input_embeddings", "get_output_embeddings"):
-        # A model of sounds, say, has neither.
+        # Audio models, for example, have neither.
         with suppress(AttributeError, NotImplementedError):
             embeddings.append(getattr(model, name)())
     names = [name for name, module in model.named_modules() if any(module is found for found in embeddings)]
@@ -127,7 +130,7 @@ def _group_counts(layers: dict[str, AdaPruneLayer], adapter_name: str) -> dict[s
 def _shortest(
     packed: dict[str, torch.Tensor], layers: dict[str, AdaPruneLayer], adapter_name: str, config: AdaPruneConfig
 ) -> dict[str, torch.Tensor]:
-    """Return masks as their configuration wants them stored, and write into that how long each is."""
+    """Return masks as `mask_codec` stores them, and record the sizes of coded ones in the configuration."""
     config.mask_bytes = None
     if config.mask_codec != SHORTEST:
         return packed
@@ -140,11 +143,11 @@ def _shortest(
 
 
 def _report_unpruned(config: AdaPruneConfig) -> None:
-    """Log, once, that an adapter in training that no `Pruner` has touched is saved with nothing pruned."""
+    """Warn once if an adapter that no `Pruner` has updated is saved with nothing pruned."""
     pruned = sum(count for count, _ in (config.module_counts or {}).values())
     if config.final_sparsity and not pruned:
         logger.warning_once(
-            "The adapter is saved with nothing pruned: training has not begun, or nothing prunes. A Trainer prunes "
-            "with `callbacks=[AdaPruneCallback]`, your own loop with `Pruner.step()` and, at its end, "
-            "`Pruner.finalize()`."
+            "The adapter is saved with nothing pruned: training has not begun, or runs without a `Pruner`. Pass "
+            "`callbacks=[AdaPruneCallback]` to the Trainer, or call `Pruner.step()` in your own training loop and "
+            "`Pruner.finalize()` at its end."
         )

@@ -1,4 +1,4 @@
-"""Whether an adapter and a base belong together, and whether what was loaded is what was saved."""
+"""Check that an adapter fits its base, and that a loaded adapter is the one that was saved."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from .fingerprint import fingerprint, fingerprints_are_checked, matches
 
 
 def check_base(model: nn.Module, adapter_name: str, config: AdaPruneConfig) -> None:
-    """Hold a base against the one that an adapter was made for; for a fresh adapter, write down which that is.
+    """Compare a base with the one that an adapter was made for; for a new adapter, record the base's fingerprint.
 
     Args:
-        model (`torch.nn.Module`): The model that the adapter is about to be put on; not changed.
+        model (`torch.nn.Module`): The model that the adapter will be added to; not changed.
         adapter_name (`str`): The adapter's name.
         config (`AdaPruneConfig`): Its configuration; `base_fingerprint` is changed in place.
 
     Raises:
-        AdapterFileError: If the configuration was stored and has lost its fingerprints.
-        BaseMismatchError: If the weights are others.
+        AdapterFileError: If a stored configuration lacks one of its fingerprints.
+        BaseMismatchError: If the base has other weights than those that the adapter was made for.
     """
     unchecked = config.is_stored and not (config.base_fingerprint and config.adapter_fingerprint)
     if unchecked and fingerprints_are_checked():
         raise AdapterFileError(
-            f"The configuration of adapter {adapter_name!r} was saved with fingerprints of its base and of its masks, "
-            "and has them no more. Fetch it again; or, to open it unchecked, do so inside "
+            f"The configuration of adapter {adapter_name!r} must have the fingerprints of its base and of its masks "
+            "that it was saved with, and lacks one. Fetch the adapter again, or open it unchecked inside "
             "`hf_adaprune.skip_fingerprint_check()`."
         )
     weights = _body_weights(model, config)
@@ -50,42 +50,42 @@ def check_base(model: nn.Module, adapter_name: str, config: AdaPruneConfig) -> N
     if fits is None:
         warnings.warn(
             f"The masks of adapter {adapter_name!r} were made on a base in bfloat16 and this one is in float16, or "
-            "the other way round: two roundings cannot be held against each other. Make sure that it is "
+            "the other way round: the two roundings cannot be compared. Make sure that the base is "
             f"{config.base_model_name_or_path!r}.",
             stacklevel=2,
         )
     if fits is False and fingerprints_are_checked():
         raise BaseMismatchError(
-            f"The masks of adapter {adapter_name!r} were made for other weights: for some with the fingerprint "
-            f"{config.base_fingerprint}; the model's have {fingerprint(weights)}. Load the adapter's own base, in any "
-            f"precision: by its configuration {config.base_model_name_or_path!r}, or, where that was resized, merged "
-            "or made smaller before there were masks, what was saved of it then. (If transformers tells of weights "
-            "that are MISSING in that base, these are random each time it is loaded: save the model before masks are "
-            "put on it, and use that as the base.) Or, to open the adapter here all the same, do so inside "
-            "`hf_adaprune.skip_fingerprint_check()`."
+            f"The masks of adapter {adapter_name!r} were made for other weights: their fingerprint is "
+            f"{config.base_fingerprint}, that of the model's weights is {fingerprint(weights)}. Load the adapter's "
+            f"own base, in any precision: {config.base_model_name_or_path!r} according to its configuration or, if "
+            "that was resized, merged or compacted before masks were added, the model that was saved after that. "
+            "(Weights that transformers reports as MISSING in the base are random at each load: save the model "
+            "before adding masks, and use the saved model as the base.) To open the adapter on this model anyway, "
+            "use `hf_adaprune.skip_fingerprint_check()`."
         )
 
 
 def check_vocabulary(model: nn.Module, config: AdaPruneConfig) -> None:
-    """Raise if a model has other tokens than when masks were put on it: they would be stored nowhere.
+    """Raise if a model's vocabulary was resized after masks were added: the new embeddings would not be saved.
 
     Raises:
-        ConfigError: If it has.
+        ConfigError: If the vocabulary size has changed.
     """
     sizes = {vocabulary_size(module) for module in model.modules()} - {None}
     if sizes and config.vocab_size is not None and config.vocab_size not in sizes:
         raise ConfigError(
-            f"The model has {sizes.pop()} tokens, and had {config.vocab_size} when masks were put on it: an adapter "
-            "holds no embeddings, and could be opened on no base. Call `resize_token_embeddings` before that, save "
-            "the model, and use what was saved as the base."
+            f"The model has {sizes.pop()} tokens, but had {config.vocab_size} when masks were added: an adapter "
+            "stores no embeddings, so no base would fit it. Call `resize_token_embeddings` before adding masks, save "
+            "the model, and use the saved model as the base."
         )
 
 
 def check_statistics(model: nn.Module) -> None:
-    """Raise if training changes a part of the base that no optimizer moves: means and variances of what it has seen.
+    """Raise if the base has batch normalization: training would change its running statistics.
 
     Raises:
-        ConfigError: If it does.
+        ConfigError: If a BatchNorm layer outside of `modules_to_save` tracks running statistics.
     """
     kept_apart = {"modules_to_save", "original_module"}
     changing = [
@@ -95,20 +95,20 @@ def check_statistics(model: nn.Module) -> None:
     ]
     if changing:
         raise ConfigError(
-            f"The base would change while it is trained on: {changing} take means of every batch, frozen or not. "
-            "Name them in `modules_to_save`, and they are stored with the adapter."
+            f"{changing} update running statistics during training, so the base would not stay frozen. Add them to "
+            "`modules_to_save`."
         )
 
 
 def vocabulary_size(model: nn.Module) -> int | None:
-    """Return how many tokens a transformers model knows, `None` of others."""
+    """Return the vocabulary size of a transformers model; `None` for other models."""
     return getattr(model.config, "vocab_size", None) if isinstance(model, PreTrainedModel) else None
 
 
 class CheckOnce:
-    """At the first forward pass after loading, hold what was loaded against what was saved.
+    """Verify the fingerprint of a loaded adapter at its first forward pass.
 
-    Not every door tells when it has finished loading; but none can lead to a forward pass unseen.
+    Not every loading path signals when it is done, but each is followed by a forward pass.
     """
 
     def __init__(self, adapter_name: str, config: AdaPruneConfig) -> None:
@@ -119,11 +119,11 @@ class CheckOnce:
     def __call__(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return
-        # A replica of `DataParallel` has no parameters to look at, and a model that is sharded has none whole.
+        # A `DataParallel` replica has no parameters, and a sharded model has no whole ones.
         if getattr(model, "_is_replica", False) or is_sharded(model.parameters()):
             return
         expected = self.config.adapter_fingerprint
-        # The adapter may be gone, another may have its name, and a state of training may have been loaded into it.
+        # The adapter may have been deleted or replaced; a training state, once loaded, clears its fingerprint.
         if expected is None or getattr(model, "peft_config", {}).get(self.adapter_name) is not self.config:
             self.handle.remove()
             return
@@ -135,20 +135,20 @@ class CheckOnce:
                 f"The masks or the head of adapter {self.adapter_name!r} are not those that were saved: its files are "
                 "damaged, incomplete or edited by hand, or a head of the wrong size was skipped. Fetch it again."
             )
-        # Only now: what is damaged is so at the second forward pass too.
+        # Only on success: a damaged adapter must fail at every forward pass.
         self.handle.remove()
 
 
 def base_fits(model: nn.Module, config: AdaPruneConfig) -> bool | None:
-    """Return whether a model holds the weights that an adapter was made for; `None` if it cannot be told."""
+    """Return whether a model has the weights that an adapter was made for; `None` if undecidable, as in `matches`."""
     return matches(_body_weights(model, config), config.base_fingerprint or "")
 
 
 def run_checks(model: nn.Module) -> None:
-    """Check now the adapters of a model, or of one inside of it, that have not been checked yet.
+    """Run all pending fingerprint checks of a model and its submodules.
 
     Raises:
-        AdapterFileError: If what was loaded is not what was saved.
+        AdapterFileError: If a loaded adapter is not the one that was saved.
     """
     for module in model.modules():
         for hook in list(module._forward_pre_hooks.values()):
@@ -167,12 +167,15 @@ def head_keys(model: nn.Module, adapter_name: str) -> list[str]:
 
 
 def _body_weights(model: nn.Module, config: AdaPruneConfig) -> list[torch.Tensor]:
-    """Return what every door takes from the base's checkpoint: all but what this adapter holds, or others added."""
-    own = tuple(set(config.modules_to_save or ()) - PEFT_HEADS)  # names or their endings, as PEFT takes them
+    """Return the parameters that come from the base checkpoint.
+
+    These are all except the task head, this adapter's `modules_to_save`, and what adapters added.
+    """
+    own = tuple(set(config.modules_to_save or ()) - PEFT_HEADS)  # names or name endings, as in PEFT
     saved = [name for name, _ in model.named_modules() if own and name.endswith(own)]
     head = tuple(f"{name}." for name in (*head_modules(model), *saved))
     if not body_name(model):
-        # The pooler of a model without a head, which many checkpoints lack.
+        # In a model without a head, many checkpoints lack the pooler.
         head += ("pooler.",)
     added: set[int] = set()
     for module in model.modules():

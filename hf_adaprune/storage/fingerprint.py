@@ -1,4 +1,4 @@
-"""Which weights a mask belongs to, and whether a stored adapter is what was saved."""
+"""Fingerprints that identify the weights of a base, and the masks and head of a stored adapter."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ _checked: ContextVar[bool] = ContextVar("hf_adaprune_fingerprints_checked", defa
 
 
 def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
-    """Return a digest of the tensors' shapes and values, in order, that copies in lower precision can be held against.
+    """Return a digest of the tensors' shapes and values, in order, that lower-precision copies can be compared with.
 
-    It is three digests, of the values rounded to bfloat16 and to float16 and of the values themselves, and the
-    precision that they have. A copy in either has one of the first two in common with its original; the roundings of
-    one original to the two have none (two roundings are not one), which `matches` then says.
+    It consists of three digests (of the values rounded to bfloat16, rounded to float16, and unrounded) and of the
+    precision of the values. A copy in bfloat16 or float16 shares one of the first two digests with its original. A
+    bfloat16 and a float16 copy of one original share none, as rounding twice is not rounding once; `matches` then
+    returns `None`.
 
     Args:
         tensors (`Iterable[torch.Tensor]`): Tensors of any shape and dtype.
 
     Returns:
         `str`:
-            Twice 32 hexadecimal digits, `"float32"`, `"bfloat16"` or `"float16"`, and 32 digits more, with dots
-            between.
+            Two digests of 32 hexadecimal digits, `"float32"`, `"bfloat16"` or `"float16"`, and a third digest,
+            separated by dots.
     """
     tensors = list(tensors)
     rounded = [_digest(tensors, dtype) for dtype in (torch.bfloat16, torch.float16)]
@@ -34,14 +35,14 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def matches(tensors: Iterable[torch.Tensor], expected: str) -> bool | None:
-    """Return whether tensors have a fingerprint, in whatever precision they and its original are.
+    """Return whether tensors match a fingerprint, whatever the precision of either.
 
     Args:
         tensors (`Iterable[torch.Tensor]`): Tensors of any shape and dtype.
-        expected (`str`): What `fingerprint` has returned for the original.
+        expected (`str`): The result of `fingerprint` for the original.
 
     Returns:
-        `bool`, *optional*: `None` if it cannot be told: the one is in bfloat16, the other in float16.
+        `bool`, *optional*: `None` if undecidable: one is in bfloat16, the other in float16.
     """
     tensors = list(tensors)
     bfloat16, float16, made_in, values = [*expected.split("."), "", "", ""][:4]
@@ -54,7 +55,7 @@ def matches(tensors: Iterable[torch.Tensor], expected: str) -> bool | None:
 
 
 def same_origin(first: str, second: str) -> bool | None:
-    """Return whether two fingerprints are of copies of one original; `None` if it cannot be told, as by `matches`."""
+    """Return whether two fingerprints are of copies of one original; `None` if undecidable, as in `matches`."""
     one, other = first.split("."), second.split(".")
     if any(digest == another for digest, another in zip(one[:2], other[:2], strict=False)):
         return True
@@ -62,7 +63,7 @@ def same_origin(first: str, second: str) -> bool | None:
 
 
 def _digest(tensors: list[torch.Tensor], dtype: torch.dtype) -> str:
-    # Fast, and not proof against a forger: who could forge a base's weights could as well forge the adapter.
+    # Fast, but not cryptographic: whoever can forge the base's weights can forge the adapter too.
     digest = xxhash.xxh3_128()
     for tensor in tensors:
         digest.update(str(tuple(tensor.shape)).encode())
@@ -76,7 +77,7 @@ def _digest(tensors: list[torch.Tensor], dtype: torch.dtype) -> str:
 def _precision(tensors: list[torch.Tensor]) -> str:
     floating = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
     for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
-        # In float32 too, what was once rounded shows it.
+        # Rounded values are recognized in float32 too.
         rounded = (tensor.dtype == dtype or _is_rounded(tensor, dtype) for tensor in floating)
         if any(tensor.dtype == dtype for tensor in floating) or (floating and all(rounded)):
             return name
@@ -84,14 +85,14 @@ def _precision(tensors: list[torch.Tensor]) -> str:
 
 
 def _is_rounded(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
-    # Most often some values tell already; the first ones may be those of a padding token, all zero.
+    # The last few values usually suffice. The first ones may be those of a padding token, all zero.
     parts = (tensor.reshape(-1)[-256:], tensor)
     return all(torch.equal(part, part.to(dtype).to(part.dtype)) for part in parts)
 
 
 @contextmanager
 def skip_fingerprint_check() -> Iterator[None]:
-    """Open adapters on whatever base they are given, by any door, inside this context.
+    """Skip the comparison of base fingerprints inside this context, however an adapter is loaded.
 
     Example:
 
@@ -106,5 +107,5 @@ def skip_fingerprint_check() -> Iterator[None]:
 
 
 def fingerprints_are_checked() -> bool:
-    """Return whether we are outside of every `skip_fingerprint_check`."""
+    """Return whether fingerprints are checked, that is, no `skip_fingerprint_check` is active."""
     return _checked.get()

@@ -1,4 +1,4 @@
-"""A stored adapter: what its headers tell, and the model that it makes."""
+"""Read a stored adapter's headers, and open it on its base."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from .weights_file import check_shapes, read_shapes
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """Hold what the headers of a stored adapter tell. Made by [`read_adapter`].
+    """Describe a stored adapter by its headers. Created by [`read_adapter`].
 
     Args:
         name (`str`): The adapter's folder, or its name on the Hub.
         config (`AdaPruneConfig`): Its configuration.
-        num_bytes (`int`): The size of its file of weights.
+        num_bytes (`int`): The size of its weights file.
         shapes (`dict[str, tuple[int, ...]]`): The shapes of the tensors in that file.
         hub (`dict[str, Any]`): `subfolder`, `revision` and `token`, where they were given.
     """
@@ -45,11 +45,11 @@ class StoredAdapter:
 
     @property
     def mask_bytes(self) -> int:
-        """How many of the bytes are masks: one bit a weight, rounded up for each module, or less."""
+        """The size of the masks in bytes: one bit per entry, rounded up for each module, or less."""
         return sum(math.prod(shape) for key, shape in self.shapes.items() if key.endswith(".adaprune_mask"))
 
     def open(self, base: str | None = None) -> PeftModel:
-        """Put the adapter on its base, and check everything now rather than at the first forward pass.
+        """Open the adapter on its base, and run all checks now rather than at the first forward pass.
 
         Args:
             base (`str`, *optional*): A copy of the base: a folder, or a name on the Hub. By default the adapter's own.
@@ -58,9 +58,9 @@ class StoredAdapter:
             `peft.PeftModel`: The model, in evaluation mode.
 
         Raises:
-            AdapterNotFoundError: If there is no base of that name within reach.
+            AdapterNotFoundError: If the base, or the class of its model, cannot be found.
             AdapterFileError: If the adapter's files are not what was saved.
-            BaseMismatchError: If the base is another one.
+            BaseMismatchError: If the base is not the one that the adapter was made for.
         """
         architecture = self.config.architecture or "AutoModel"
         name, revision = base or self.config.base_model_name_or_path, None if base else self.config.revision
@@ -72,7 +72,7 @@ class StoredAdapter:
             )
         if not name:
             raise AdapterNotFoundError(
-                f"The configuration of {self.name!r} names no base: give its name, or a folder."
+                f"The configuration of {self.name!r} names no base: pass its name or folder as `base`."
             )
         try:
             kwargs = {"revision": revision, "token": self.hub.get("token")}
@@ -83,16 +83,16 @@ class StoredAdapter:
         except OSError as error:
             raise AdapterNotFoundError(f"The adapter's base {name!r} cannot be opened: {error}") from None
         except (RuntimeError, ValueError) as error:
-            raise BaseMismatchError(f"The base {name!r} is no {architecture}, as the adapter's is: {error}") from None
+            raise BaseMismatchError(f"The base {name!r} must be a {architecture}: {error}") from None
         tuned = PeftModel.from_pretrained(model, self.name, **self.hub)
         run_checks(tuned.get_base_model())
         return tuned.eval()
 
     def tokenizer(self, base: str | None = None) -> Any:
-        """Return the tokenizer that is stored with the adapter or, failing that, with its base.
+        """Return the tokenizer that is stored with the adapter or, otherwise, with its base.
 
         Raises:
-            AdapterNotFoundError: If there is none.
+            AdapterNotFoundError: If neither has a tokenizer.
         """
         name = base or self.config.base_model_name_or_path
         for place, hub in ((self.name, self.hub), (name, {"token": self.hub.get("token")})):
@@ -103,7 +103,7 @@ class StoredAdapter:
         raise AdapterNotFoundError(f"Neither {self.name!r} nor its base {name!r} has a tokenizer.")
 
     def results(self) -> list[EvalResult]:
-        """Return the scores on the adapter's card: none if it has no card, or none within reach."""
+        """Return the scores on the adapter's card; none if the card is missing or cannot be read."""
         try:
             card = ModelCard.load(cached_file(self.name, REPOCARD_NAME, **self.hub), ignore_metadata_errors=True)
         except (OSError, ValueError):
@@ -114,20 +114,20 @@ class StoredAdapter:
 def read_adapter(
     name: str | Path, *, subfolder: str | None = None, revision: str | None = None, token: str | bool | None = None
 ) -> StoredAdapter:
-    """Read the headers of a stored adapter: a few kilobytes, wherever its weights are.
+    """Read the headers of a stored adapter, a few kilobytes, from a folder or the Hub.
 
     Args:
         name (`str` or `Path`): The adapter's folder, or its name on the Hub.
-        subfolder (`str`, *optional*): Where in it the adapter is.
+        subfolder (`str`, *optional*): The subfolder that holds the adapter.
         revision (`str`, *optional*): A branch, a tag or a commit on the Hub.
         token (`str` or `bool`, *optional*): A token for the Hub, if not the stored one.
 
     Returns:
-        `StoredAdapter`: What the headers tell.
+        `StoredAdapter`: The adapter's configuration, tensor shapes and size.
 
     Raises:
-        AdapterNotFoundError: If there is no adapter of that name within reach.
-        AdapterFileError: If it is one of another method, or damaged.
+        AdapterNotFoundError: If no adapter of that name can be found.
+        AdapterFileError: If the adapter is of another method, or damaged.
 
     Example:
 
@@ -146,7 +146,7 @@ def check_same_base(adapters: Sequence[StoredAdapter]) -> None:
     """Raise if adapters do not mask the same weights of the same base.
 
     Raises:
-        BaseMismatchError: If they do not.
+        BaseMismatchError: If their bases or their masked modules differ.
     """
     first, *others = adapters
     for other in others:
@@ -178,16 +178,16 @@ def _read_config(name: str, hub: dict[str, Any]) -> AdaPruneConfig:
     except ConfigError as error:
         raise AdapterFileError(f"{CONFIG_NAME} of {name!r}: {error}") from None
     except Exception as error:
-        # Whatever PEFT stumbles over in a file that may hold anything, one that is nested too deeply, say.
+        # A file with arbitrary content can make PEFT raise anything, for example by deep nesting.
         if isinstance(error, ValueError) and error.__cause__ is not None:
-            # PEFT says where it looked, and hides why it found nothing.
-            raise AdapterNotFoundError(f"There is no adapter {name!r} within reach: {error.__cause__}") from None
-        raise AdapterFileError(f"{CONFIG_NAME} of {name!r} is no adapter's configuration: {error!r}.") from None
+            # PEFT's message says where it looked, its cause why it found nothing.
+            raise AdapterNotFoundError(f"The adapter {name!r} was not found: {error.__cause__}") from None
+        raise AdapterFileError(f"{CONFIG_NAME} of {name!r} is not a valid adapter configuration: {error!r}.") from None
     if not isinstance(config, AdaPruneConfig):
         method = getattr(config.peft_type, "value", config.peft_type)
         raise AdapterFileError(f"{name!r} is an adapter of another method, {method}: open it with peft alone.")
     if not config.is_stored:
-        raise AdapterFileError(f"{name!r} holds the configuration of an adapter that was never trained: no masks.")
+        raise AdapterFileError(f"{name!r} has the configuration of an adapter that was never saved: it has no masks.")
     if not config.num_parameters:
         raise AdapterFileError(f"{CONFIG_NAME} of {name!r} lacks the `num_parameters` of its model: fetch it again.")
     return config
@@ -212,5 +212,5 @@ def _read_remote_header(
         header = HfApi().parse_safetensors_file_metadata(name, filename, revision=revision, token=token)
         size = get_hf_file_metadata(hf_hub_url(name, filename, revision=revision), token=token).size
     except (EntryNotFoundError, SafetensorsParsingError) as error:
-        raise AdapterFileError(f"{name!r} has no weights that can be read: {error}. Fetch it again.") from None
+        raise AdapterFileError(f"The weights of {name!r} cannot be read: {error}. Fetch it again.") from None
     return {key: tuple(tensor.shape) for key, tensor in header.tensors.items()}, size or 0

@@ -1,4 +1,4 @@
-"""The file that holds an adapter's masks and head: read from its header, and held against what must be in it."""
+"""Read the file that holds an adapter's masks and head, and check its header against the configuration."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 
 def read_masks(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: Any) -> dict[str, torch.Tensor]:
-    """Read a stored adapter's masks as they are stored, and nothing else of it.
+    """Read only the masks of a stored adapter, in their stored form.
 
     Args:
         name (`str`): The adapter's folder, or its name on the Hub.
         config (`AdaPruneConfig`): Its configuration.
-        subfolder (`str`, *optional*): Where in it the adapter is.
-        hub: What `huggingface_hub.hf_hub_download` takes besides.
+        subfolder (`str`, *optional*): The subfolder that holds the adapter.
+        hub: Further arguments of `huggingface_hub.hf_hub_download`.
 
     Returns:
-        `dict[str, torch.Tensor]`: For each mask a `uint8` tensor of shape `(ceil(entries / 8),)`, or a shorter one.
+        `dict[str, torch.Tensor]`: A `uint8` tensor per mask, of shape `(ceil(entries / 8),)` or shorter.
 
     Raises:
-        AdapterFileError: If the weights are a pickle, or are not all there.
+        AdapterFileError: If the weights are pickled or missing, or do not match the configuration.
     """
     path = _find_weights(name, subfolder, **hub) or Path(name, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
     check_shapes(path, read_shapes(path), config)
@@ -45,16 +45,16 @@ def read_masks(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: 
 
 
 def check_weights_file(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: Any) -> None:
-    """Raise if a stored adapter's weights are a pickle, or are not all there.
+    """Raise if a stored adapter's weights are pickled or do not match its configuration.
 
     Args:
         name (`str`): The adapter's folder, or its name on the Hub.
         config (`AdaPruneConfig`): Its configuration.
-        subfolder (`str`, *optional*): Where in it the adapter is.
-        hub: What `huggingface_hub.hf_hub_download` takes besides.
+        subfolder (`str`, *optional*): The subfolder that holds the adapter.
+        hub: Further arguments of `huggingface_hub.hf_hub_download`.
 
     Raises:
-        AdapterFileError: If they are.
+        AdapterFileError: If the weights are pickled, unreadable, or do not match the configuration.
     """
     path = _find_weights(name, subfolder, **hub)
     if path is not None and path.exists():
@@ -62,7 +62,7 @@ def check_weights_file(name: str, config: AdaPruneConfig, subfolder: str | None,
 
 
 def _find_weights(name: str, subfolder: str | None, **hub: Any) -> Path | None:
-    """Return where an adapter's weights are, or ought to be; `None` if the Hub cannot be asked."""
+    """Return the path of an adapter's weights, existing or not; `None` if the Hub cannot be reached."""
     folder = Path(name, subfolder or "")
     if folder.is_dir():
         path = folder / SAFETENSORS_WEIGHTS_NAME
@@ -82,10 +82,10 @@ def _find_weights(name: str, subfolder: str | None, **hub: Any) -> Path | None:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors in a file of weights, from its header.
+    """Return the shapes of the tensors in a weights file, from its header.
 
     Raises:
-        AdapterFileError: If there is no such file, or it cannot be read.
+        AdapterFileError: If the file is missing or cannot be read.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -97,14 +97,14 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise AdapterFileError(f"There is no {path}: the adapter has no masks. Fetch it again.") from None
     except (OSError, SafetensorError) as error:
         raise AdapterFileError(
-            f"{path} cannot be read ({error}): it is cut short, or is no safetensors file. Fetch the adapter again."
+            f"{path} cannot be read ({error}): it is truncated, or not a safetensors file. Fetch the adapter again."
         ) from None
 
 
 def check_shapes(path: str | Path, shapes: dict[str, tuple[int, ...]], config: AdaPruneConfig) -> None:
-    """Raise if an adapter's file of weights has other entries than masks and head, or masks of the wrong size.
+    """Raise if an adapter's weights file lacks tensors, has unexpected ones, or has masks of the wrong size.
 
-    What else there was would be loaded too: scores, say, or weights of the base.
+    Unexpected tensors, such as scores or weights of the base, would be loaded too.
 
     Args:
         path (`str` or `Path`): The file, for the message.
@@ -112,35 +112,35 @@ def check_shapes(path: str | Path, shapes: dict[str, tuple[int, ...]], config: A
         config (`AdaPruneConfig`): The adapter's configuration.
 
     Raises:
-        AdapterFileError: If it does.
+        AdapterFileError: If the tensors are not the masks and head that the configuration lists.
     """
     masks = {f"{module}.adaprune_mask": (size,) for module, size in config.mask_num_bytes.items()}
     wanted = [f"{PREFIX}{key}" for key in (*masks, *(config.head_tensors or ()))]
     missing = [plain_name(key) for key in wanted if key not in shapes]
     surplus = sorted(shapes.keys() - set(wanted))
     resized = [key for key, shape in masks.items() if shapes.get(f"{PREFIX}{key}", shape) != shape]
-    problems = {"has no": missing, "has masks of the wrong size:": resized, "has, and should not have,": surplus}
+    problems = {"has no": missing, "has masks of the wrong size:": resized, "has unexpected": surplus}
     if any(problems.values()):
         raise AdapterFileError(
-            f"{path} is not what was saved with its configuration: it "
+            f"{path} does not match its configuration: it "
             f"{' and '.join(f'{what} {keys}' for what, keys in problems.items() if keys)}. Fetch the adapter again."
         )
 
 
 def check_head(path: str | Path, shapes: dict[str, tuple[int, ...]], head_shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise if the head in an adapter's file of weights is not of the size of the model's.
+    """Raise if the head in an adapter's weights file does not have the shapes of the model's head.
 
     Args:
         path (`str` or `Path`): The file, for the message.
         shapes (`dict[str, tuple[int, ...]]`): The shapes of its tensors.
-        head_shapes (`dict[str, tuple[int, ...]]`): Those of the head that the model has for the adapter.
+        head_shapes (`dict[str, tuple[int, ...]]`): The shapes of the model's head.
 
     Raises:
-        AdapterFileError: If it is not.
+        AdapterFileError: If a tensor of the head is missing, or has another shape.
     """
     found = {key: shapes.get(f"{PREFIX}{key}") for key in head_shapes}
     problems = [
-        f"{key!r} is {found[key] or 'not there'}, not {shape}"
+        f"{key!r} is {found[key] or 'missing'}, not {shape}"
         for key, shape in head_shapes.items()
         if found[key] != shape
     ]
@@ -152,29 +152,29 @@ def check_head(path: str | Path, shapes: dict[str, tuple[int, ...]], head_shapes
 
 
 def check_not_pickled(folder: str | Path, aside: Path) -> None:
-    """Raise if an adapter's weights have just been saved as a pickle, before a configuration is put beside them.
+    """Raise if an adapter's weights were just saved as a pickle, before its configuration is put in place.
 
     Args:
-        folder (`str` or `Path`): Where the adapter is saved.
-        aside (`Path`): The configuration, not yet in place; deleted if it is not to be.
+        folder (`str` or `Path`): The folder where the adapter is saved.
+        aside (`Path`): The configuration, not yet in place; deleted before raising.
 
     Raises:
-        ConfigError: If they have.
+        ConfigError: If the folder has a pickle that is newer than its safetensors file.
     """
     pickle, weights = Path(folder, WEIGHTS_NAME), Path(folder, SAFETENSORS_WEIGHTS_NAME)
     if pickle.exists() and not (weights.exists() and weights.stat().st_mtime_ns >= pickle.stat().st_mtime_ns):
         aside.unlink()
         raise ConfigError(
-            f"{pickle} is a pickle, which no one could open: save with `safe_serialization=True`. What was in the "
-            "folder before is as it was."
+            f"{pickle} is a pickle, and pickles are not read: save with `safe_serialization=True`. The other files in "
+            "the folder are unchanged."
         )
 
 
 def check_no_pickle(path: str | Path) -> None:
-    """Raise if a file of weights is not of safetensors.
+    """Raise if a weights file is not a safetensors file.
 
     Raises:
-        AdapterFileError: If it is not.
+        AdapterFileError: If the name of the file does not end in `.safetensors`.
     """
     if Path(path).suffix != ".safetensors":
         raise AdapterFileError(_refusal(path))
@@ -182,6 +182,6 @@ def check_no_pickle(path: str | Path) -> None:
 
 def _refusal(path: str | Path) -> str:
     return (
-        f"{path} is a pickle, and pickles are not read. Have the adapter's author save it with "
+        f"{path} is a pickle, and pickles are not read. Ask the adapter's author to save it with "
         f"`safe_serialization=True`, as {SAFETENSORS_WEIGHTS_NAME}."
     )

@@ -1,4 +1,4 @@
-"""In which order the files of an adapter are put in place: a configuration never before the weights it goes with."""
+"""Write order of an adapter's files: a configuration is never put in place before its weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _put_off: ContextVar[list[tuple[Path, Callable[[], None]]] | None] = ContextVar(
 
 
 def put_in_place(aside: Path, finish: Callable[[], None]) -> None:
-    """Finish a file that was written aside: now, or after the weights if `weights_first` is at work."""
+    """Put a file that was written aside in place: now, or inside `weights_first` after the weights."""
     waiting = _put_off.get()
     if waiting is None:
         finish()
@@ -22,9 +22,9 @@ def put_in_place(aside: Path, finish: Callable[[], None]) -> None:
 
 @contextmanager
 def weights_first() -> Iterator[None]:
-    """Put off what `put_in_place` is given until the end of the block; drop it if the block fails.
+    """Defer all calls of `put_in_place` to the end of the block; discard them if the block fails.
 
-    A new configuration that stands beside old weights is an adapter lost.
+    An adapter with a new configuration and old weights could not be opened.
     """
     waiting: list[tuple[Path, Callable[[], None]]] = []
     token = _put_off.set(waiting)

@@ -1,4 +1,4 @@
-"""Models whose layers have shapes that no stock configuration describes, made known to transformers' Auto classes."""
+"""Compacted models with layer shapes that no stock configuration describes, registered with the Auto classes."""
 
 from __future__ import annotations
 
@@ -16,29 +16,32 @@ MODEL_TYPE = "adaprune_compact"
 
 
 class CompactConfig(PreTrainedConfig):
-    """The configuration of a model that `compact` has made smaller, layer by layer.
+    """Configuration of a model whose layers `compact` has shrunk to individual shapes.
 
-    What is read is an instance of a subclass of the original model's own configuration, with these fields besides.
+    Reading it returns an instance of a subclass of the original model's configuration class, with these additional
+    fields.
 
     Args:
         base_model_type (`str`): The original model's `model_type`.
-        compact_widths (`dict[str, list[int]]`): For each linear layer that was shrunk its inputs and outputs.
-        compact_heads (`dict[str, dict]`): For each attention module that lost heads how many it had, and which it has.
+        compact_widths (`dict[str, list[int]]`): The number of inputs and outputs of each linear layer that was shrunk.
+        compact_heads (`dict[str, dict]`):
+            For each attention module that lost heads, how many it had (`"of"`) and which are left (`"kept"`).
     """
 
     model_type = MODEL_TYPE
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read a configuration, as an instance of the right subclass."""
+        """Build a configuration as an instance of the subclass for its `base_model_type`."""
         return config_class(config_dict["base_model_type"]).from_dict(config_dict, **kwargs)
 
 
 @functools.cache
 def config_class(base_model_type: str) -> Any:
-    """Return the subclass of a model type's configuration that stands for compact models of this type.
+    """Return the configuration class of compacted models of a model type, a subclass of the type's own.
 
-    The first call makes, and registers with every Auto class that knows the type, the models that go with it.
+    The first call for a type also creates its compacted model classes, and registers them with every Auto class that
+    supports the type.
     """
     base = type(AutoConfig.for_model(base_model_type))
     compact = type(f"Compact{base.__name__}", (base,), {"model_type": MODEL_TYPE, "__module__": __name__})
@@ -53,18 +56,18 @@ def config_class(base_model_type: str) -> Any:
 
 @functools.cache
 def model_class(base: Any, config: Any) -> Any:
-    """Return the subclass of a model's class that is built with the shapes its configuration tells of."""
+    """Return a subclass of a model class that is built with the layer shapes in its configuration."""
 
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         shrink(self.base_model, config.compact_widths, config.compact_heads)
 
-    # Of the same name: it is what pipelines and saved configurations go by.
+    # The name stays the same: pipelines and saved configurations identify classes by name.
     return type(base.__name__, (base,), {"__init__": build, "config_class": config, "__module__": __name__})
 
 
 def plain_class(cls: Any) -> Any:
-    """Return the class of transformers' own behind a model's class, which may be one of `model_class`."""
+    """Return the stock transformers class of a model, whose class may come from `model_class`."""
     return cls.__base__ if cls.__module__ == __name__ else cls
 
 
@@ -73,7 +76,7 @@ def _is_subclass(found: Any, cls: type) -> bool:
 
 
 def __getattr__(name: str) -> Any:
-    """Make a class that a pickle names and that no model has needed yet."""
+    """Create a class that unpickling looks up by name before any model has needed it."""
     stock: Any = getattr(transformers, name.removeprefix("Compact"), None)
     if name.startswith("Compact") and _is_subclass(stock, PreTrainedConfig):
         return config_class(stock.model_type)

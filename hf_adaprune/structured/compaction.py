@@ -1,4 +1,4 @@
-"""A masked model made physically smaller: without the neurons and heads that its masks prune."""
+"""Physically remove the neurons and attention heads that a model's masks prune."""
 
 from __future__ import annotations
 
@@ -28,24 +28,26 @@ from .shrink import compose_heads, keep_heads, keep_inputs, keep_outputs
 
 
 def compact(model: Any) -> PreTrainedModel:
-    """Return a dense model that computes what a masked one does, without the neurons and heads that its masks prune.
+    """Return an equivalent dense model without the neurons and attention heads that the active masks prune.
 
-    Where every feed-forward layer keeps as many neurons (`granularity="neuron"`, `scope="module"`) and no head is
-    pruned, the result is a stock transformers model of smaller `intermediate_size`: once saved, it is opened without
-    this package. Otherwise its layers differ in shape; then it is opened by the Auto classes wherever `hf_adaprune`
-    has been imported.
+    If every feed-forward layer keeps the same number of neurons (`granularity="neuron"`, `scope="module"`) and no head
+    is pruned, the result is a stock transformers model with a smaller `intermediate_size`, which can be opened without
+    this package. Otherwise its layers differ in shape, and the Auto classes open it only after `hf_adaprune` has been
+    imported.
 
     Args:
         model (`peft.PeftModel` or `transformers.PreTrainedModel`):
-            A model with an active AdaPrune adapter, of neurons, heads, or of single weights if it prunes all that
-            read a neuron or a head. Not changed.
+            A model with an active AdaPrune adapter: masks of neurons or heads, or masks of single weights that prune
+            every weight reading some neuron or head. Not modified.
 
     Returns:
         `transformers.PreTrainedModel`: A plain model, in evaluation mode, with all of its parameters trainable.
 
     Raises:
-        CompactionError: If the active masks prune no neuron and no head as a whole, or the model's forward pass cannot
-            do with fewer of them.
+        NotPrunedError: If the model has no active AdaPrune adapter.
+        CompactionError: If the active masks prune no neuron or head as a whole, or all of one block; if the forward
+            pass does not work with fewer of them; if the model has `head="layer_average"`, has an adapter of another
+            method or is not a transformers model.
 
     Example:
 
@@ -55,63 +57,67 @@ def compact(model: Any) -> PreTrainedModel:
     base = base_of(model)
     if any(isinstance(module, LayerAverageHead) for module in base.modules()):
         raise CompactionError(
-            '`head="layer_average"` is no part of the model that transformers would build again: leave the adapter on '
-            "its base."
+            'A model with `head="layer_average"` cannot be compacted, because transformers would not rebuild this '
+            "head from a checkpoint: keep the adapter on its base."
         )
+    config = active_config(base)
     kept, dense = kept_groups(base), merged(model)
     expected, before = hidden_states(dense), dense.num_parameters()
     shapes = {name: features(module) for name, module in maskable(dense)}
     heads = _remove_groups(dense, kept)
     widths = {name: features(module) for name, module in maskable(dense) if features(module) != shapes[name]}
-    is_stock = not heads and _is_stock(dense, shapes, widths)
+    is_stock = not heads and _try_stock_config(dense, shapes, widths)
     if not is_stock:
-        _make_special(dense, widths, heads)
-    _compare(dense, expected)
+        _use_compact_class(dense, widths, heads)
+    _check_outputs_match(dense, expected)
     blocks = [(block.consumer, int(mask.sum()), len(mask), block.kind) for block, mask in kept]
-    CompactCard(active_config(base), type(dense).__name__, is_stock, before, dense.num_parameters(), blocks).attach(
-        dense
-    )
+    CompactCard(config, type(dense).__name__, is_stock, before, dense.num_parameters(), blocks).attach(dense)
     return dense.requires_grad_()
 
 
 def base_of(model: Any) -> PreTrainedModel:
-    """Return the transformers model that an adapter is on.
+    """Return the transformers model under an adapter.
 
     Raises:
-        CompactionError: If it is no transformers model, or has an adapter of another method too.
+        CompactionError: If it is not a transformers model, or has an adapter of another method too.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base, PreTrainedModel):
-        raise CompactionError(f"A transformers model with an adapter is needed, got a {type(model).__name__}.")
+        raise CompactionError(
+            f"The model must be a transformers model with an AdaPrune adapter, got a {type(model).__name__}."
+        )
     if has_foreign_layers(base):
-        raise CompactionError("The model has an adapter of another method too: give one that has masks alone.")
+        raise CompactionError(
+            "The model must have AdaPrune adapters only, but has an adapter of another method too: load it without "
+            "that one."
+        )
     return base
 
 
 def active_masks(layer: AdaPruneLayer) -> list[str]:
-    """Return the names of the adapters by whose masks a layer computes, merged or not."""
+    """Return the names of the adapters whose masks a layer applies, merged or not."""
     names = [] if layer.disable_adapters else layer.merged_adapters or layer.active_adapters
     return [name for name in names if name in layer.adaprune_mask]
 
 
 def active_config(base: nn.Module) -> AdaPruneConfig:
-    """Return the configuration of the adapter by whose masks a model computes: the first of them.
+    """Return the configuration of the first adapter whose masks a model applies.
 
     Raises:
-        NotPrunedError: If there is none.
+        NotPrunedError: If the model has no active AdaPrune adapter.
     """
     configs = (layer.config(name) for _, layer in adaprune_layers(base) for name in active_masks(layer))
     config = next(configs, None)
     if config is None:
-        raise NotPrunedError("The model has no active AdaPrune adapter: add one, or choose one with `set_adapter`.")
+        raise NotPrunedError("The model has no active AdaPrune adapter: add one, or activate one with `set_adapter`.")
     return config
 
 
 def kept_groups(base: nn.Module) -> list[tuple[Block, torch.Tensor]]:
-    """Return for each block of a model what the active masks leave of its groups: boolean, one a group.
+    """Return the masked blocks of a model, each with a boolean tensor of which groups the active masks keep.
 
     Raises:
-        CompactionError: If they leave all of them.
+        CompactionError: If no group is pruned as a whole.
     """
     layers = dict(adaprune_layers(base))
     kept = []
@@ -122,8 +128,8 @@ def kept_groups(base: nn.Module) -> list[tuple[Block, torch.Tensor]]:
             kept.append((block, Groups.of(block, base).read(torch.stack(masks).all(0)).cpu()))
     if all(mask.all() for _, mask in kept):
         raise CompactionError(
-            "There is nothing to remove: the active masks prune no neuron and no head as a whole, and leave each "
-            'matrix its shape. Train with `granularity="neuron"`, "head" or "neuron+head"; for a 2:4 mask see '
+            "There is nothing to remove: the active masks prune no neuron or head as a whole, so every matrix keeps "
+            'its shape. Train with `granularity="neuron"`, "head" or "neuron+head"; for a 2:4 mask see '
             "`to_semi_structured`."
         )
     return kept
@@ -137,13 +143,15 @@ def _find_kept_blocks(base: nn.Module) -> list[Block]:
 
 
 def _remove_groups(dense: nn.Module, kept: Iterable[tuple[Block, torch.Tensor]]) -> dict[str, dict[str, Any]]:
-    """Take the pruned groups out of the layers; return which heads each attention module is left with."""
+    """Remove the pruned groups from the layers; return which heads each shrunk attention module keeps."""
     heads: dict[str, dict[str, Any]] = {}
     for block, mask in kept:
         if mask.all():
             continue
         if not mask.any():
-            raise CompactionError(f"The active masks leave {block.consumer!r} no {block.kind} at all: activate fewer.")
+            raise CompactionError(
+                f"The active masks prune every {block.kind} of {block.consumer!r}: activate fewer adapters."
+            )
         groups = Groups.of(block, dense)
         keep_inputs(groups.consumer, mask.repeat_interleave(block.width))
         for producer in groups.producers.values():
@@ -155,12 +163,12 @@ def _remove_groups(dense: nn.Module, kept: Iterable[tuple[Block, torch.Tensor]])
     return heads
 
 
-def _is_stock(dense: Any, shapes: dict[str, tuple[int, int]], widths: dict[str, tuple[int, int]]) -> bool:
-    """Find the field of the stock configuration under which the model has the shapes that it has now, and set it."""
+def _try_stock_config(dense: Any, shapes: dict[str, tuple[int, int]], widths: dict[str, tuple[int, int]]) -> bool:
+    """Set the field of the stock configuration that gives the current shapes; return whether there is one."""
     changes = {
         (old, new) for name, now in widths.items() for old, new in zip(shapes[name], now, strict=True) if old != new
     }
-    # One for all layers, and one more where a gated pair is one layer, twice as wide as the field says.
+    # One change for all layers, and a second where a gated pair is one layer, twice as wide as the field says.
     if len(changes) > 2:
         return False
     wanted = {name: tensor.shape for name, tensor in dense.state_dict().items()}
@@ -173,7 +181,7 @@ def _is_stock(dense: Any, shapes: dict[str, tuple[int, int]], widths: dict[str, 
                 setattr(config, field, new)
                 with torch.device("meta"):
                     built = type(dense)._from_config(config)
-            except Exception:  # another field of the same value, that cannot have this one
+            except Exception:  # another field with the same old value, which cannot take the new one
                 continue
             if {name: tensor.shape for name, tensor in built.state_dict().items()} == wanted:
                 setattr(dense.config, field, new)
@@ -181,13 +189,13 @@ def _is_stock(dense: Any, shapes: dict[str, tuple[int, int]], widths: dict[str, 
     return False
 
 
-def _make_special(dense: Any, widths: dict[str, tuple[int, int]], heads: dict[str, Any]) -> None:
-    """Make the model one of a class that has its shapes in its configuration."""
+def _use_compact_class(dense: Any, widths: dict[str, tuple[int, int]], heads: dict[str, Any]) -> None:
+    """Convert the model to a class whose configuration stores its layer shapes."""
     body = "" if dense.base_model is dense else f"{dense.base_model_prefix}."
     old, cls = dense.config, plain_class(type(dense))
     base_model_type = getattr(old, "base_model_type", old.model_type)
     special = config_class(base_model_type)
-    # It may have been made smaller before.
+    # The model may have been compacted before.
     widths_before, heads_before = getattr(old, "compact_widths", {}), getattr(old, "compact_heads", {})
     wide = widths_before | {name.removeprefix(body): list(width) for name, width in widths.items()}
     left = {name.removeprefix(body): head for name, head in heads.items()}
@@ -210,20 +218,20 @@ def hidden_states(model: Any) -> torch.Tensor:
 
 
 def differ(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> str:
-    """Return in words by how much hidden states differ, beyond the rounding of a dtype; nothing if they do not."""
+    """Describe by how much hidden states differ beyond the rounding of a dtype; return `""` if they do not."""
     error = float((found - expected).abs().max() / expected.abs().max())
     allowed = 1e-4 if dtype == torch.float32 else 5e-2
     return "" if error < allowed else f"its hidden states differ by {error:.2g} of their range"
 
 
-def _compare(dense: Any, expected: torch.Tensor) -> None:
-    """Raise if the smaller model does not compute the same."""
+def _check_outputs_match(dense: Any, expected: torch.Tensor) -> None:
+    """Raise a `CompactionError` if the smaller model does not compute the expected hidden states."""
     try:
         problem = differ(hidden_states(dense), expected, dense.dtype)
     except (RuntimeError, ValueError, IndexError) as cause:
         problem = f"it cannot run ({cause})"
     if problem:
         raise CompactionError(
-            f"{type(dense).__name__} does not do with fewer neurons or heads: {problem}. Use `merge_and_unload()`, "
-            "which leaves them in place as zeros."
+            f"{type(dense).__name__} cannot be compacted: with fewer neurons or heads {problem}. Use "
+            "`merge_and_unload()`, which keeps them in place as zeros."
         )

@@ -1,4 +1,4 @@
-"""Masks over a smaller model, made masks over the whole one: what was taken out counts as pruned."""
+"""Turn masks over a compacted model into masks over the original one, in which removed groups are pruned."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ from .compaction import active_config, active_masks, base_of, differ, hidden_sta
 
 
 def expand(small: Any, whole: Any) -> PreTrainedModel:
-    """Return the base of `whole` with one adapter, which computes what masks over `compact(whole)` do.
+    """Return the base of `whole` with a single adapter that computes what `small` computes.
 
-    Neurons and heads first, then single weights of what is left. Expanded, the two are one adapter over a base that
-    everybody has: it is saved, pushed and opened like any other, and `compact` makes the smaller model of it again.
+    This is for pruning in two stages: neurons and heads first, then single weights of the compacted model. The result
+    combines both stages in one adapter over the original base. It is saved, pushed and opened like any other, and
+    `compact` produces the smaller model from it again.
 
     Args:
         small (`peft.PeftModel` or `transformers.PreTrainedModel`):
-            A model that `compact` has made, with an active AdaPrune adapter. Not changed.
+            A model that `compact` has returned, with an active AdaPrune adapter. Not modified.
         whole (`peft.PeftModel` or `transformers.PreTrainedModel`):
-            The model that `compact` made it of, its adapter active. Not changed.
+            The model that was passed to `compact`, with the same adapter active. Not modified.
 
     Returns:
-        `transformers.PreTrainedModel`: A copy of the base in evaluation mode, with the adapter `"default"`, which has
-        the head of `small`.
+        `transformers.PreTrainedModel`: A copy of the base in evaluation mode, with the adapter `"default"` and the
+        head of `small`.
 
     Raises:
-        NotPrunedError: If `small` has no active AdaPrune adapter, or several.
-        CompactionError: If the active masks of `whole` prune no neuron and no head as a whole.
-        BaseMismatchError: If `small` was not made of `whole` by these masks.
+        NotPrunedError: If `small` does not have exactly one active AdaPrune adapter.
+        CompactionError: If the active masks of `whole` prune no neuron or head as a whole, or one of the models is not
+            a transformers model or has an adapter of another method.
+        BaseMismatchError: If `small` is not `whole` compacted under its active masks.
 
     Example:
 
@@ -67,7 +69,7 @@ def expand(small: Any, whole: Any) -> PreTrainedModel:
     for module, state in (_trained_whole(whole) | _trained_whole(small)).items():
         trained: Any = base.get_submodule(module)
         trained.modules_to_save["default"].load_state_dict(state)
-    # In half precision wherever one of the two is.
+    # Allow for half-precision rounding if either model is in half precision.
     dtype = base.dtype if base.dtype == small.dtype else torch.bfloat16
     problem = differ(hidden_states(merged(base)), hidden_states(merged(small)), dtype)
     if problem:
@@ -79,14 +81,14 @@ def _active_adapter(small: PreTrainedModel) -> str:
     names = {name for _, layer in adaprune_layers(small) for name in active_masks(layer)}
     if len(names) != 1:
         raise NotPrunedError(
-            f"The smaller model must have one active AdaPrune adapter, it has {sorted(names)}: train one, or choose "
-            "one with `set_adapter`."
+            f"The smaller model must have exactly one active AdaPrune adapter, got {sorted(names)}: train one, or "
+            "activate one with `set_adapter`."
         )
     return names.pop()
 
 
 def _trained_whole(model: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the state of each module that the active adapter holds a copy of: the head, and what else was named."""
+    """Return the state of each module that the active adapter holds a copy of: the head and `modules_to_save`."""
     wrappers = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     return {
         name: wrapper.modules_to_save[wrapper.active_adapter].state_dict()
@@ -96,19 +98,19 @@ def _trained_whole(model: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]]
 
 
 def _widened(layer: AdaPruneLayer, name: str, left: torch.Tensor | None) -> torch.Tensor:
-    """Return a mask of the shape that the layer had, from one of what is left of it."""
+    """Return a layer's mask in the layer's original shape, in which `left` marks the weights that were not removed."""
     mask = layer.mask(name).cpu()
     if left is None:
         return mask
     if int(left.sum()) != mask.numel():
-        raise _mismatch(f"of a layer {tuple(mask.shape)} is left, by the masks it should be {int(left.sum())} weights")
+        raise _mismatch(f"a layer has shape {tuple(mask.shape)}, where the masks keep {int(left.sum())} weights")
     widened = left.clone()
     widened[left] = mask.flatten()
     return widened
 
 
 def _config_over(first: AdaPruneConfig, config: AdaPruneConfig) -> AdaPruneConfig:
-    """Let a configuration be of an adapter over the base of the first one, with the labels that it tells itself."""
+    """Change `config` in place to describe an adapter over the base of `first`, with its own labels; return it."""
     for field in ("base_model_name_or_path", "revision", "num_parameters"):
         setattr(config, field, getattr(first, field))
     config.modules_to_save = sorted({*(first.modules_to_save or ()), *(config.modules_to_save or ())}) or None
@@ -121,6 +123,6 @@ def _config_over(first: AdaPruneConfig, config: AdaPruneConfig) -> AdaPruneConfi
 
 def _mismatch(reason: str) -> BaseMismatchError:
     return BaseMismatchError(
-        f"The smaller model was not made of this one by its active masks: {reason}. Give `expand` the model that was "
+        f"`small` must be `whole` compacted under its active masks, but {reason}. Give `expand` the model that was "
         "given to `compact`, with the same adapter active."
     )

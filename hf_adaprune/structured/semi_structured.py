@@ -1,4 +1,4 @@
-"""2:4 masks on the sparse tensor cores of NVIDIA GPUs, by PyTorch's own semi-structured tensors."""
+"""Run 2:4 masks on the sparse tensor cores of NVIDIA GPUs, with PyTorch's semi-structured tensors."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ _DTYPES = (torch.float16, torch.bfloat16)
 
 
 def to_semi_structured(model: Any) -> PreTrainedModel:
-    """Return a plain copy of a model whose 2:4 masks are put to use by sparse tensor cores.
+    """Return a plain copy of a model whose layers with 2:4 masks run on sparse tensor cores.
 
-    Whether that is faster depends on the shapes, the batch and the length: `hf-adaprune speed --bf16` measures it.
-    The result computes, and does not train; save the adapter, not this.
+    Whether that is faster depends on the layer shapes, the batch size and the sequence length: measure it with
+    `hf-adaprune speed --bf16`. The result is for inference only; save the adapter, not this model.
 
     Args:
         model (`peft.PeftModel` or `transformers.PreTrainedModel`):
             A model with an active adapter of `granularity="2:4"`, on an NVIDIA GPU of compute capability 8.0 or later,
-            in float16 or bfloat16. Not changed.
+            in float16 or bfloat16. Not modified.
 
     Returns:
         `transformers.PreTrainedModel`: A merged copy, in evaluation mode. Linear layers whose shape the kernels do not
-            take (they want multiples of 32 outputs and 64 inputs, or less with cuSPARSELt) are dense.
+            support (they need multiples of 32 outputs and 64 inputs, or smaller ones with cuSPARSELt) stay dense.
 
     Raises:
-        HardwareError: If the model is on another device or in another dtype.
-        NotPrunedError: If no linear layer has a 2:4 mask, or none has a shape that the kernels take.
+        HardwareError: If the model is not on such a GPU, or not in float16 or bfloat16.
+        NotPrunedError: If no linear layer has a 2:4 mask, or none has a shape that the kernels support.
     """
     check_hardware(next(model.parameters()))
     names = [plain_name(name) for name, _ in adaprune_layers(model)]
@@ -59,8 +59,8 @@ def to_semi_structured(model: Any) -> PreTrainedModel:
         converted.append(name)
     if not converted:
         raise NotPrunedError(
-            'No linear layer could be made semi-structured: train with `granularity="2:4"`, to the end of its '
-            f"schedule, on layers of at least 64 inputs. {refused or ''}"
+            'No linear layer could be made semi-structured: train with `granularity="2:4"` to the end of the '
+            f"schedule, on layers with at least 64 inputs. {refused or ''}"
         )
     if refused:
         logger.warning(f"These layers stay dense: {refused}")
@@ -68,7 +68,7 @@ def to_semi_structured(model: Any) -> PreTrainedModel:
 
 
 def is_semi_structured(weight: torch.Tensor) -> bool:
-    """Return whether of every four weights next to each other along the inputs two at least are zero.
+    """Return whether at least two of every four consecutive weights along the inputs are zero.
 
     Args:
         weight (`torch.Tensor`): Of shape `(outputs, inputs)`.
@@ -77,19 +77,19 @@ def is_semi_structured(weight: torch.Tensor) -> bool:
 
 
 def check_hardware(tensor: torch.Tensor) -> None:
-    """Raise where semi-structured tensors cannot be used, or gain nothing.
+    """Raise unless a tensor's device and dtype support semi-structured sparsity.
 
     Raises:
         HardwareError: If the tensor is not on an NVIDIA GPU of compute capability 8.0 or later, or not in float16 or
             bfloat16.
     """
     elsewhere = (
-        'Elsewhere a 2:4 mask makes nothing faster: for a faster model train `granularity="neuron+head"` and use '
+        'On other hardware a 2:4 mask gives no speed-up: for a faster model train `granularity="neuron+head"` and use '
         "`hf_adaprune.compact`."
     )
     if tensor.device.type != "cuda" or torch.version.hip is not None:
         raise HardwareError(
-            "Semi-structured sparsity needs an NVIDIA GPU of compute capability 8.0 or later (A100, RTX 30, newer); "
+            "Semi-structured sparsity needs an NVIDIA GPU of compute capability 8.0 or later (A100, RTX 30 or newer); "
             f"the model is on {str(tensor.device)!r}. {elsewhere}"
         )
     capability = torch.cuda.get_device_capability(tensor.device)
@@ -100,6 +100,6 @@ def check_hardware(tensor: torch.Tensor) -> None:
         )
     if tensor.dtype not in _DTYPES:
         raise HardwareError(
-            f"Semi-structured sparsity needs float16 or bfloat16, the model is in {tensor.dtype}: load it with "
+            f"Semi-structured sparsity needs float16 or bfloat16; the model is in {tensor.dtype}: load it with "
             "`dtype=torch.bfloat16`, or call `model.to(torch.bfloat16)`."
         )

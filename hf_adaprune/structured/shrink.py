@@ -1,4 +1,4 @@
-"""Linear layers and attention modules made smaller, in place."""
+"""Shrink linear layers and attention modules in place."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from transformers.pytorch_utils import Conv1D
 from ..tuner.groups import input_dim
 
 
-# What attention modules call the number of their heads, and the width of all heads together.
+# Attributes of attention modules that hold the number of heads, and the width of all heads together.
 _COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 _WIDTHS = ("all_head_size", "split_size")
 
 
 def keep_inputs(layer: Any, kept: torch.Tensor) -> None:
-    """Leave a linear layer only some of its inputs.
+    """Keep only some of a linear layer's inputs.
 
     Args:
         layer (`torch.nn.Linear` or `Conv1D`): The layer; changed in place.
@@ -30,7 +30,7 @@ def keep_inputs(layer: Any, kept: torch.Tensor) -> None:
 
 
 def keep_outputs(layer: Any, kept: torch.Tensor) -> None:
-    """Leave a linear layer only some of its outputs; see `keep_inputs`."""
+    """Keep only some of a linear layer's outputs; see `keep_inputs`."""
     _take(layer, "weight", 1 - input_dim(layer), kept)
     if layer.bias is not None:
         _take(layer, "bias", 0, kept)
@@ -38,14 +38,14 @@ def keep_outputs(layer: Any, kept: torch.Tensor) -> None:
 
 
 def keep_heads(attention: nn.Module, num_heads: int, kept: Sequence[int]) -> None:
-    """Tell an attention module, whose layers have lost heads already, which ones it has.
+    """Update an attention module whose linear layers have already lost heads.
 
-    Inputs that come with one part a head (a bias by position, say) are cut to the heads that are left.
+    A forward pre-hook cuts inputs that have one slice per head, such as a position bias, to the remaining heads.
 
     Args:
         attention (`torch.nn.Module`): The module that holds the query, key and value layers; changed in place.
-        num_heads (`int`): How many heads it had.
-        kept (`Sequence[int]`): Which of them are left.
+        num_heads (`int`): The number of heads that it had.
+        kept (`Sequence[int]`): The indices of the remaining heads.
     """
     values = vars(attention)
     for name in _COUNTS:
@@ -60,7 +60,7 @@ def keep_heads(attention: nn.Module, num_heads: int, kept: Sequence[int]) -> Non
 
 @dataclass(frozen=True)
 class _HeadsOfInputs:
-    """A hook that cuts inputs with one part a head; a class, because a model with a local function has no pickle."""
+    """Hook that cuts per-head inputs; a class, because a model that holds a local function cannot be pickled."""
 
     num_heads: int
     kept: list[int]
@@ -75,18 +75,18 @@ class _HeadsOfInputs:
 
 
 def compose_heads(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """Return which heads are left of the first many, where some of those that were left have gone since."""
+    """Compose two removals of heads: return which of the original heads are left after both."""
     return {"of": before["of"], "kept": [before["kept"][head] for head in after["kept"]]}
 
 
 def shrink(body: nn.Module, widths: Mapping[str, Sequence[int]], heads: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give a freshly built model the shapes that another one was shrunk to; its values are to be loaded.
+    """Give a freshly built model the layer shapes of a compacted one; its weights are loaded afterwards.
 
     Args:
         body (`torch.nn.Module`): The model without its head; changed in place.
-        widths (`Mapping[str, Sequence[int]]`): For each linear layer that differs its inputs and outputs.
-        heads (`Mapping[str, Mapping[str, Any]]`): For each attention module that lost heads how many it had (`"of"`)
-            and which are left (`"kept"`).
+        widths (`Mapping[str, Sequence[int]]`): The number of inputs and outputs of each linear layer that was shrunk.
+        heads (`Mapping[str, Mapping[str, Any]]`): For each attention module that lost heads, how many it had
+            (`"of"`) and which are left (`"kept"`).
     """
     for name, (inputs, outputs) in widths.items():
         layer = body.get_submodule(name)

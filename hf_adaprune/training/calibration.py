@@ -1,4 +1,4 @@
-"""What the inputs of each masked layer are like, seen in the first step of training."""
+"""Input statistics of each masked layer, collected in the first step of training."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..tuner.layer import AdaPruneLayer
 
 
 class InputMoments:
-    """Watch the inputs of masked layers, where gradients are computed, until they are asked for or `close` is called.
+    """Sum products of masked layers' inputs over forward passes with gradients, until `pop` or `close` is called.
 
     Args:
-        layers (`Mapping[str, AdaPruneLayer]`): The layers by name; those that have no real inputs are left out.
-        adapter_name (`str`): The adapter that is trained: where it masks groups, they are seen in pairs.
+        layers (`Mapping[str, AdaPruneLayer]`): The layers by name; embeddings are left out.
+        adapter_name (`str`): The adapter in training; where it masks groups, inputs are multiplied in pairs.
     """
 
     def __init__(self, layers: Mapping[str, AdaPruneLayer], adapter_name: str = "default") -> None:
@@ -29,16 +29,16 @@ class InputMoments:
             shape = [layer.in_features] * (1 if layer.groups(adapter_name) is None else 2)
             self._totals[name] = torch.zeros(shape, device=layer.base_weight.device)
             hooks.append(layer.register_forward_pre_hook(self._watch(layer, self._totals[name])))
-        # A run that is broken off in its first step leaves nothing behind either.
+        # No hooks remain even if a run is interrupted in its first step.
         self.close = weakref.finalize(self, _remove, hooks)
 
     def pop(self) -> dict[str, torch.Tensor]:
-        """Watch no longer; return the sums, over all inputs that all processes have seen, of their products.
+        """Remove the hooks, and return the sums of products over the inputs of all processes.
 
         Returns:
             `dict[str, torch.Tensor]`:
-                Float32: of shape `(in_features,)` the squares, or of `(in_features, in_features)` all second moments
-                where groups are masked. Layers that were not called are absent.
+                Float32: sums of squares, of shape `(in_features,)`, or sums of the products of all pairs, of shape
+                `(in_features, in_features)`, where groups are masked. Layers that were not called are absent.
         """
         self.close()
         # The model may have been moved since.
@@ -51,7 +51,7 @@ class InputMoments:
     @staticmethod
     def _watch(watched: AdaPruneLayer, total: torch.Tensor) -> Any:
         def hook(layer: AdaPruneLayer, args: tuple[Any, ...]) -> None:
-            if layer is watched and torch.is_grad_enabled() and args:  # and not a copy that was made of it
+            if layer is watched and torch.is_grad_enabled() and args:  # not a copy of it
                 inputs = args[0].detach().reshape(-1, len(total)).float()
                 # Autocast would multiply in half precision.
                 with torch.autocast(inputs.device.type, enabled=False):

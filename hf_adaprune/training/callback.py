@@ -1,4 +1,4 @@
-"""Prunes in a stock `Trainer`."""
+"""Pruning in a stock `Trainer`."""
 
 from __future__ import annotations
 
@@ -35,19 +35,20 @@ from .trainer_card import complete_trainer_card, training_settings
 
 logger = logging.get_logger(__name__)
 
-# Beyond this a score crosses the whole range of its matrix in a few dozen steps, and masks are noise.
+# With larger steps, a score crosses the whole range [0, 2] in a few dozen steps and masks are noise.
 _MAX_SCORE_STEP = 0.05
 
 
 class AdaPruneCallback(TrainerCallback):
     """Adapt the model of a `Trainer` by pruning alone.
 
-    Puts masks on a plain model (one that `get_peft_model` has wrapped is taken as it is), moves them along their
+    Adds masks to a plain model (one that `get_peft_model` has wrapped is used as it is), updates them along their
     schedule, logs sparsity and flip rate beside the loss, and saves with each checkpoint what a resumed run needs.
-    The Trainer's default learning rate of 5e-5 is right.
+    Use the Trainer's default learning rate, 5e-5.
 
     Args:
-        config (`AdaPruneConfig`, *optional*): For a plain model; by default `AdaPruneConfig()`.
+        config (`AdaPruneConfig`, *optional*):
+            The configuration of an adapter to add; for a plain model `AdaPruneConfig()` by default.
         adapter_name (`str`): The adapter's name in the model.
 
     Example:
@@ -61,7 +62,7 @@ class AdaPruneCallback(TrainerCallback):
     def __init__(self, config: AdaPruneConfig | None = None, adapter_name: str = "default") -> None:
         if config is not None and not isinstance(config, AdaPruneConfig):
             raise ConfigError(
-                f"`AdaPruneCallback` takes an `AdaPruneConfig`, got {config!r}: as in "
+                f"`AdaPruneCallback` takes an `AdaPruneConfig`, got {config!r}. Example: "
                 "`AdaPruneCallback(AdaPruneConfig(final_sparsity=0.8))`."
             )
         self.config, self.adapter_name = config, adapter_name
@@ -72,48 +73,48 @@ class AdaPruneCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Put masks on the Trainer's model, before its optimizer is made, and torn checkpoints out of the way."""
-        with args.main_process_first(local=args.save_on_each_node, desc="looking for torn checkpoints"):
+        """Add masks to the Trainer's model before its optimizer is created, and set incomplete checkpoints aside."""
+        with args.main_process_first(local=args.save_on_each_node, desc="looking for incomplete checkpoints"):
             if args.should_save:
                 quarantine_torn_checkpoints(args.output_dir)
-        # `Trainer.push_to_hub` writes a card of its own over the adapter's, and then has the model complete it.
+        # `Trainer.push_to_hub` overwrites the adapter's card with its own, then calls this method of the model.
         model.create_or_update_model_card = self._complete_card  # type: ignore[assignment]
-        run_checks(model)  # now: FSDP is about to shard it
+        run_checks(model)  # now, before FSDP shards it
         if isinstance(model, PeftModel) or has_masks(model):
             self._add_to(model)
             return
-        # A model of sentence-transformers is several modules, of which one is a transformers model.
+        # A sentence-transformers model consists of several modules, one of them a transformers model.
         model = getattr(model, "transformers_model", None) or model
         if not isinstance(model, PreTrainedModel):
             raise NotPrunedError(
-                f"`AdaPruneCallback` puts masks on a transformers model, got a {type(model).__name__}. Wrap it first: "
+                f"`AdaPruneCallback` needs a transformers model, got a {type(model).__name__}. Wrap it first: "
                 "`peft.get_peft_model(model, AdaPruneConfig(target_modules=...))`."
             )
         model.add_adapter(self.config or AdaPruneConfig(), self.adapter_name)
 
     def _add_to(self, model: Any) -> None:
-        """See that a model that has adapters has the one that is to be trained, and has it once."""
+        """Ensure that a model with adapters has the one to train: it exists already, or is added from `config`."""
         if not has_masks(model):
             raise NotPrunedError(
-                f"The Trainer's model is a {type(model).__name__} without masks: give it the plain model, or one that "
+                f"The Trainer's model is a {type(model).__name__} without masks: pass the plain model, or one that "
                 "`peft.get_peft_model(model, AdaPruneConfig())` returns."
             )
         names = list(dict.fromkeys(name for _, layer in adaprune_layers(model) for name in layer.adaprune_mask))
         if self.adapter_name in names and self.config is not None:
             raise ConfigError(
-                f"The model already has an adapter {self.adapter_name!r}, with its own configuration. To train that "
-                "one further, pass `AdaPruneCallback()` without one; to train another, give it a name of its own, "
-                "with `adapter_name=`; to begin anew, load the model anew."
+                f"The model already has an adapter {self.adapter_name!r}, with its own configuration. To continue "
+                "training it, use `AdaPruneCallback` without a configuration; to train another adapter, choose a new "
+                "`adapter_name=`; to start over, reload the model."
             )
         if self.adapter_name in names:
             for _, layer in adaprune_layers(model, self.adapter_name):
-                # Until a checkpoint is loaded: see `_check_resumed`.
+                # Set again when a checkpoint is loaded: see `_check_resumed`.
                 layer.config(self.adapter_name).masks_loaded = False
             return
         if self.config is None:
             raise ConfigError(
-                f"The model has no adapter {self.adapter_name!r}, but {names}: name with `adapter_name=` the one to "
-                "train; or pass an `AdaPruneConfig`, which adds one."
+                f"The model has no adapter {self.adapter_name!r}, but {names}: set `adapter_name=` to the one to "
+                "train, or pass an `AdaPruneConfig` to add a new one."
             )
         if isinstance(model, PeftModel):
             model.add_adapter(self.adapter_name, self.config)
@@ -124,17 +125,17 @@ class AdaPruneCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Start, or go on, at the point of the schedule where training is."""
-        model.create_or_update_model_card = self._complete_card  # type: ignore[assignment]  # a `model_init`'s too
+        """Create the `Pruner`, at the step of the schedule where training starts or resumes."""
+        model.create_or_update_model_card = self._complete_card  # type: ignore[assignment]  # or a `model_init`'s
         scores = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", SAFE_WEIGHTS_NAME)
         if state.global_step and hasattr(model, "transformers_model") and scores.is_file():
-            # sentence-transformers resumes from the adapter alone.
+            # sentence-transformers restores only the adapter, without scores.
             model.load_state_dict(load_file(scores), strict=False)
         if not has_masks(model):
             raise NotPrunedError(
-                "The Trainer's model has no masks: `AdaPruneCallback` puts them on the model that a Trainer is made "
-                "with. Give it to `Trainer(callbacks=[AdaPruneCallback])`, not to `add_callback`; and have a "
-                "`model_init` return `peft.get_peft_model(model, AdaPruneConfig())`."
+                "The Trainer's model has no masks: `AdaPruneCallback` adds them when the Trainer is created. Pass it "
+                "as `Trainer(callbacks=[AdaPruneCallback])`, not to `add_callback`; a `model_init` must return "
+                "`peft.get_peft_model(model, AdaPruneConfig())`."
             )
         self.pruner = self.pruner_cls(model, state.max_steps, self.adapter_name)
         _check_optimizer(model, kwargs.get("optimizer"))
@@ -149,38 +150,38 @@ class AdaPruneCallback(TrainerCallback):
         if not pruner.trains_scores:
             if self.pruner_cls is Pruner:
                 logger.warning(
-                    f"The scores of adapter {self.adapter_name!r} are frozen: the head alone learns, and where scores "
-                    "start chooses the masks. Leave `requires_grad` of the model's parameters as the adapter has set "
-                    "it."
+                    f"The scores of adapter {self.adapter_name!r} are frozen: only the head learns, and the initial "
+                    "scores determine the masks. Do not change `requires_grad` of the model's parameters after the "
+                    "adapter was added."
                 )
             return
         score_step = pruner.config.score_lr_ratio * args.learning_rate
         if score_step > _MAX_SCORE_STEP:
             logger.warning(
-                f"`learning_rate={args.learning_rate}` moves a score by {score_step:.2g} a step, of a range of 2: "
-                "expect a poor mask. 5e-5, the Trainer's default, is right for AdaPrune."
+                f"`learning_rate={args.learning_rate}` moves a score by {score_step:.2g} a step, in a range of 2: "
+                "expect a poor mask. Use 5e-5, the Trainer's default."
             )
         if args.optim == OptimizerNames.SGD:
             logger.warning(
-                "SGD moves scores in proportion to their gradients, at such learning rates next to not at all: masks "
-                "stay about where they start. Train with AdamW, the Trainer's default, or Adafactor."
+                "With SGD, scores barely move at this learning rate, so masks stay close to their initial state. "
+                "Train with AdamW, the Trainer's default, or Adafactor."
             )
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop before a step that would ruin the model."""
+        """Raise before an optimizer step with NaN or infinite gradients; skip the updates of a finished run."""
         if self._running.finished:
-            kwargs["optimizer"].zero_grad()  # a run that is resumed where it ended moves nothing
-        # Under a gradient scaler an overflow is ordinary: it skips the step by itself.
+            kwargs["optimizer"].zero_grad()  # a run resumed at its end changes nothing
+        # A gradient scaler expects overflows, and skips such steps by itself.
         if not args.fp16:
             self._running.check_gradients()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make the next masks."""
-        # Before the evaluation of this step: what was found in the steps before it was of a model not yet pruned.
+        """Update the masks."""
+        # Before this step's evaluation: earlier evaluations were of a model that was not yet fully pruned.
         self._forget_best(state)
         self._running.step()
         self._running.config.training = training_settings(args, state, kwargs.get("train_dataloader"))
@@ -195,14 +196,14 @@ class AdaPruneCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add sparsity and flip rate to the training loss's entry."""
+        """Add sparsity and flip rate to the log entry of the training loss."""
         if self.pruner is not None and logs is not None and "loss" in logs:
             measured = {"sparsity": self.pruner.sparsity, "flip_rate": self.pruner.pop_flip_rate()}
             logs.update(measured)
             state.log_history[-1].update(measured)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """See that all processes have the masks that were saved; put the scores where a resumed run looks for them."""
+        """Check that all processes have the same masks, and put the scores where a resumed run looks for them."""
         self._running.check_masks()
         if args.should_save:
             expose_resume_state(*folders_of_step(args, state))
@@ -211,7 +212,7 @@ class AdaPruneCallback(TrainerCallback):
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep the adapter's card through a push: the Trainer copies it from no checkpoint, and overwrites it."""
+        """Keep the adapter's card during a push: the Trainer overwrites it, and ignores those in checkpoints."""
         if not state.is_world_process_zero:
             return
         card, name = Path(args.output_dir, CARD), _name_on_hub(args)
@@ -224,7 +225,7 @@ class AdaPruneCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """End at exactly the sparsity that was asked for."""
+        """Load the best checkpoint if the Trainer could not, and finalize the masks at the target sparsity."""
         stop_saving_state(self._running.model)
         if args.load_best_model_at_end and state.best_global_step:
             load_best_state(kwargs["model"], Path(str(state.best_model_checkpoint)))
@@ -236,7 +237,7 @@ class AdaPruneCallback(TrainerCallback):
     def _running(self) -> Pruner:
         if self.pruner is None:
             raise NotPrunedError(
-                "`AdaPruneCallback` was added after training had begun: give it to the Trainer itself."
+                "`AdaPruneCallback` was added after training had begun: pass it to `Trainer(callbacks=...)`."
             )
         return self.pruner
 
@@ -246,39 +247,39 @@ class AdaPruneCallback(TrainerCallback):
             complete_trainer_card(folder, former, name)
 
     def _forget_best(self, state: TrainerState) -> None:
-        # A model that is not pruned as asked is no candidate for `load_best_model_at_end`.
+        # `load_best_model_at_end` must not choose a model that is not fully pruned.
         if not self._running.at_target:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
 def _check_resumed(pruner: Pruner, num_steps: int) -> None:
-    """Raise if a run goes on in the middle of its schedule with masks of its beginning: its own did not arrive."""
+    """Raise if a run resumes within its schedule, but its masks were not loaded from the checkpoint."""
     if num_steps and pruner.trains_scores and not pruner.config.masks_loaded:
         raise NotPrunedError(
-            f"The run goes on after {num_steps} of {pruner.total_steps} steps, and its checkpoint has no masks "
-            "under the names that they have in this model. Resume with the same form of model (wrapped by "
-            "`get_peft_model` or not) and the same `adapter_name`."
+            f"The run resumes after {num_steps} of {pruner.total_steps} steps, but its checkpoint has no masks "
+            "under the names of this model. Resume with the same form of model (wrapped by `get_peft_model` or not) "
+            "and the same `adapter_name`."
         )
 
 
 def _check_optimizer(model: nn.Module, optimizer: Any) -> None:
-    """Raise if an optimizer has none of what is to be trained: it was made before there were masks."""
+    """Raise if an optimizer has no trainable parameter: it was created before the masks."""
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     groups = getattr(optimizer, "param_groups", [])
     if groups and not trained & {id(parameter) for group in groups for parameter in group["params"]}:
         raise ConfigError(
-            "The Trainer's optimizer was made before the masks, and would train nothing. Let the Trainer make it "
-            "(`optim=`, or `optimizer_cls_and_kwargs=`), or put the masks on the model first, with "
-            "`model.add_adapter(AdaPruneConfig())`, and then make the optimizer."
+            "The Trainer's optimizer was created before the masks, and would train nothing. Let the Trainer create "
+            "it (`optim=`, or `optimizer_cls_and_kwargs=`), or first add masks to the model with "
+            "`model.add_adapter(AdaPruneConfig())` and then create the optimizer."
         )
 
 
 def _name_on_hub(args: TrainingArguments) -> str:
-    """Return the full name of the repository that a Trainer pushes to, as far as can be told."""
+    """Return the name of the repository that a Trainer pushes to, with its owner if that can be found."""
     name = args.hub_model_id or Path(args.output_dir).absolute().name
     if "/" in name:
         return name
     try:
         return f"{HfApi(token=args.hub_token).whoami()['name']}/{name}"
-    except Exception:  # Whatever the Hub has against it, the push itself will say so.
+    except Exception:  # The push itself will report it.
         return name

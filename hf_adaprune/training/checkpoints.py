@@ -1,4 +1,4 @@
-"""What a `Trainer`'s checkpoint needs for a resumed run to be the same run, and whether it is all there."""
+"""Save in a `Trainer`'s checkpoints what an exact resume needs, and detect incomplete checkpoints."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -32,28 +34,29 @@ logger = logging.get_logger(__name__)
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 _LAST_CHECKPOINT = "last-checkpoint"  # as the Trainer names it on the Hub
 STATE_NAME = "training_state.safetensors"
-# What only a Trainer's checkpoint holds.
-_MARKS = (STATE_NAME, TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME)
+# Beginnings of the names of files in a checkpoint: those that only a Trainer writes, and others.
+_TRAINER_FILES = ("training_", TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, SAFE_WEIGHTS_NAME, "rng_state")
+_OTHER_FILES = (ADAPTER_CONFIG, SAFETENSORS_WEIGHTS_NAME, REPOCARD_NAME, "tokenizer")
 
 
 def save_state_with_checkpoints(model: Any, num_processes: int, resumable: bool) -> None:
-    """Have a model's `save_pretrained`, in a checkpoint's folder, save what its adapter does not hold.
+    """Make a model's `save_pretrained` also save, in a checkpoint, the training state that its adapter lacks.
 
-    The Trainer calls it before it deletes older checkpoints, and `on_save` only afterwards.
+    `on_save` would be too late: the Trainer calls it after it has deleted older checkpoints.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The model in training.
-        num_processes (`int`): How many processes train it; each leaves files of its own in a checkpoint.
+        num_processes (`int`): The number of processes; each writes its own random state to a checkpoint.
         resumable (`bool`): Whether the Trainer saves its optimizer; if not, scores are not saved either.
     """
     stop_saving_state(model)
     if not hasattr(model, "save_pretrained"):
-        return  # of somebody's own class: the Trainer saves all of it, masks and scores too
+        return  # a custom class: the Trainer saves its whole state, with masks and scores
     model.save_pretrained = functools.partial(_save, model.save_pretrained, model, num_processes, resumable)
 
 
 def stop_saving_state(model: Any) -> None:
-    """Have a model's `save_pretrained` be what it was."""
+    """Restore a model's original `save_pretrained`."""
     save = vars(model).get("save_pretrained")
     if isinstance(save, functools.partial) and save.func is _save:
         model.save_pretrained = save.args[0]
@@ -70,18 +73,18 @@ def _save(
     **kwargs: Any,
 ) -> None:
     checkpoint = Path(save_directory)
-    # A model of sentence-transformers holds one that may have an adapter.
+    # A sentence-transformers model contains the model that may have an adapter.
     holder = getattr(model, "transformers_model", None) or model
-    # A model without an adapter is saved whole, and so is, by the Trainer itself, what FSDP trains.
+    # A model without an adapter is saved whole, and so, by the Trainer itself, is one under FSDP.
     if not (_CHECKPOINT.fullmatch(checkpoint.name) and hasattr(holder, "peft_config")) or is_sharded(
         model.parameters()
     ):
         save(save_directory, *args, **kwargs)
         return
-    # Those of an earlier run must not pass for this one's.
+    # Files of an earlier run must not be taken for this run's.
     for name in (TRAINER_STATE_NAME, SAFE_WEIGHTS_NAME):
         (checkpoint / name).unlink(missing_ok=True)
-    # Empty for now: it marks the folder as a checkpoint that is not complete.
+    # Empty for now: it marks the checkpoint as incomplete.
     checkpoint.mkdir(parents=True, exist_ok=True)
     (checkpoint / STATE_NAME).write_bytes(b"")
     save(save_directory, *args, **kwargs)
@@ -89,7 +92,7 @@ def _save(
 
 
 def _save_state(model: nn.Module, path: Path, num_processes: int, resumable: bool) -> None:
-    """Write what is trained, and the masks, under the model's own names."""
+    """Save the trainable parameters and the masks by the model's own names."""
     state = model.state_dict()
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, layer in adaprune_layers(model):
@@ -113,20 +116,20 @@ def folders_of_step(args: TrainingArguments, state: TrainerState) -> list[Path]:
 
 
 def expose_resume_state(*checkpoints: Path) -> None:
-    """Have a Trainer that resumes from one of these checkpoints find the scores in it.
+    """Make the scores in checkpoints available to a Trainer that resumes from one of them.
 
-    It loads a checkpoint's `model.safetensors` into the model in training in preference to its adapter, plain and
-    wrapped models alike; but it also pushes a file of that name to the Hub, just before `on_save`.
+    A resuming Trainer prefers `model.safetensors` to the adapter in a checkpoint, for plain and wrapped models alike.
+    The state gets that name in `on_save` only: before that, the Trainer would push a file of that name to the Hub.
 
     Args:
-        checkpoints (`Path`): Their folders; one without scores stays as it is.
+        checkpoints (`Path`): Their folders; one without a saved state is left unchanged.
     """
     for checkpoint in checkpoints:
         state, path = checkpoint / STATE_NAME, checkpoint / SAFE_WEIGHTS_NAME
         if path.exists() or not state.exists():
             continue
         try:
-            # Not renamed: a checkpoint may be on its way to the Hub, in the background, as it is.
+            # Linked, not renamed: a push in the background may still be reading the checkpoint.
             os.link(state, path)
         except OSError:  # a file system without links
             aside = path.with_suffix(".tmp")
@@ -135,17 +138,20 @@ def expose_resume_state(*checkpoints: Path) -> None:
 
 
 def load_best_state(model: nn.Module, checkpoint: Path) -> None:
-    """Load the best state of an adapter that the Trainer has not found: PEFT has one with a name in a subfolder."""
+    """Load the best checkpoint if the Trainer could not.
+
+    PEFT stores an adapter not named "default" in a subfolder, where the Trainer does not look.
+    """
     path = checkpoint / SAFE_WEIGHTS_NAME
     if isinstance(model, PeftModel) and not (checkpoint / ADAPTER_CONFIG).is_file() and path.is_file():
         model.load_state_dict(load_file(path), strict=False)
 
 
 def quarantine_torn_checkpoints(folder: str | Path) -> None:
-    """Rename the checkpoints in a folder that were not written, or not deleted, to their end; complete the others.
+    """Rename the checkpoints in a folder whose writing or deletion was interrupted; complete the others.
 
-    A run that is resumed takes the checkpoint of the highest number, whole or not: a torn one keeps its number under
-    a name that is not looked for.
+    A resumed run takes the checkpoint of the highest number, complete or not. An incomplete one is renamed to
+    `torn-checkpoint-...`, which the Trainer ignores.
 
     Args:
         folder (`str` or `Path`): A Trainer's `output_dir`.
@@ -155,9 +161,9 @@ def quarantine_torn_checkpoints(folder: str | Path) -> None:
         if not (path.is_dir() and _CHECKPOINT.fullmatch(path.name)):
             continue
         if (path / MODEL_CONFIG).exists() and not (path / ADAPTER_CONFIG).exists():
-            continue  # a whole model's
-        if not any((path / name).exists() for name in _MARKS):
-            continue  # no checkpoint of a Trainer, but somebody's own folder
+            continue  # of a whole model
+        if _is_saved_by_hand(path):
+            continue
         if _is_whole(path):
             expose_resume_state(path)
             continue
@@ -165,11 +171,25 @@ def quarantine_torn_checkpoints(folder: str | Path) -> None:
         while torn.exists():
             torn = torn.with_name(f"torn-{torn.name}")
         path.rename(torn)
-        logger.warning(f"{path} was not saved to its end, and no run can go on from it: it is now called {torn.name}.")
+        logger.warning(f"{path} is incomplete, and no run can resume from it: it was renamed to {torn.name}.")
+
+
+def _is_saved_by_hand(folder: Path) -> bool:
+    """Return whether a folder that is named like a checkpoint was not written by a Trainer.
+
+    A run can be killed while it creates or deletes a checkpoint, so a few files of an adapter do not show that. But a
+    file of another kind does, or an adapter whose configuration has no record of a Trainer.
+    """
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    if any(name.startswith(_TRAINER_FILES) for name in names):
+        return False
+    configs = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"**/{ADAPTER_CONFIG}")]
+    has_others = not all(name.startswith(_OTHER_FILES) for name in names)
+    return has_others or any(not config.get("training") for config in configs)
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Return whether all that was to be in a checkpoint is: the Trainer writes its own state last."""
+    """Return whether a checkpoint is complete; the Trainer writes its own state last."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         files = []

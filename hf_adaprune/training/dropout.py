@@ -1,4 +1,4 @@
-"""The dropout of a model, changed for the time of a training."""
+"""Change a model's dropout for the duration of training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FORMER = "_adaprune_former_dropout"
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
-    """Drop with one probability wherever a model drops; what it had is remembered, once, for `restore_dropout`.
+    """Set all dropout probabilities of a model, and remember the original ones for `restore_dropout`.
 
     Args:
         model (`torch.nn.Module`): The model, wrapped for training or not.
@@ -25,21 +25,21 @@ def set_dropout(model: nn.Module, probability: float) -> None:
 
 
 def change_dropout(model: nn.Module, probability: float) -> None:
-    """Do the same for good: it is the model's own dropout then."""
+    """Set all dropout probabilities of a model permanently."""
     for module in model.modules():
         for name in dict(_probabilities(module)):
             setattr(module, name, probability)
 
 
 def restore_dropout(model: nn.Module) -> None:
-    """Give a model the dropout back that it had before `set_dropout`."""
+    """Restore the dropout that a model had before `set_dropout`."""
     for module in model.modules():
         for name, probability in vars(module).pop(_FORMER, {}).items():
             setattr(module, name, probability)
 
 
 def _probabilities(module: nn.Module) -> Iterator[tuple[str, float]]:
-    """Yield where a module keeps a probability: `p` of PyTorch's own, and plain numbers that attention hands on."""
+    """Yield the dropout attributes of a module: `p` of PyTorch's layers, and floats that attention passes on."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
         yield "p", module.p
     for name, value in vars(module).items():

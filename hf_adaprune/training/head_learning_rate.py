@@ -1,4 +1,4 @@
-"""How far the head goes in a step, where the optimizer has one learning rate for everything."""
+"""A learning rate of its own for the head, where the optimizer has one for all parameters."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import nn
 
 
 class HeadLearningRate:
-    """Carry on what the optimizer does to the head, in its direction.
+    """Scale the optimizer's steps of the head.
 
-    For every optimizer whose step is proportional to the learning rate, that is a larger learning rate; a stock
-    `Trainer` has one for all.
+    For every optimizer whose step is proportional to the learning rate, this equals another learning rate for the
+    head; a stock `Trainer` has one for all parameters.
 
     Args:
         model (`torch.nn.Module`): The model, wrapped for training or not.
-        adapter_name (`str`): Whose head it is; it may be none.
-        ratio (`float`): How many times as far as the optimizer goes, > 0.
+        adapter_name (`str`): The adapter that the head belongs to; it may have none.
+        ratio (`float`): The factor of the steps, > 0.
     """
 
     def __init__(self, model: nn.Module, adapter_name: str, ratio: float) -> None:
@@ -28,24 +28,24 @@ class HeadLearningRate:
             wrapper.modules_to_save[adapter_name] for wrapper in wrappers if adapter_name in wrapper.modules_to_save
         ]
         self.parameters = [parameter for head in heads for parameter in head.parameters()]
-        # A head that is loaded has not been moved by the optimizer.
+        # Loading a head is not a step of the optimizer.
         self._handles = [head.register_load_state_dict_post_hook(self._loaded) for head in heads]
         coarse = {p.dtype for p in self.parameters} & {torch.bfloat16, torch.float16}
         if coarse:
             warnings.warn(
-                f"The head is in {coarse.pop()}, where many of its weights are too coarse for the steps of training "
-                "and stand still. Load the model with `dtype=torch.float32`; `TrainingArguments(bf16=True)` computes "
-                "in half precision all the same.",
+                f"The head is in {coarse.pop()}, which is too coarse for the steps of training: many of its weights "
+                "do not change. Load the model with `dtype=torch.float32`; `TrainingArguments(bf16=True)` still "
+                "computes in half precision.",
                 stacklevel=3,
             )
         self.remember()
 
     def remember(self) -> None:
-        """Take the head as it is now for the one that the next step sets out from."""
+        """Record the current head as the starting point of the next step."""
         self._previous = [parameter.detach().clone() for parameter in self.parameters]
 
     def close(self) -> None:
-        """Leave the head alone from here on."""
+        """Remove the hooks from the head."""
         for handle in self._handles:
             handle.remove()
 
@@ -54,7 +54,7 @@ class HeadLearningRate:
 
     @torch.no_grad()
     def scale_last_step(self) -> None:
-        """Make the step that the optimizer has just taken `ratio` times as long."""
+        """Multiply the step that the optimizer has just taken by `ratio`."""
         if self.ratio != 1:
             for parameter, previous in zip(self.parameters, self._previous, strict=True):
                 parameter.copy_(previous + self.ratio * (parameter - previous))

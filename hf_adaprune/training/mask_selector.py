@@ -1,4 +1,4 @@
-"""Which masks the scores of a model's layers make together."""
+"""Select masks from the scores of all layers of a model."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Masks = dict[str, torch.Tensor]
 
 
 class MaskSelector:
-    """Turn the scores of all layers into masks: by their sign, or the lowest go under shared thresholds.
+    """Turn the scores of all layers into masks: by their sign, or by thresholds that layers may share.
 
     Args:
         layers (`Mapping[str, AdaPruneLayer]`): The masked layers, by name.
-        adapter_name (`str`): Whose scores.
+        adapter_name (`str`): The adapter that the scores belong to.
         config (`AdaPruneConfig`): The adapter's configuration.
     """
 
@@ -36,25 +36,25 @@ class MaskSelector:
         return {name: layer.adaprune_scores[self.adapter_name] for name, layer in self.layers.items()}
 
     def masks(self) -> Masks:
-        """Return the masks that the layers have, as they are scored."""
+        """Return the current masks of the layers, one entry per score."""
         return {name: layer.scored_mask(self.adapter_name) for name, layer in self.layers.items()}
 
     def by_sign(self) -> Masks:
-        """Return the masks of Algorithm 1: what has a positive score is kept."""
+        """Return the masks of Algorithm 1, which keep positive scores."""
         keeps_best = bool(self.config.group_kinds)
         return {name: full_tensor(threshold_mask(score, keeps_best)) for name, score in self.scores().items()}
 
     def at_sparsity(self, sparsity: float) -> Masks:
-        """Return the masks of the highest scores that prune exactly a fraction `sparsity` in [0, 1] of all weights.
+        """Return the masks that prune the lowest scores, exactly a fraction `sparsity`, in [0, 1], of all weights.
 
-        Of whole groups, as many go as come nearest to that.
+        Whole groups are pruned to the nearest number possible.
         """
         scopes = threshold_scopes(self.layers, self.config.scope)
         if self.config.group_kinds:
             return self._group_masks(scopes, sparsity)
         scores, num_kept, seen, pruned = self.scores(), [], 0, 0
         for names in scopes:
-            # Rounding the running total, and not each group, makes the whole exact.
+            # Rounding the running total, not each scope, makes the overall number exact.
             size = sum(scores[name].numel() for name in names)
             seen += size
             to_prune, pruned = round(sparsity * seen) - pruned, round(sparsity * seen)
@@ -62,12 +62,12 @@ class MaskSelector:
         return topk_masks(self._protected(scores), self._magnitudes(), scopes, num_kept)
 
     def agrees(self) -> bool:
-        """Return whether the scores make the masks that the layers have."""
+        """Return whether the scores reproduce the current masks of the layers."""
         masks = self.masks()
         if self.config.selection == "threshold":
             made = self.by_sign()
         else:
-            # Of groups the lowest leave in each block alone: one that is too large for what is left is passed over.
+            # Groups are compared within each block: across blocks, one too large for the budget is skipped.
             scopes = threshold_scopes(self.layers, "module" if self.config.group_kinds else self.config.scope)
             num_kept = [sum(int(masks[name].count_nonzero()) for name in names) for names in scopes]
             made = topk_masks(self._protected(self.scores()), self._magnitudes(), scopes, num_kept)
@@ -85,7 +85,7 @@ class MaskSelector:
         return masks
 
     def _magnitudes(self) -> dict[str, torch.Tensor]:
-        """Return what breaks ties: the weights, or |w| summed over each group."""
+        """Return the values that break ties: the weights, or |w| summed over each group."""
         if not self.config.group_kinds:
             return {name: layer.base_weight for name, layer in self.layers.items()}
         if not self._group_magnitudes:
@@ -95,12 +95,12 @@ class MaskSelector:
         return self._group_magnitudes
 
     def _protected(self, scores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Put the `n` best of every `m` weights out of reach, under such a granularity."""
+        """Protect the `n` best of every `m` weights from pruning, under an n:m granularity."""
         pattern = self.config.n_of_m
         if pattern is None:
             return scores
         protected = {}
         for name, layer in self.layers.items():
-            assert layer.input_dim is not None  # an embedding has no such pattern
+            assert layer.input_dim is not None  # embeddings cannot have an n:m pattern
             protected[name] = protect_best(scores[name], layer.base_weight, *pattern, layer.input_dim)
         return protected

@@ -1,4 +1,4 @@
-"""Moves a model along its sparsity schedule, one optimizer step at a time."""
+"""Update a model's masks along its sparsity schedule, one optimizer step at a time."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from .sharding import check_sharding, full_tensor, is_sharded
 
 logger = logging.get_logger(__name__)
 
-# How often a run of several processes sees whether they all have the same masks, in steps.
+# Steps between checks that all processes have the same masks.
 _CHECK_INTERVAL = 100
 
 
 class Pruner:
     """Turn scores into masks after each optimizer step.
 
-    Make it once the model is where it trains and any checkpoint is loaded, and call `step` after each
-    `optimizer.step()`. With Accelerate, hand it to `accelerator.register_for_checkpointing`.
+    Create it when the model is on its device and any adapter is loaded, and call `step` after each
+    `optimizer.step()`. With Accelerate, pass it to `accelerator.register_for_checkpointing`.
 
     Args:
         model (`torch.nn.Module`): A model with a trainable AdaPrune adapter, wrapped for training or not.
-        total_steps (`int`): How many optimizer steps the run has, >= 1.
-        adapter_name (`str`): Which adapter is trained.
+        total_steps (`int`): The number of optimizer steps of the run, >= 1.
+        adapter_name (`str`): The adapter to train.
 
     Raises:
-        NotPrunedError: If the model has no trainable masks under that name.
-        MergeError: If they are merged, or disabled.
-        AdapterFileError: If what was loaded is not what was saved.
-        ConfigError: If the model has got other tokens since masks were put on it, or has layers that change in any
-            forward pass of training.
-        UnsupportedShardingError: If it is trained under DeepSpeed or FSDP1.
+        NotPrunedError: If the model has no trainable masks under that name, or they are not active.
+        MergeError: If the masks are merged or disabled.
+        AdapterFileError: If a loaded adapter is not the one that was saved.
+        ConfigError: If the vocabulary was resized after masks were added, or the base has running statistics, which
+            training would change.
+        UnsupportedShardingError: If the model is trained under DeepSpeed or FSDP1, or whole groups under FSDP.
         ValueError: If `total_steps` is not positive.
 
     Example:
@@ -70,13 +70,13 @@ class Pruner:
         self.model, self.layers = model, dict(adaprune_layers(model, adapter_name))
         if not any(adapter_name in layer.adaprune_scores for layer in self.layers.values()):
             raise NotPrunedError(
-                f"The model has no trainable masks under the adapter name {adapter_name!r}. Make them with "
+                f"The model has no trainable masks under the adapter name {adapter_name!r}. Create them with "
                 "`peft.get_peft_model(model, AdaPruneConfig())`, or load an adapter with `is_trainable=True`."
             )
         self.adapter_name, self.total_steps, self.num_steps = adapter_name, total_steps, 0
         if not all(adapter_name in layer.active_adapters for layer in self.layers.values()):
             raise NotPrunedError(
-                f"Adapter {adapter_name!r} is not active, so what is trained would be another one: call "
+                f"Adapter {adapter_name!r} is not active, so another one would be trained: call "
                 f"`model.set_adapter({adapter_name!r})` first."
             )
         if any(layer.merged or layer.disable_adapters for layer in self.layers.values()):
@@ -93,20 +93,20 @@ class Pruner:
         self._selector = MaskSelector(self.layers, adapter_name, self.config)
         check_sharding(self._selector.scores(), self.config.granularity)
         for scores in self._selector.scores().values():
-            # Whoever casts the model casts them too, and in half precision they would stand still under small steps.
+            # Casting the model casts scores too, and in half precision small steps would not change them.
             if scores.dtype != torch.float32 and not is_sharded([scores]):
                 scores.data = scores.data.float()
         self._match_scores_to_masks()
-        restore_dropout(model)  # a run may have been broken off
+        restore_dropout(model)  # an earlier run may have been interrupted
         if self.config.training_dropout is not None:
             set_dropout(model, self.config.training_dropout)
         self._head = HeadLearningRate(model, adapter_name, self.config.head_lr_ratio)
         self._reference: dict[str, torch.Tensor] = {}
         self._remember()
         if self.trains_scores:
-            # What was said of the masks when they were made is not true of them for long.
+            # Training changes the masks, so the description of how they were made no longer holds.
             self.config.combination = self.config.whole_groups = None
-        # An adapter that is trained on starts from its mask, and not from the schedule's beginning.
+        # Continued training starts from the adapter's masks, not from the beginning of the schedule.
         self._start_sparsity = min(self.sparsity, self.config.final_sparsity)
         self._num_weights = sum(layer.pruned_and_total(adapter_name)[1] for layer in self.layers.values())
         calibrates = self.config.score_init == "wanda" and self._start_sparsity == 0
@@ -114,13 +114,13 @@ class Pruner:
 
     @property
     def sparsity(self) -> float:
-        """The fraction of the masked weights that is pruned now, in [0, 1]."""
+        """The fraction of the masked weights that is currently pruned, in [0, 1]."""
         counts = [layer.pruned_and_total(self.adapter_name) for layer in self.layers.values()]
         return sum(pruned for pruned, _ in counts) / sum(total for _, total in counts)
 
     @property
     def target_sparsity(self) -> float:
-        """The fraction that the schedule wants pruned now, and no less than was to begin with."""
+        """The fraction that the schedule requires at the current step, and at least the initial sparsity."""
         config = self.config
         scheduled = cubic_sparsity(
             self.num_steps / self.total_steps, config.final_sparsity, config.pruning_start, config.pruning_end
@@ -134,21 +134,21 @@ class Pruner:
 
     @property
     def at_target(self) -> bool:
-        """Whether the model is as sparse as it is to be: before that, no step of a run is its best."""
+        """Whether the target sparsity is reached; no earlier step of a run counts as its best."""
         if self.config.selection == "threshold":
             return self.finished
-        # Counted, as masks are: so it comes at the same step in a resumed run, which begins at what was counted.
+        # In whole weights, as in masks: a resumed run, which starts from such a count, reaches it at the same step.
         return round(self.target_sparsity * self._num_weights) == round(self.config.final_sparsity * self._num_weights)
 
     @property
     def trains_scores(self) -> bool:
-        """Whether an optimizer may move the scores: of a mask that is fixed it may not."""
+        """Whether the scores are trainable; those of a fixed mask are not."""
         return any(scores.requires_grad for scores in self._selector.scores().values())
 
     def check_gradients(self) -> None:
-        """Raise before a step that would ruin the model.
+        """Raise before an optimizer step with NaN or infinite gradients.
 
-        Under a gradient scaler (float16) leave it out: an overflow is ordinary there, and skips the step by itself.
+        Do not call it under a gradient scaler (float16), which expects overflows and skips such steps by itself.
 
         Raises:
             NonFiniteError: If a gradient of the scores or of the head is NaN or infinite.
@@ -162,31 +162,31 @@ class Pruner:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Make the next masks from the scores that the optimizer has just moved.
+        """Update the masks from the scores, after an optimizer step.
 
         Raises:
-            ConfigError: If another `Pruner` has been made for the adapter since.
-            NotPrunedError: If more was pruned before the first step than ever should be.
-            NonFiniteError: If a score is NaN or infinite; the masks are then those of the step before.
-            DivergenceError: If the processes have come to different masks (looked for every 100 steps).
+            ConfigError: If another `Pruner` was created for the adapter since.
+            NotPrunedError: If, under `"threshold"`, more than `final_sparsity` is pruned before the first step.
+            NonFiniteError: If a score is NaN or infinite; the masks of the previous step are kept.
+            DivergenceError: If the processes have different masks (checked every 100 steps).
         """
         if self.config.pruner_token is not self._token:
             raise ConfigError(
-                f"Adapter {self.adapter_name!r} must be trained by one `Pruner`, and another has been made for it "
-                "since: leave out the second `AdaPruneCallback`, or the `Pruner` beside a callback."
+                f"Adapter {self.adapter_name!r} must be trained by one `Pruner`, but another was created for it "
+                "since: remove the second `AdaPruneCallback`, or the `Pruner` beside a callback."
             )
         if self.finished:
             if not self.num_steps:
                 raise NotPrunedError(
                     f"{self.sparsity:.4f} of the weights are pruned before the first step, more than "
                     f"`final_sparsity={self.config.final_sparsity}`, at which Algorithm 1 ends: there is nothing to "
-                    "train. Put masks on the base anew."
+                    "train. Start again from the base, with new masks."
                 )
-            return  # a run that is resumed where it ended
+            return  # a run resumed at its end
         if self.num_steps == self.total_steps:
             logger.warning_once(
-                f"`Pruner.step` has been called more often than `total_steps={self.total_steps}`. Call it once after "
-                "each step of the optimizer; where gradients are accumulated that is not once a batch."
+                f"`Pruner.step` was called more often than `total_steps={self.total_steps}`. Call it once after each "
+                "step of the optimizer; with gradient accumulation that is not once per batch."
             )
         self.num_steps += 1
         self.config.has_pruner = True
@@ -201,7 +201,7 @@ class Pruner:
             if not torch.isfinite(full_tensor(score.sum())):
                 raise NonFiniteError(
                     f"The scores of {name!r} are NaN or infinite at step {self.num_steps} of {self.total_steps}; its "
-                    "masks are as they were after the step before. Lower the learning rate."
+                    "masks are those of the previous step. Lower the learning rate."
                 )
         by_sign = self.config.selection == "threshold"
         self._set(self._selector.by_sign() if by_sign else self._selector.at_sparsity(self.target_sparsity))
@@ -212,17 +212,17 @@ class Pruner:
         """Raise if the processes of a distributed run have different masks. Call it in all of them, or in none.
 
         Raises:
-            DivergenceError: If they have.
+            DivergenceError: If the masks differ.
         """
         check_same_masks(self._selector.masks(), self.num_steps)
 
     @torch.no_grad()
     def finalize(self) -> None:
-        """End the run at `final_sparsity`, to the last weight, whatever came between.
+        """End the run, and prune to `final_sparsity` if it was not reached.
 
-        A run that was cut short, or drifted too little, is below its target. Its lowest scores are pruned then, with
-        a warning: nothing was trained after that. The model has its own dropout again. In a distributed run all
-        processes call this.
+        A run that was cut short, or drifted too little, is below its target. Its lowest scores are then pruned, with
+        a warning, as nothing was trained after that. The model's own dropout is restored. In a distributed run, call
+        it in all processes.
 
         Raises:
             DivergenceError: If the processes have different masks.
@@ -251,9 +251,9 @@ class Pruner:
 
     @torch.no_grad()
     def prune_to(self, sparsity: float) -> None:
-        """Keep the highest scores, so many that exactly a fraction `sparsity` in [0, 1] of all masked weights goes.
+        """Prune the lowest scores: exactly a fraction `sparsity`, in [0, 1], of all masked weights.
 
-        Of whole groups, as many go as come nearest to that.
+        Whole groups are pruned to the nearest number possible.
         """
         self.config.has_pruner = True
         self._set(self._selector.at_sparsity(sparsity))
@@ -267,11 +267,11 @@ class Pruner:
         return flipped / sum(mask.numel() for mask in masks.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs beside the model: the number of steps taken."""
+        """Return what a resumed run needs besides the model's state: the number of steps taken."""
         return {"num_steps": self.num_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state; call it after the model's own state was loaded."""
+        """Resume from a state; call it after loading the model's own state."""
         self.num_steps = state_dict["num_steps"]
         self._settle()
         if self.num_steps:
@@ -279,7 +279,7 @@ class Pruner:
             if self._has_new_scores:
                 warnings.warn(
                     "The scores behind the masks are lost: an adapter is stored without them, a checkpoint has them "
-                    "in `model.safetensors`. Training goes on from the masks, and ends otherwise than it would have.",
+                    "in `model.safetensors`. Training continues from the masks, and its result will differ.",
                     stacklevel=2,
                 )
         self._remember()
@@ -290,9 +290,9 @@ class Pruner:
 
     def _remember(self) -> None:
         masks = self._selector.masks()
-        # Packed: in training memory is scarce, and logs are rare.
+        # Packed to save memory: it is only unpacked for logging.
         self._reference = {name: pack_mask(mask) for name, mask in masks.items()}
-        # Unpacked from the first step on: a compiled model would be compiled anew where that changes.
+        # Keep the layers' masks unpacked from the start: a later change would recompile a compiled model.
         self._set(masks)
         self._head.remember()
 
@@ -302,8 +302,8 @@ class Pruner:
         seen = self._inputs.pop()
         if not seen and any(layer.input_dim is not None for layer in self.layers.values()):
             logger.warning_once(
-                "No masked layer had an input before the first step: scores start from the weights alone. Make the "
-                "`Pruner` before the forward pass of that step."
+                "No masked layer had an input before the first step: scores start from the weights alone. Create the "
+                "`Pruner` before the first forward pass."
             )
         for name, moments in seen.items():
             calibrate_scores(self.layers[name], self.adapter_name, moments)
@@ -315,7 +315,7 @@ class Pruner:
             self._inputs = None
 
     def _settle(self) -> None:
-        # Only the order of scores counts: to let them grow is to shorten the steps to come, whatever the optimizer.
+        # Only the order of scores matters: scaling them up shortens later steps, whatever the optimizer.
         if self.config.settles:
             progress = min(self.num_steps, self.total_steps - 1) / self.total_steps
             for layer in self.layers.values():
@@ -323,7 +323,7 @@ class Pruner:
 
     @torch.no_grad()
     def _match_scores_to_masks(self) -> None:
-        """Make scores that stand for the masks where those at hand do not: in all layers, which share thresholds."""
+        """Recreate the scores of all layers, which may share thresholds, if they do not reproduce the masks."""
         self._has_new_scores = not self._selector.agrees()
         if self._has_new_scores:
             for layer in self.layers.values():

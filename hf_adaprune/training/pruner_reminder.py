@@ -1,4 +1,4 @@
-"""A word to who trains an adapter that nothing prunes: there is no error, and nothing is learned but a head."""
+"""Warn when an adapter is trained without a `Pruner`: its masks never change, and only the head learns."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..tuner.masked_layers import adaprune_layers
 
 logger = logging.get_logger(__name__)
 
-# So many passes are no trial any more.
+# Fewer training passes than this may be a mere test of the model.
 _PATIENCE = 10
 
 
 class PrunerReminder:
-    """Count the training passes of an adapter, until there is a `Pruner` for it; log a warning if none comes."""
+    """Count the training passes of an adapter, and log a warning if no `Pruner` is created for it."""
 
     def __init__(self, adapter_name: str) -> None:
         self.adapter_name = adapter_name
@@ -34,21 +34,21 @@ class PrunerReminder:
         layers = [layer for _, layer in adaprune_layers(model, self.adapter_name)]
         if any(self.adapter_name in layer.active_adapters and not layer.disable_adapters for layer in layers):
             logger.warning(
-                f"Adapter {self.adapter_name!r} is being trained and nothing prunes it: its masks stay as they are. "
-                "Give the Trainer `callbacks=[AdaPruneCallback]`, or your own loop a `Pruner`."
+                f"Adapter {self.adapter_name!r} is being trained without a `Pruner`: its masks do not change. Pass "
+                "`callbacks=[AdaPruneCallback]` to the Trainer, or use a `Pruner` in your own training loop."
             )
             self.handle.remove()
-        self.num_passes = 0  # it was another that was trained
+        self.num_passes = 0  # another adapter was trained
 
 
 def remind_of_pruner(model: nn.Module, adapter_name: str) -> None:
-    """Begin to count the training passes of a model's new adapter."""
+    """Start counting the training passes of a model's new adapter."""
     reminder = PrunerReminder(adapter_name)
     reminder.handle = model.register_forward_pre_hook(reminder)
 
 
 def remove_reminder(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Count no more: there is a `Pruner` for the adapter, or none is left (`None`: of whatever name)."""
+    """Stop counting the training passes of an adapter; without a name, of all adapters."""
     for module in model.modules():
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, PrunerReminder) and adapter_name in (None, hook.adapter_name):

@@ -1,4 +1,4 @@
-"""Whether all processes of a run have the same masks."""
+"""Check that all processes of a run have the same masks."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..tuner.masks import pack_mask
 def check_same_masks(masks: Mapping[str, torch.Tensor], num_steps: int) -> None:
     """Raise, in every process, if the processes' masks differ in a single bit.
 
-    What travels is a digest a mask: two collective numbers for each layer. All processes must call this at the same
-    point of training; with one process it does nothing.
+    Only digests are exchanged, two numbers per layer. All processes must call this at the same point of training; with
+    one process it does nothing.
 
     Args:
         masks (`Mapping[str, torch.Tensor]`): Boolean masks by the names of their layers.
-        num_steps (`int`): How many steps have been taken, for the message.
+        num_steps (`int`): The number of steps taken, for the message.
 
     Raises:
-        DivergenceError: If they differ.
+        DivergenceError: If the masks differ.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
@@ -35,8 +35,8 @@ def check_same_masks(masks: Mapping[str, torch.Tensor], num_steps: int) -> None:
     differing = [name for name, same in zip(masks, (highest == lowest).tolist(), strict=True) if not same]
     if differing:
         raise DivergenceError(
-            f"After step {num_steps} the {dist.get_world_size()} processes have different masks in {differing}: what "
-            "they would save is no common adapter. Wrap the model with `accelerator.prepare` (or in "
-            "`DistributedDataParallel`) before the `Pruner` is made, change parameters in all processes alike, and go "
-            "on from the last checkpoint."
+            f"After step {num_steps} the {dist.get_world_size()} processes have different masks in {differing}: they "
+            "would save different adapters. Wrap the model with `accelerator.prepare` (or in "
+            "`DistributedDataParallel`) before creating the `Pruner`, change parameters in all processes alike, and "
+            "resume from the last checkpoint."
         )

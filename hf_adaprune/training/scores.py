@@ -1,4 +1,4 @@
-"""Where scores start: from the weights and the inputs they meet, or from a mask."""
+"""Initial scores: from the weights and their inputs, or from a mask."""
 
 import torch
 
@@ -14,14 +14,15 @@ def magnitude_ranks(weight: torch.Tensor) -> torch.Tensor:
 
 
 def wanda_ranks(weight: torch.Tensor, input_norm: torch.Tensor, input_dim: int) -> torch.Tensor:
-    """Return the ranks of |w| times the norm of the input that w multiplies, each output's spread over [0, 2].
+    """Return the ranks, within each output, of |w| times the norm of the input that w multiplies.
 
-    The importance is that of Wanda (Sun et al., arXiv 2306.11695), and so is comparing the weights of one output.
+    They are spread evenly over [0, 2]. Both the importance and its comparison within one output are those of Wanda
+    (Sun et al., arXiv 2306.11695).
 
     Args:
-        weight (`torch.Tensor`): Of two dimensions.
-        input_norm (`torch.Tensor`): The norms, of shape `(weight.shape[input_dim],)`.
-        input_dim (`int`): Which dimension of the weight the inputs run along: 1 in a `torch.nn.Linear`.
+        weight (`torch.Tensor`): The weight, of two dimensions.
+        input_norm (`torch.Tensor`): The norms of the inputs, of shape `(weight.shape[input_dim],)`.
+        input_dim (`int`): The dimension of the weight that the inputs run along: 1 in a `torch.nn.Linear`.
 
     Returns:
         `torch.Tensor`: float32, of the weight's shape.
@@ -34,20 +35,22 @@ def wanda_ranks(weight: torch.Tensor, input_norm: torch.Tensor, input_dim: int) 
 
 
 def elimination_ranks(interactions: torch.Tensor) -> torch.Tensor:
-    """Return in which order groups leave, always the one whose leaving adds least to the error, spread over [0, 2].
+    """Return the ranks of groups in greedy elimination, where the group that adds least to the error goes next.
 
-    Without the groups S a layer's output is off by the sum of what they put there. Its squared error, over the inputs
-    that were seen, is the sum of `interactions` over S x S: groups that make up for each other leave together.
+    They are spread evenly over [0, 2]. Removing the groups S changes a layer's output by the sum of their
+    contributions. The squared error over the inputs seen is the sum of `interactions` over S x S, so groups that
+    compensate for each other are removed together.
 
     Args:
-        interactions (`torch.Tensor`): The inner products of what any two groups put there, `(groups, groups)`.
+        interactions (`torch.Tensor`):
+            The inner products of the contributions of any two groups, of shape `(groups, groups)`.
 
     Returns:
-        `torch.Tensor`: float32, of shape `(groups,)`; 2 for the group that stays longest.
+        `torch.Tensor`: float32, of shape `(groups,)`; 2 for the group that is removed last.
     """
     num_groups = len(interactions)
     order = torch.empty(num_groups, dtype=torch.long, device=interactions.device)
-    added = interactions.diagonal().clone()  # to the error, by each group that is left
+    added = interactions.diagonal().clone()  # to the error, by removing each remaining group
     for place in range(num_groups):
         order[place] = group = added.argmin()
         added += 2 * interactions[group]
@@ -58,14 +61,14 @@ def elimination_ranks(interactions: torch.Tensor) -> torch.Tensor:
 
 
 def initial_scores(weight: torch.Tensor, config: AdaPruneConfig) -> torch.Tensor:
-    """Return the scores that an adapter starts from, as they are stored: divided by `config.score_lr_ratio`.
+    """Return an adapter's initial scores as they are stored: divided by `config.score_lr_ratio`.
 
-    Adam moves every parameter by about the learning rate whatever the size of its gradient, so the smaller the stored
-    scores, the larger the step in their own unit.
+    Adam moves every parameter by about the learning rate, whatever the size of its gradient. Dividing the scores by
+    the ratio thus makes its steps larger by that ratio, relative to the scores.
 
     Args:
         weight (`torch.Tensor`): The weight to be masked.
-        config (`AdaPruneConfig`): Names the start (`score_init`).
+        config (`AdaPruneConfig`): The adapter's configuration; its `score_init` and `score_lr_ratio` are used.
 
     Returns:
         `torch.Tensor`: float32, of the weight's shape.
@@ -73,7 +76,7 @@ def initial_scores(weight: torch.Tensor, config: AdaPruneConfig) -> torch.Tensor
     if weight.is_meta:
         return torch.empty(weight.shape, dtype=torch.float32, device="meta")
     if config.score_init in ("magnitude", "wanda"):
-        # Wanda's ranks take the place of these once there are inputs (`Pruner.step`).
+        # Replaced by Wanda's ranks when inputs are known (`Pruner.step`).
         scores = magnitude_ranks(weight)
     elif config.score_init == "constant":
         scores = torch.full(weight.shape, 0.01, device=weight.device)
@@ -83,12 +86,12 @@ def initial_scores(weight: torch.Tensor, config: AdaPruneConfig) -> torch.Tensor
 
 
 def scores_from_mask(weight: torch.Tensor, mask: torch.Tensor, config: AdaPruneConfig) -> torch.Tensor:
-    """Return scores that stand for a mask: every kept weight above every pruned one, as far apart as fresh scores are.
+    """Return scores that reproduce a mask, every kept entry above every pruned one, in the range of initial scores.
 
     Args:
         weight (`torch.Tensor`): The masked weight.
         mask (`torch.Tensor`): Boolean, of the weight's shape.
-        config (`AdaPruneConfig`): Names the start (`score_init`).
+        config (`AdaPruneConfig`): The adapter's configuration; its `score_init` and `score_lr_ratio` are used.
 
     Returns:
         `torch.Tensor`: float32, of the weight's shape, divided by `config.score_lr_ratio`.
@@ -96,5 +99,5 @@ def scores_from_mask(weight: torch.Tensor, mask: torch.Tensor, config: AdaPruneC
     fresh = initial_scores(weight, config)
     if config.selection == "threshold":
         return fresh.abs() * torch.where(mask, 1.0, -1.0)
-    # Less than half: the best of the pruned must not tie with the worst of the kept.
+    # Less than half, so that the highest pruned score does not tie with the lowest kept one.
     return 0.49 * fresh + mask / config.score_lr_ratio

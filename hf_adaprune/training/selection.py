@@ -1,4 +1,4 @@
-"""Which entries of the scores are kept: single weights, n of every m, or whole groups, under shared thresholds."""
+"""Select the score entries to keep: single weights, n of every m, or whole groups, under shared thresholds."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .sharding import is_sharded, sharded_topk_masks
 
 
 def threshold_scopes(names: Iterable[str], scope: str) -> list[list[str]]:
-    """Put together the modules that share one threshold.
+    """Group the modules that share one threshold.
 
     Args:
         names (`Iterable[str]`): Names of masked modules.
-        scope (`str`): `"module"`, `"kind"` (what is left of a name without the number of its layer) or `"global"`.
+        scope (`str`): `"module"`, `"kind"` (a module's name without the number of its layer) or `"global"`.
 
     Returns:
-        `list[list[str]]`: The names, in order.
+        `list[list[str]]`: The names in each scope, in order.
     """
     together: dict[str, list[str]] = defaultdict(list)
     for name in names:
@@ -34,11 +34,11 @@ def threshold_scopes(names: Iterable[str], scope: str) -> list[list[str]]:
 
 
 def check_reachable(groups: Mapping[str, Groups], config: AdaPruneConfig) -> None:
-    """Raise if whole groups cannot be pruned to the sparsity that is asked for.
+    """Raise if whole groups cannot be pruned to the requested sparsity.
 
     Args:
-        groups (`Mapping[str, Groups]`): The groups of each block that is masked, by the name of its consumer.
-        config (`AdaPruneConfig`): Says how sparse, and over what.
+        groups (`Mapping[str, Groups]`): The groups of each masked block, by the name of its consumer.
+        config (`AdaPruneConfig`): The adapter's configuration; gives sparsity and scope.
 
     Raises:
         ConfigError: If a block would lose its last group, or nothing would be pruned.
@@ -53,8 +53,8 @@ def check_reachable(groups: Mapping[str, Groups], config: AdaPruneConfig) -> Non
         advice = f'Choose another `final_sparsity`, or a wider `scope` than {config.scope!r} ("kind", "global").'
         if most < sparsity * total - min(sizes) / 2:
             raise ConfigError(
-                f"`final_sparsity={sparsity}` with `granularity={config.granularity!r}` would leave a block with "
-                f"nothing: of {there} one each stays, so {most / total:.4g} can be pruned at most. {advice}"
+                f"`final_sparsity={sparsity}` with `granularity={config.granularity!r}` would leave a block "
+                f"empty: of {there}, one each is kept, so at most {most / total:.4g} can be pruned. {advice}"
             )
         if 0 < sparsity * total < min(sizes) / 2:
             raise ConfigError(
@@ -68,13 +68,13 @@ def topk_masks(
     scopes: Sequence[Sequence[str]],
     num_kept: Sequence[int],
 ) -> dict[str, torch.Tensor]:
-    """Keep, in each group of layers, exactly as many entries of highest score as are asked for.
+    """Keep exactly the requested number of highest-scoring entries in each scope.
 
     Args:
         scores (`Mapping[str, torch.Tensor]`): Finite scores of each layer, whole or sharded over processes.
         weights (`Mapping[str, torch.Tensor]`): The layers' weights, by which ties are broken as in `topk_mask`.
         scopes (`Sequence[Sequence[str]]`): The layers that share a threshold; each is in one of them.
-        num_kept (`Sequence[int]`): How many entries of each group to keep.
+        num_kept (`Sequence[int]`): The number of entries to keep in each scope.
 
     Returns:
         `dict[str, torch.Tensor]`: A boolean mask for each layer, of the shape of its scores; whole in every process.
@@ -94,7 +94,7 @@ def threshold_mask(scores: torch.Tensor, keeps_best: bool) -> torch.Tensor:
 
     Args:
         scores (`torch.Tensor`): Finite scores, of any shape.
-        keeps_best (`bool`): Whether the highest is kept in any case: of groups, a block keeps one.
+        keeps_best (`bool`): Whether the highest score is always kept: a block must keep one of its groups.
 
     Returns:
         `torch.Tensor`: A boolean mask of the same shape.
@@ -104,20 +104,20 @@ def threshold_mask(scores: torch.Tensor, keeps_best: bool) -> torch.Tensor:
 
 
 def protect_best(scores: torch.Tensor, weight: torch.Tensor, n: int, m: int, input_dim: int) -> torch.Tensor:
-    """Put the `n` best of every `m` neighbouring weights of one output out of reach, at infinity.
+    """Protect the `n` best of every `m` neighbouring weights of one output, by scores of infinity.
 
-    What is left to prune is what an n:m mask prunes: however far the schedule is, the mask is on the way to the best
-    pattern by score, and with all of it pruned it is that pattern.
+    The other weights are those that an n:m mask prunes: at any point of the schedule some of them are pruned, and at
+    its end all of them, which gives the best pattern by score.
 
     Args:
         scores (`torch.Tensor`): Finite scores, of two dimensions.
-        weight (`torch.Tensor`): Of the same shape: of equal scores the larger magnitude is better, then the first.
-        n (`int`): How many of `m` are kept.
-        m (`int`): How many weights, next to each other along the inputs, make a group: 256 at most.
-        input_dim (`int`): Which dimension the inputs run along; a multiple of `m` long.
+        weight (`torch.Tensor`): Of the same shape: of equal scores the larger |w| is better, then the first.
+        n (`int`): The number of weights kept in a group of `m`.
+        m (`int`): The number of weights, adjacent along the inputs, in a group: 256 at most.
+        input_dim (`int`): The dimension that the inputs run along; its length is a multiple of `m`.
 
     Returns:
-        `torch.Tensor`: The scores, and infinity in the place of the best.
+        `torch.Tensor`: The scores, with infinity in place of the best.
     """
     grouped = scores.detach().movedim(input_dim, -1).unflatten(-1, (-1, m))
     sizes = weight.detach().movedim(input_dim, -1).unflatten(-1, (-1, m)).abs()
@@ -137,18 +137,18 @@ def protect_best(scores: torch.Tensor, weight: torch.Tensor, n: int, m: int, inp
 def prune_groups(
     scores: list[torch.Tensor], magnitudes: list[torch.Tensor], sizes: list[int], sparsity: float
 ) -> list[torch.Tensor]:
-    """Prune the groups of lowest score, of several blocks that share one budget of weights.
+    """Prune the lowest-scoring groups of several blocks that share one budget of weights.
 
-    The lowest go first; one that is larger than what is left of the budget is passed over. The best group of every
-    block stays. While there are groups of the smallest size to prune, the weights pruned are within half of one of
-    `sparsity` times all.
+    The lowest go first; a group larger than the rest of the budget is skipped. The best group of every block is kept.
+    As long as groups of the smallest size are left to prune, the number of pruned weights is within half such a group
+    of `sparsity` times all weights.
 
     Args:
-        scores (`list[torch.Tensor]`): For each block one finite score a group.
+        scores (`list[torch.Tensor]`): For each block one finite score per group.
         magnitudes (`list[torch.Tensor]`):
-            For each block one value a group: of equal scores the smaller goes first,
-            then the last.
-        sizes (`list[int]`): For each block how many weights a group has.
+            For each block one value per group: of equal scores the one with the smaller value is pruned first, then
+            the last.
+        sizes (`list[int]`): For each block the number of weights in a group.
         sparsity (`float`): The fraction of the weights to prune, in [0, 1).
 
     Returns:
@@ -159,7 +159,7 @@ def prune_groups(
     size = np.repeat(sizes, lengths)
     order = np.lexsort((-np.arange(len(flat)), magnitude, flat))
     block = np.repeat(np.arange(len(lengths)), lengths)[order]
-    # The last place of each block in the order is that of its best group.
+    # The last position of each block in the order is that of its best group.
     best = len(order) - 1 - np.unique(block[::-1], return_index=True)[1]
     waiting = np.delete(order, best)
     budget = sparsity * float(size.sum()) + min(sizes) / 2

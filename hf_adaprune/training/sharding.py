@@ -1,4 +1,4 @@
-"""Thresholds and masks where scores are sharded over processes (FSDP2): no process ever holds all scores."""
+"""Select masks from scores that are sharded over processes (FSDP2), without gathering the scores."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from ..errors import UnsupportedShardingError
 
 
-# The radixes, from the highest, in which a 32-bit key is searched: each takes one histogram from every process.
+# Digits of a 32-bit key as (shift, bits), from the highest: each takes one all-reduced histogram per scope.
 _DIGITS = ((20, 12), (8, 12), (0, 8))
 
 
 def check_sharding(scores: Mapping[str, torch.Tensor], granularity: str) -> None:
-    """Raise if scores are trained in a way in which masks would not be theirs.
+    """Raise if scores are trained or sharded in a way that is not supported.
 
     Args:
-        scores (`Mapping[str, torch.Tensor]`): The scores by the names of their layers.
-        granularity (`str`): What a score is of.
+        scores (`Mapping[str, torch.Tensor]`): The scores, by the names of their layers.
+        granularity (`str`): The granularity of the masks.
 
     Raises:
-        UnsupportedShardingError: If they are.
+        UnsupportedShardingError: If training uses DeepSpeed, FSDP1, FSDP2 over other than one mesh dimension, or FSDP
+            with a granularity other than `"weight"`.
     """
     if is_initialized() and AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
         raise UnsupportedShardingError(
-            "DeepSpeed steps copies of the parameters that it keeps to itself, so scores cannot be started from the "
-            "inputs of the first step, nor the head's steps be scaled. Use DDP, or FSDP with `fsdp_version: 2`: see "
+            "DeepSpeed updates internal copies of the parameters, so scores cannot be initialized from the inputs of "
+            "the first step, and the head's steps cannot be scaled. Use DDP, or FSDP with `fsdp_version: 2`: see "
             "examples/accelerate_configs."
         )
     if granularity != "weight":
         if is_initialized() and AcceleratorState().distributed_type == DistributedType.FSDP:
             raise UnsupportedShardingError(
-                f'`granularity="{granularity}"` needs all scores of a layer in one place: use DDP, or '
+                f'`granularity="{granularity}"` needs all scores of a layer in one process: use DDP, or '
                 '`granularity="weight"`.'
             )
         return
@@ -49,23 +50,23 @@ def check_sharding(scores: Mapping[str, torch.Tensor], granularity: str) -> None
             )
         if isinstance(score, DTensor) and [type(p) for p in score.placements] != [Shard]:
             raise UnsupportedShardingError(
-                f"The scores of {name!r} are placed as {score.placements}; only FSDP2 over one mesh of processes, "
-                "without replicas, is known to work."
+                f"The scores of {name!r} must be sharded by FSDP2 over one mesh dimension, without replicas, but are "
+                f"placed as {score.placements}. Change the device mesh, or use DDP."
             )
 
 
 def is_sharded(tensors: Iterable[torch.Tensor]) -> bool:
-    """Return whether each process has a part of the tensors only."""
+    """Return whether any of the tensors is sharded over processes."""
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor as every process can use it: one that is sharded is gathered."""
+    """Return the whole tensor, gathered from all processes if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def copy_to_shards(target: torch.Tensor, values: torch.Tensor) -> None:
-    """Copy values, which every process has whole, into a tensor that may be sharded."""
+    """Copy values, whole in every process, into a tensor that may be sharded."""
     if isinstance(target, DTensor):
         replicas = [Replicate()] * target.device_mesh.ndim
         values = DTensor.from_local(values, target.device_mesh, replicas, run_check=False).redistribute(
@@ -77,16 +78,17 @@ def copy_to_shards(target: torch.Tensor, values: torch.Tensor) -> None:
 def sharded_topk_masks(
     scores: Mapping[str, Any], weights: Mapping[str, Any], scopes: Sequence[Sequence[str]], num_kept: Sequence[int]
 ) -> dict[str, torch.Tensor]:
-    """Do what `topk_masks` does, to the last bit, on scores of which each process has some rows.
+    """Return exactly the masks of `topk_masks`, from scores that are sharded by rows.
 
-    Each threshold is found digit by digit: the processes add up histograms of the scores that may still be it, 8,448
-    numbers a scope in all. Then the masks are gathered, a byte a weight; the scores are not.
+    Each threshold is found by radix search: for each digit, the processes sum histograms of the remaining candidates,
+    8,448 numbers per scope in all, and as many again to break ties. Only the masks are gathered, as one byte per
+    weight.
 
     Args:
         scores (`Mapping[str, DTensor]`): Finite scores of each layer, of two dimensions, sharded over the first.
         weights (`Mapping[str, DTensor]`): The layers' weights, sharded alike.
         scopes (`Sequence[Sequence[str]]`): The layers that share a threshold.
-        num_kept (`Sequence[int]`): How many entries of each scope to keep.
+        num_kept (`Sequence[int]`): The number of entries to keep in each scope.
 
     Returns:
         `dict[str, torch.Tensor]`: A boolean mask for each layer, whole in every process.
@@ -111,7 +113,7 @@ def sharded_topk_masks(
 
 
 def _ordered(values: torch.Tensor) -> torch.Tensor:
-    """Return integers (int32) in the order of floating-point values; both zeros are one."""
+    """Return int32 keys in the order of floating-point values; both zeros have the same key."""
     bits = (values.float() + 0.0).view(torch.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -119,10 +121,10 @@ def _ordered(values: torch.Tensor) -> torch.Tensor:
 def _kth_largest(
     groups: list[torch.Tensor], k: torch.Tensor, processes: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return each group's k-th largest key of all processes, and how many equal it: those to be kept, and all."""
+    """Return each group's k-th largest key over all processes, and of keys equal to it the number to keep, and all."""
     thresholds = num_equal = torch.zeros_like(k)
     for shift, bits in _DIGITS:
-        # The highest bit is the sign, and a digit is to be none the less for it.
+        # The highest bit is the sign: flip it, so that digits order negative keys first.
         sign = 1 << (bits - 1) if shift + bits == 32 else 0
         digits = [((keys >> shift) & ((1 << bits) - 1)) ^ sign for keys in groups]
         counts = torch.stack([torch.bincount(digit, minlength=1 << bits) for digit in digits])
@@ -143,7 +145,7 @@ def _keep_first(
     missing: list[int],
     processes: dist.ProcessGroup,
 ) -> None:
-    """Keep, of entries that are equal in all, those that come first: by layer, by process, and by position there."""
+    """Keep, of entries that are still tied, those that come first: by layer, by process, and by position."""
     own = torch.stack([part.count_nonzero() for part in tied.values()])
     counts = [torch.empty_like(own) for _ in range(processes.size())]
     dist.all_gather(counts, own, group=processes)

@@ -1,4 +1,4 @@
-"""What the Trainer tells in a card of its own, put beside what an adapter's card tells."""
+"""Merge the card that a Trainer writes into an adapter's card."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _PLACEHOLDER = re.compile(r"\n## [^\n]+\n\nMore information needed\n")
 
 
 def complete_trainer_card(folder: str | Path, former: str | None, name: str | None) -> None:
-    """Give an adapter its own card again, where the Trainer has just written another over it.
+    """Restore an adapter's card after the Trainer has overwritten it, and add what the Trainer's card says.
 
     Args:
-        folder (`str` or `Path`): The folder of the adapter. If its card is not the Trainer's, nothing is done.
-        former (`str`, *optional*): The text of the card that was there before: what people have written in it is kept.
+        folder (`str` or `Path`): The folder of the adapter. Nothing is done if its card is not the Trainer's.
+        former (`str`, *optional*): The text of the former card; what people wrote in it is kept.
         name (`str`, *optional*): The adapter's name on the Hub.
     """
     path = Path(folder, CARD)
@@ -44,7 +44,7 @@ def complete_trainer_card(folder: str | Path, former: str | None, name: str | No
 
 
 def training_settings(args: TrainingArguments, state: TrainerState, data: Any) -> dict[str, Any]:
-    """Return how an adapter is trained, by the Trainer whose data loader is given: for `AdaPruneConfig.training`."""
+    """Return the settings of a Trainer, with the data loader `data`, for `AdaPruneConfig.training`."""
     dataset: Any = getattr(data, "dataset", None)
     return {
         "num_steps": state.global_step,
@@ -60,7 +60,7 @@ def training_settings(args: TrainingArguments, state: TrainerState, data: Any) -
 
 
 def _what_it_tells(text: str) -> str:
-    """Return the results and the procedure from the Trainer's card, without the sections that it leaves empty."""
+    """Return results and training procedure from the text of the Trainer's card, without its empty sections."""
     results, found, procedure = _PLACEHOLDER.sub("", text).partition("## Training procedure")
     achieved = "".join(results.partition("It achieves")[1:])
     return f"{TRAINER_BEGIN}\n## Training procedure\n\n{achieved.strip()}\n{procedure if found else results}\n{END}"

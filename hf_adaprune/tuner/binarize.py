@@ -1,4 +1,4 @@
-"""From scores to masked weights, and back with a gradient that a step function does not have."""
+"""Masked weights, with gradient estimators for the scores: a step function has no useful gradient."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ class _MaskWeight(torch.autograd.Function):
 
 
 def straight_through(weight: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mask a weight; let the gradient reach the scores as if the mask were the scores.
+    """Mask a weight; pass the gradient on to the scores as if the mask were the scores.
 
     The forward pass is `weight * mask` to the last bit. The gradient is `dloss/dscores = weight * dloss/dW`, the
     straight-through estimator (Bengio et al., arXiv 1308.3432) as used for masks by Mallya et al. (arXiv 1801.06519).
@@ -83,9 +83,10 @@ class _MaskedLinear(torch.autograd.Function):
 def masked_linear(
     x: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Compute `F.linear(x, straight_through(weight, scores, mask), bias)` and keep no masked weight for backward.
+    """Compute `F.linear(x, straight_through(weight, scores, mask), bias)` without saving the masked weight.
 
-    That is built anew there: a copy of all masked weights less in memory, for one multiplication more a weight.
+    The backward pass rebuilds it, which saves the memory of a copy of all masked weights and costs one multiplication
+    per weight.
 
     Args:
         x (`torch.Tensor`): Inputs, of shape `(*, in_features)`.
@@ -95,12 +96,12 @@ def masked_linear(
         bias (`torch.Tensor`, *optional*): Of shape `(out_features,)`.
 
     Returns:
-        `torch.Tensor`: Of shape `(*, out_features)`, in the dtype of `x`, or autocast's where that is on.
+        `torch.Tensor`: Of shape `(*, out_features)`, in the dtype of `x`, or autocast's if that is enabled.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    # As rows: of more dimensions the output would be a view, which a model could not change in place.
+    # Flattened to rows: with more dimensions the output would be a view, which a model could not modify in place.
     output: torch.Tensor = _MaskedLinear.apply(x.reshape(-1, x.shape[-1]), weight, scores, mask, bias)
     return output.view(*x.shape[:-1], output.shape[-1])
 
@@ -114,7 +115,7 @@ def sigmoid_relaxation(
     forward_temperature: float | None = None,
     score_scale: float = 1.0,
 ) -> torch.Tensor:
-    """Mask a weight; let the gradient reach the scores through the sigmoid of another temperature.
+    """Mask a weight; pass the gradient on to the scores through a sigmoid with its own temperature.
 
     Eq. 4 of "Adapting by Pruning" (arXiv 2105.03343), with theta = `score_scale * scores`, `t_l` the forward and
     `t_s` the backward temperature:
@@ -128,7 +129,7 @@ def sigmoid_relaxation(
         backward_temperature (`float`): `t_s` > 0.
         forward_temperature (`float`, *optional*):
             `t_l` > 0: the forward pass multiplies by `sigmoid(t_l * theta)`. `None` is its limit, the mask itself.
-        score_scale (`float`): What a unit of `scores` is worth in theta.
+        score_scale (`float`): Factor from `scores` to theta.
 
     Returns:
         `torch.Tensor`: The masked weight, in the dtype of `weight`.

@@ -1,4 +1,4 @@
-"""The masked weight that a layer computes with in inference."""
+"""The masked weight that a layer reuses between forward passes in inference."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class CachedWeight:
-    """Keep a masked weight for as long as nothing changes that it was built from.
+    """Keep a masked weight until anything that it was built from changes.
 
     Args:
         product (`torch.Tensor`): The masked weight.
-        weight (`torch.Tensor`): The base layer's, of the same shape.
+        weight (`torch.Tensor`): The base layer's weight, of the same shape.
         active (`str` or `list[str]`): The names of all active adapters.
-        masks (`Mapping[str, torch.Tensor]`): The layer's buffers of those that have a mask in it.
+        masks (`Mapping[str, torch.Tensor]`): The layer's mask buffers of those that have one.
     """
 
     def __init__(
@@ -32,11 +32,10 @@ class CachedWeight:
         self._masks = [(name, mask, _version(mask)) for name, mask in masks.items()]
 
     def is_valid(self, layer: AdaPruneLayer) -> bool:
-        """Return whether the product is what would be built again.
+        """Return whether rebuilding the product would give the same result.
 
-        A new mask of training, and merging, are not seen: the layer drops the product then. Every layer asks in every
-        forward pass, when nothing that it needs is in the processor's cache any more: so all is looked at here, and
-        nothing else is called.
+        Training updates and merging are not detected; the layer clears the cache for those. Runs for every layer on
+        every forward pass, hence inlined, without helper functions.
         """
         weight = layer._modules["base_layer"]._parameters.get("weight")  # type: ignore[union-attr]
         if (
@@ -55,5 +54,5 @@ class CachedWeight:
 
 
 def _version(tensor: torch.Tensor) -> int | None:
-    # Tensors of inference mode do not count their changes.
+    # Inference tensors have no version counter.
     return None if tensor.is_inference() else tensor._version

@@ -1,4 +1,4 @@
-"""The algebra of masks: a new adapter from those that a model has."""
+"""Combination of masks: a new adapter from several adapters of a model."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ WAYS = ("intersection", "union", "majority")
 def combine_adapters(
     model: Any, adapter_names: Sequence[str], how: str, new_name: str, *, head: str | None = None
 ) -> None:
-    """Give a model a new adapter, made of the masks of several of its adapters. Which one is active does not change.
+    """Create a new adapter from the masks of several adapters of a model. The active adapter does not change.
 
     Args:
         model (`peft.PeftModel` or `transformers.PreTrainedModel`): The model.
-        adapter_names (`Sequence[str]`): Two adapters or more. One that does not mask a module keeps all of it.
+        adapter_names (`Sequence[str]`): Two or more adapters. One that does not mask a module keeps all of it.
         how (`str`):
-            `"intersection"`: keep what all keep, as several active masks do. `"union"`: keep what any keeps.
-            `"majority"`: keep what more than half of them keep.
+            Which weights are kept. `"intersection"`: those that all adapters keep, as if all were active. `"union"`:
+            those that any adapter keeps. `"majority"`: those that more than half of the adapters keep.
         new_name (`str`): The new adapter's name.
         head (`str`, *optional*):
-            Whose head the new adapter gets, as a copy, with its labels: any adapter of the model. It must be said
-            wherever adapters have heads, for heads have no algebra.
+            The adapter whose head, as a copy, and labels the new adapter gets: any masked adapter of the model.
+            Required if one of the combined adapters has a head, as heads cannot be combined.
 
     Raises:
-        CombineError: If there is no such adapter, way or head, if the new name is taken, or if nothing would be kept.
+        CombineError: If an adapter does not exist, if there are fewer than two, if `how` is invalid, if `head` is
+            missing, if the new name is taken, or if nothing would be kept.
 
     Example:
 
@@ -55,7 +56,7 @@ def combine_adapters(
         raise CombineError(f"The {how} of {list(adapter_names)} keeps nothing: they have no weight in common.")
     config = _new_config(base.peft_config, adapter_names, head, masks, grouped)
     if how == "intersection" and not grouped:
-        # What one of them prunes whole, all of them together do.
+        # A group that one of them prunes as a whole is pruned as a whole in the intersection.
         kinds = {kind for name in adapter_names for kind in base.peft_config[name].removable_kinds}
         config.whole_groups = join_kinds(kinds)
     config.combination = f"{how} of {', '.join(adapter_names)}"
@@ -81,20 +82,20 @@ def _check(
     there = {name for _, layer in adaprune_layers(model) for name in layer.adaprune_mask}
     unknown = sorted({*names, *([] if head is None else [head])} - there)
     if unknown:
-        raise CombineError(f"The model has no adapter {unknown}, but {sorted(there)}.")
+        raise CombineError(f"The model has no adapter {unknown}; it has {sorted(there)}.")
     if len({*names}) < 2:
-        raise CombineError(f"A combination takes at least two adapters, got {names}.")
+        raise CombineError(f"A combination needs at least two adapters, got {names}.")
     if how not in WAYS:
         raise CombineError(f"`how` must be one of {list(WAYS)}, got {how!r}.")
     if new_name in model.peft_config:
         raise CombineError(f"There is an adapter {new_name!r} already: choose another `new_name`.")
     with_head = [name for name in names if any(name in wrapper.modules_to_save for wrapper in wrappers)]
     if head is None and with_head:
-        raise CombineError(f"{with_head} have heads: say with `head=` whose the combination is to get.")
+        raise CombineError(f"{with_head} have heads: name with `head=` the adapter whose head to use.")
 
 
 def _mask_the_same_groups(configs: Any, layers: list[AdaPruneLayer], names: Sequence[str]) -> bool:
-    """Return whether the adapters all mask neurons or heads, and the same: then groups are combined, not weights."""
+    """Return whether all adapters mask the same groups, so that groups are combined instead of weights."""
     return len({configs[name].granularity for name in names}) == 1 and all(
         layer.groups(name) is not None for layer in layers for name in names
     )
@@ -103,7 +104,7 @@ def _mask_the_same_groups(configs: Any, layers: list[AdaPruneLayer], names: Sequ
 def _combine(layer: AdaPruneLayer, names: Sequence[str], how: str, grouped: bool) -> torch.Tensor:
     there = [name for name in names if name in layer.adaprune_mask]
     masks = torch.stack([layer.scored_mask(name) if grouped else layer.mask(name) for name in there])
-    # Where an adapter has no mask it keeps everything.
+    # An adapter without a mask here keeps everything.
     num_keeping = masks.sum(0) + (len(names) - len(there))
     return num_keeping >= {"intersection": len(names), "union": 1, "majority": len(names) // 2 + 1}[how]
 

@@ -1,4 +1,4 @@
-"""Which weights share one score, and how one value a group becomes one value a weight."""
+"""Groups of weights that share one score, and the expansion of one value per group to one per weight."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ if TYPE_CHECKING:
 
 
 def join_kinds(kinds: Collection[str]) -> str | None:
-    """Return the granularity that groups of some kinds make: `"neuron"`, `"head"`, `"neuron+head"`, or none."""
+    """Return the granularity with the given kinds of groups: `"neuron"`, `"head"`, `"neuron+head"`, or `None`."""
     return "+".join(kind for kind in ("neuron", "head") if kind in kinds) or None
 
 
 class Groups:
-    """The groups of a block, seen from the layer whose inputs they are: that layer has their mask.
+    """The groups of a block. Their mask belongs to the consumer, the layer whose inputs they are.
 
-    A mask is needed in one place only. Where the consumer does not read a group, what the producers put there is lost;
-    and because they still put it there, the score of a pruned group goes on receiving the gradient of what the group
-    would do. Were the producers masked too, what they put there would be zero, and so would that gradient.
+    Only the consumer's columns are masked. A pruned group then has no effect, yet its producers still compute it, so
+    its score keeps receiving a gradient and the group can recover. Masking the producers too would zero that gradient.
 
     Args:
         block (`Block`): The block.
         consumer (`torch.nn.Module`): Its layer that reads the groups: a `torch.nn.Linear`, or a `Conv1D`.
-        producers (`Mapping[str, torch.nn.Module]`): Its layers that make them, by name.
+        producers (`Mapping[str, torch.nn.Module]`): Its layers that compute them, by name.
     """
 
     def __init__(self, block: Block, consumer: Any, producers: Mapping[str, Any]) -> None:
@@ -39,34 +38,34 @@ class Groups:
 
     @classmethod
     def of(cls, block: Block, model: nn.Module) -> Groups:
-        """Find the layers of a block in a model, beneath what adapters have put around them."""
+        """Create the groups of a block from a model, looking up its layers beneath any adapter layers."""
         layers = {name: _innermost(model.get_submodule(name)) for name in block.modules}
         return cls(block, layers.pop(block.consumer), layers)
 
     @property
     def shape(self) -> torch.Size:
-        """The shape of a mask, and of scores: one entry a group."""
+        """The shape of masks and scores: one entry per group."""
         return torch.Size([self.block.num_groups])
 
     @property
     def size(self) -> int:
-        """How many weights belong to a group, in all layers together."""
+        """The number of weights per group, in all layers of the block together."""
         return sum(total for _, total in self.counts(0).values()) // self.block.num_groups
 
     def broadcast(self, values: torch.Tensor) -> torch.Tensor:
-        """Turn one value a group into one for each weight of the consumer (a view where that is possible)."""
+        """Expand one value per group to one per weight of the consumer (a view where possible)."""
         per_input = values.repeat_interleave(self.block.width) if self.block.width > 1 else values
         if input_dim(self.consumer) == 0:
             per_input = per_input.unsqueeze(1)
         return per_input.expand(self.consumer.weight.shape)
 
     def read(self, mask: torch.Tensor) -> torch.Tensor:
-        """Return which groups the consumer still reads under a mask of its weight's shape: boolean, one a group."""
+        """Return which groups the consumer reads under a mask of its weight's shape: boolean, one entry per group."""
         per_input = mask.movedim(input_dim(self.consumer), 0)
         return per_input.reshape(self.block.num_groups, -1).any(1)
 
     def interactions(self, moments: torch.Tensor) -> torch.Tensor:
-        """Return the inner products of what any two groups put into the consumer's output, over all inputs seen.
+        """Return the inner products of any two groups' contributions to the consumer's output, over all inputs seen.
 
         Args:
             moments (`torch.Tensor`): The second moments of the consumer's inputs, of shape `(inputs, inputs)`.
@@ -80,7 +79,7 @@ class Groups:
         return pairs.view(num_groups, width, num_groups, width).sum((1, 3))
 
     def magnitudes(self) -> torch.Tensor:
-        """Return the sum of |w| over the weights of each group, in all layers: float32."""
+        """Return the sum of |w| over the weights of each group, in all layers of the block: float32."""
         per_input = self.consumer.weight.detach().float().abs().movedim(input_dim(self.consumer), 0)
         total = per_input.reshape(self.block.num_groups, -1).sum(1)
         for producer in self.producers.values():
@@ -89,13 +88,13 @@ class Groups:
         return total
 
     def rows(self, producer: Any, groups: torch.Tensor) -> torch.Tensor:
-        """Turn one value a group into one for each output of a producer."""
+        """Expand one value per group to one per output of a producer."""
         outputs = producer.weight.shape[1 - input_dim(producer)]
         per_entry = groups.repeat_interleave(self.block.width)
         return per_entry.repeat(outputs // len(per_entry))
 
     def masks(self, groups: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Turn one value a group into one for each weight of each layer of the block."""
+        """Expand one value per group to one per weight, for each layer of the block."""
         masks = {self.block.consumer: self.broadcast(groups)}
         for name, producer in self.producers.items():
             rows = self.rows(producer, groups)
@@ -103,21 +102,21 @@ class Groups:
         return masks
 
     def counts(self, num_pruned: int) -> dict[str, tuple[int, int]]:
-        """Return, for each layer of the block, how many weights go with so many groups, and how many it has."""
+        """Return, for each layer of the block, how many weights `num_pruned` groups have, and how many it has."""
         layers = {**self.producers, self.block.consumer: self.consumer}
         totals = {name: layer.weight.numel() for name, layer in layers.items()}
         return {name: (num_pruned * total // self.block.num_groups, total) for name, total in totals.items()}
 
     @torch.no_grad()
     def zero_producers(self, mask: torch.Tensor) -> None:
-        """Set to zero what makes the pruned groups. Nothing reads it: no output changes."""
+        """Zero the producers' weights of the pruned groups. The consumer does not read these, so no output changes."""
         pruned = ~mask
         for producer in self.producers.values():
             producer.weight.data.movedim(1 - input_dim(producer), 0)[self.rows(producer, pruned)] = 0
 
 
 def input_dim(layer: nn.Module) -> int:
-    """Return which dimension of a linear layer's weight its inputs run along."""
+    """Return the input dimension of a linear layer's weight."""
     return 0 if isinstance(layer, Conv1D) else 1
 
 

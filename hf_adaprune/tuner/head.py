@@ -1,4 +1,4 @@
-"""Where a model's body ends and its head begins, and how a head that belongs to an adapter is put in place."""
+"""The division of a model into body and head, and the installation of an adapter's head."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _TASK_TYPES = {
     "Model": TaskType.FEATURE_EXTRACTION,
 }
 
-# What PEFT itself adds to `modules_to_save`, whether it is there or not.
+# Names that PEFT itself adds to `modules_to_save`, whether the model has such modules or not.
 PEFT_HEADS = {"classifier", "score", "qa_outputs"}
 
-# What PEFT takes from a model for these tasks.
+# Methods that PEFT reads from the model for these task types.
 _GENERATES = {
     "CAUSAL_LM": "prepare_inputs_for_generation",
     "SEQ_2_SEQ_LM": "_prepare_encoder_decoder_kwargs_for_generation",
@@ -41,10 +41,10 @@ _GENERATES = {
 def head_modules(model: nn.Module) -> list[str]:
     """Return the names of the modules that make up a model's task head.
 
-    The head is everything with parameters outside of `model.base_model`, and the pooler inside it: a task layer by
-    use, and one that many checkpoints lack. A model without a head has no pooler to train, and the output layer of a
-    language model is pre-trained: both give an empty list. Where body and head are not apart, as in T5's model for
-    answering questions, the head is what has a name by which PEFT knows one.
+    The head is every module with parameters outside of `model.base_model`, and the pooler inside it, which serves the
+    task and is missing from many checkpoints. The list is empty for a model without a head, whose pooler is not
+    trained, and for a language model, whose output layer is pre-trained. Where the body is not a module of its own, as
+    in T5's model for question answering, the head is the modules that PEFT treats as a head by their names.
     """
     body = getattr(model, "base_model", model)
     if output_embeddings(model) is not None:
@@ -68,34 +68,34 @@ def output_embeddings(model: Any) -> nn.Module | None:
 
 
 def body_name(model: nn.Module) -> str:
-    """Return the name prefix of the modules of the body: `"bert."`, say, or `""` for a model without a head."""
+    """Return the name prefix of the body's modules, such as `"bert."`; `""` if the body is the model itself."""
     return "" if getattr(model, "base_model", model) is model else f"{model.base_model_prefix}."
 
 
 def plan_head(model: nn.Module, config: AdaPruneConfig) -> None:
-    """Write into a configuration which modules are the head, and, for a fresh adapter, the model's configuration.
+    """Set `modules_to_save` to include the head and, for a new adapter, `model_config` and the task type.
 
     Args:
-        model (`torch.nn.Module`): The model that the adapter is about to be put on; not changed.
+        model (`torch.nn.Module`): The model that the adapter will be added to; an outdated `problem_type` is reset.
         config (`AdaPruneConfig`): The adapter's configuration; changed in place.
 
     Raises:
-        ConfigError: If the model cannot have the head that was asked for.
+        ConfigError: If the model cannot have the requested head.
     """
     classifies = any(cls.__name__.endswith("ForSequenceClassification") for cls in type(model).__mro__)
     fits = isinstance(model, PreTrainedModel) and classifies and hasattr(model, "classifier")
     if config.head == "layer_average" and not fits:
         raise ConfigError(
-            '`head="layer_average"` replaces the `classifier` of a transformers model for sequence classification; '
-            f'{type(model).__name__} is none, or has none. Use `head="model"`.'
+            '`head="layer_average"` needs a transformers model for sequence classification with a `classifier`, got a '
+            f'{type(model).__name__}. Use `head="model"`.'
         )
     if isinstance(model, PreTrainedModel) and config.model_config is None:
         _record(model, config)
     loose = [name for name, _ in model.named_parameters(recurse=False)] if body_name(model) else []
     if loose and not config.is_stored:
         warnings.warn(
-            f"{loose} of {type(model).__name__} belong to no module, and so not to the head: they are neither trained "
-            "nor saved. Put them into a module of their own if they are to be.",
+            f"{loose} of {type(model).__name__} are in no submodule, and so not part of the head: they are neither "
+            "trained nor saved. To train them, move them into a submodule.",
             stacklevel=2,
         )
     head = ["classifier"] if config.head == "layer_average" else head_modules(model)
@@ -104,14 +104,14 @@ def plan_head(model: nn.Module, config: AdaPruneConfig) -> None:
 
 @contextmanager
 def fitting_head(model: nn.Module, config: AdaPruneConfig, num_labels: int | None) -> Iterator[None]:
-    """Have a model hold, for the time of a block, a head like that of an adapter: PEFT copies what it finds.
+    """Give a model, within the context, a head of the adapter's shape for PEFT to copy.
 
-    Afterwards the model's own is back in its place, as what computes when no adapter is active.
+    On exit the model's own head is back in place; it is used when no adapter is active.
 
     Args:
         model (`torch.nn.Module`): The model.
         config (`AdaPruneConfig`): The adapter's configuration, after `plan_head`.
-        num_labels (`int`, *optional*): How many labels the model's own head has, if it is one of transformers'.
+        num_labels (`int`, *optional*): Number of labels of the model's own head, if it is a transformers model.
     """
     fitting: dict[str, nn.Module] = {}
     if isinstance(model, PreTrainedModel) and config.model_config is not None:
@@ -155,18 +155,18 @@ def _record(model: PreTrainedModel, config: AdaPruneConfig) -> None:
 
 
 def _is_of_another_head(problem_type: str | None, former: int | None, num_labels: int) -> bool:
-    """Return whether a forward pass has noted in the configuration what the labels of another head were."""
+    """Return whether `problem_type` was set by a forward pass while the model had another head."""
     if problem_type == "regression":
         return former == 1 and num_labels > 1
     return problem_type == "single_label_classification" and num_labels == 1
 
 
 def _task_type(model: PreTrainedModel) -> TaskType | None:
-    """Return the task by which PEFT's Auto classes open a model of this class again, if one of them does."""
+    """Return the task type whose PEFT Auto class creates a model of this class, or `None` if there is none."""
     task = next((task for ending, task in _TASK_TYPES.items() if type(model).__name__.endswith(ending)), None)
     inner = {name for head in head_modules(model) for name, _ in model.get_submodule(head).named_modules()}
     if any(name.rpartition(".")[2] in PEFT_HEADS for name in inner):
-        return None  # PEFT would make a copy of its own inside of that of the whole head
+        return None  # PEFT would copy this module again, inside its copy of the whole head
     if task == TaskType.FEATURE_EXTRACTION:
         built = AutoModel._model_mapping.get(type(model.config), ())
         return task if type(model) in (built if isinstance(built, tuple) else (built,)) else None
@@ -174,16 +174,16 @@ def _task_type(model: PreTrainedModel) -> TaskType | None:
 
 
 def check_architecture(model: nn.Module, config: AdaPruneConfig) -> None:
-    """Raise if an adapter is for models of another class, or for what the model cannot do.
+    """Raise if an adapter is for models of another class, or for a task that the model does not support.
 
     Raises:
         BaseMismatchError: If a stored adapter was made for a model of another class.
-        ConfigError: If the adapter is for generating text, and the model does not.
+        ConfigError: If the task type is one of generating text, and the model cannot generate.
     """
     if config.task_type in _GENERATES and not hasattr(model, _GENERATES[config.task_type]):
         raise ConfigError(
-            f"`task_type={str(config.task_type)!r}` is for models that generate text; {type(model).__name__} is none: "
-            "leave `task_type` out, or name the task that the model is for."
+            f"`task_type={str(config.task_type)!r}` needs a model that generates text, got a {type(model).__name__}: "
+            "omit `task_type`, or give that of the model."
         )
     if config.model_config is None or not isinstance(model, PreTrainedModel):
         return
@@ -191,28 +191,28 @@ def check_architecture(model: nn.Module, config: AdaPruneConfig) -> None:
     if architecture not in {cls.__name__ for cls in type(model).__mro__}:
         raise BaseMismatchError(
             f"The adapter was made for a {architecture}, the model is a {type(model).__name__}: heads and module "
-            f"names differ. Open the adapter with {architecture}, or the Auto class that gives it."
+            f"names differ. Open the adapter with {architecture}, or with the Auto class that creates it."
         )
 
 
 def check_modules_to_save(model: nn.Module, config: AdaPruneConfig) -> None:
-    """Raise if PEFT would make copies of modules inside of others, or of which a stored adapter holds none.
+    """Raise if PEFT would copy a module inside another copied module, or one that a stored adapter does not contain.
 
     Raises:
-        ConfigError: If one is inside another: what is saved of it could not be opened.
-        AdapterFileError: If an adapter does not hold all that it must.
+        ConfigError: If a module of a new adapter is inside another: what is saved of it could not be loaded.
+        AdapterFileError: If a stored adapter lacks tensors of its `modules_to_save` or head.
     """
     added = {"modules_to_save", "original_module"}
     modules = {name: module for name, module in model.named_modules() if name and not added & set(name.split("."))}
-    # As PEFT finds them.
+    # PEFT matches names by their endings.
     endings = tuple(config.modules_to_save or ())
     copied = {name: module for name, module in modules.items() if name.endswith(endings)}
     if not config.is_stored:
         inside = [f"{name!r} in {outer!r}" for name in copied for outer in copied if name.startswith(f"{outer}.")]
         if inside:
             raise ConfigError(
-                f"`modules_to_save={config.modules_to_save}` (the head is always among them) names modules inside of "
-                f"each other: {', '.join(inside)}. Name the outer ones alone, in as many words as it takes."
+                f"`modules_to_save={config.modules_to_save}` (the head is always included) matches modules inside "
+                f"other matched ones: {', '.join(inside)}. Name only the outer ones, so that no inner one matches."
             )
         return
     copied = {name: getattr(module, "original_module", module) for name, module in copied.items()}
@@ -222,13 +222,13 @@ def check_modules_to_save(model: nn.Module, config: AdaPruneConfig) -> None:
     missing = sorted(set(wanted) - set(config.head_tensors or ()))
     if missing:
         raise AdapterFileError(
-            f"By `modules_to_save={config.modules_to_save}` and `head={config.head!r}` the adapter has {missing}, by "
-            "its `head_tensors` it has not: its configuration is not what was saved. Fetch it again."
+            f"`modules_to_save={config.modules_to_save}` and `head={config.head!r}` require the tensors {missing}, "
+            "which `head_tensors` does not list: the configuration is not what was saved. Fetch the adapter again."
         )
 
 
 def _build_head(model: PreTrainedModel, build: Any, wanted: Any) -> dict[str, nn.Module]:
-    """Build those modules of a head that differ in size from what the model has."""
+    """Build the modules of a head whose parameter shapes differ from the model's."""
     with torch.device("meta"):
         template = build(wanted)
     reference = next(model.parameters())

@@ -1,4 +1,4 @@
-"""Which adapter of a model is active, and what goes with its masks: its head, and the names of its labels."""
+"""Keep the head and the labels of a model in sync with the adapter whose masks are active."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from .layer import AdaPruneLayer
 from .masked_layers import adaprune_layers
 
 
-# What transformers switches adapters by, besides `set_adapter`.
+# The methods by which transformers switches adapters, besides `set_adapter`.
 SWITCH_METHODS = ("enable_adapters", "disable_adapters", "delete_adapter")
 
 
 class HeadSync:
-    """Keep a model's head, and the labels in its configuration, those of the adapter whose masks are active.
+    """Forward pre-hook that sets a model's head, and the labels in its configuration, to those of the active masks.
 
-    A forward pre-hook. Adapters are switched through many doors; not each of them switches the head with the masks,
-    and none the labels; but all lead to a forward pass.
+    There are many ways to switch adapters. Not all of them switch the head with the masks, and none switches the
+    labels, but all are followed by a forward pass.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.base_labels = {field: getattr(model.config, field, None) for field in LABEL_FIELDS}
         self.base_num_labels: int = getattr(model, "num_labels", model.config.num_labels)
         if len(self.base_labels["id2label"] or {}) != self.base_num_labels:
-            # They have been changed already, for the adapter to come: the base's own are not known any more.
+            # They were already changed for the adapter to be added: the base's own are no longer known.
             self.base_labels = default_labels(self.base_num_labels) | {"problem_type": None}
         self.layers: list[AdaPruneLayer] = []
         self.heads: list[ModulesToSaveWrapper] = []
@@ -47,12 +47,12 @@ class HeadSync:
             self.follow(model, getattr(model, "peft_config", {}))
 
     def follow(self, model: Any, configs: Mapping[str, Any]) -> None:
-        """Bring head and labels in step with the masks."""
+        """Set head and labels to those of the active masks."""
         enabled = not self.layers[0].disable_adapters
         names = [name for name in self.layers[0].active_adapters if enabled and _is_ours(configs.get(name))]
         for head in self.heads:
             if any(name in configs and not _is_ours(configs[name]) for name in head.active_adapters):
-                continue  # An adapter of another method has its own way.
+                continue  # an adapter of another method controls this head
             if head.disable_adapters == enabled:
                 head.enable_adapters(enabled)
             active = [name for name in names if name in head.modules_to_save]
@@ -64,14 +64,14 @@ class HeadSync:
             self.show(model, config)
 
     def record(self, model: Any) -> None:
-        """Write the labels that the model's configuration tells into that of the adapter that they are of."""
+        """Copy the labels in the model's configuration to the configuration of the adapter that they belong to."""
         stored = getattr(self.shown, "model_config", None)
         if stored is not None and model.config.num_labels == self.num_labels(self.shown):
             current = {field: getattr(model.config, field, None) for field in LABEL_FIELDS}
             stored |= {field: value for field, value in current.items() if value is not None}
 
     def show(self, model: Any, config: AdaPruneConfig | None) -> None:
-        """Have the model's configuration tell the labels of an adapter; without one, those of the base."""
+        """Write the labels of an adapter into the model's configuration; without one, those of the base."""
         self.shown = config
         for field, value in (_labels(config) or self.base_labels).items():
             setattr(model.config, field, value)
@@ -79,7 +79,7 @@ class HeadSync:
             model.num_labels = model.config.num_labels
 
     def num_labels(self, config: AdaPruneConfig | None) -> int:
-        """Return how many labels the head of an adapter has; without one, the head of the base."""
+        """Return the number of labels of an adapter's head; without an adapter, of the base's."""
         labels = _labels(config)
         return self.base_num_labels if labels is None else len(labels["id2label"])
 
@@ -94,13 +94,13 @@ def _labels(config: AdaPruneConfig | None) -> dict[str, Any] | None:
 
 
 def head_sync_of(model: nn.Module) -> HeadSync | None:
-    """Return what keeps a model's head in step with its masks; `None` where there are no masks, or no labels."""
+    """Return the `HeadSync` of a model; `None` if it has no masks, or is not a transformers model."""
     return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, HeadSync)), None)
 
 
 @contextmanager
 def active_only(model: nn.Module, adapter_name: str | None) -> Iterator[None]:
-    """Have one adapter active for the time of a block, with its head and labels; without a name, the base."""
+    """Activate one adapter, with its head and labels, within the context; without a name, the base."""
     modules = [module for module in model.modules() if isinstance(module, (AdaPruneLayer, ModulesToSaveWrapper))]
     before = [(module._active_adapter, module._disable_adapters) for module in modules]
     head_sync = head_sync_of(model)
@@ -125,13 +125,13 @@ def attach(
     configs: Mapping[str, Any],
     on_last_adapter_deleted: Callable[[Any], object],
 ) -> None:
-    """Keep head and labels in step with the masks from here on, those of a new adapter too.
+    """Keep head and labels in sync with the masks from here on, including those of a new adapter.
 
     Args:
-        model (`transformers.PreTrainedModel`): A model that has just got an adapter.
-        head_sync (`HeadSync`): What the model has for that already, or one that was made before the adapter.
+        model (`transformers.PreTrainedModel`): A model to which an adapter has just been added.
+        head_sync (`HeadSync`): The model's, or a new one that was created before the adapter was added.
         configs (`Mapping[str, Any]`): The configuration of each of its adapters.
-        on_last_adapter_deleted (`Callable`): What takes the masked layers off a model that has no adapter any more.
+        on_last_adapter_deleted (`Callable`): Removes the masked layers from a model that no longer has an adapter.
     """
     if head_sync.handle is None:
         head_sync.on_last_adapter_deleted = on_last_adapter_deleted
@@ -141,7 +141,7 @@ def attach(
             setattr(model, name, functools.partial(_switch, name, model, head_sync))
     head_sync.layers = [layer for _, layer in adaprune_layers(model)]
     head_sync.heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    # What the model's configuration tells now may be meant for the new adapter alone.
+    # The labels now in the model's configuration may be meant for the new adapter only.
     head_sync.show(model, None)
     head_sync.follow(model, configs)
 
@@ -150,7 +150,7 @@ def attach(
 def detached_labels(head_sync: HeadSync | None) -> Iterator[None]:
     """Detach the labels in the model's configuration from the active adapter: they may be those of one to be added.
 
-    If the block fails, they are attached to it again.
+    If the block raises, they are attached to the active adapter again.
     """
     if head_sync is None:
         yield
@@ -164,47 +164,50 @@ def detached_labels(head_sync: HeadSync | None) -> Iterator[None]:
 
 
 def check_one_head(heads: Iterable[ModulesToSaveWrapper], names: str | Sequence[str]) -> None:
-    """Raise if adapters that are to be active together have each a head.
+    """Raise if more than one of the adapters that are to be active together has a head.
 
     Raises:
-        ValueError: If they have.
+        ValueError: If more than one of the adapters has a head.
     """
     names = [names] if isinstance(names, str) else list(names)
     own = [name for name in names if any(name in head.modules_to_save for head in heads)]
     if len(own) > 1:
         raise ValueError(
-            f"The adapters {own} have each a head of their own, and only one can compute. Make one adapter of them, "
-            "with the head that you choose: `combine_adapters`."
+            f"{own} each have a task head; only one can be active. Combine them into one adapter with "
+            "`combine_adapters`, which lets you choose the head."
         )
 
 
 def _switch(name: str, model: Any, head_sync: HeadSync, *args: Any, **kwargs: Any) -> None:
-    """Do what transformers does, and let head and labels follow at once: a loss may be waiting for its gradients."""
+    """Call transformers' method, and update head and labels at once.
+
+    They cannot wait for the next forward pass: the backward pass of an earlier loss may come first.
+    """
     getattr(type(model), name)(model, *args, **kwargs)
     left = [adapter for adapter in head_sync.layers[0].active_adapters if adapter in getattr(model, "peft_config", {})]
     if name == "delete_adapter" and left:
-        _set_adapter(model, head_sync, left)  # each layer has chosen another by itself
+        _set_adapter(model, head_sync, left)  # each layer has chosen a replacement independently
     head_sync(model)
     if not getattr(model, "peft_config", {}):
         head_sync.on_last_adapter_deleted(model)
 
 
 def _set_adapter(model: Any, head_sync: HeadSync, adapter_name: str | list[str]) -> None:
-    """Do what transformers does, which stops half way where an adapter has no head, or only a part of another's."""
+    """Do what transformers does, which fails midway if an adapter has no head, or only a part of another's."""
     names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
     configs = getattr(model, "peft_config", {})
     missing = [name for name in names if name not in configs]
     if missing:
-        raise ValueError(f"The model has no adapter {missing}, but {sorted(configs)}.")
+        raise ValueError(f"The model has no adapter {missing}; it has {sorted(configs)}.")
     check_one_head(head_sync.heads, names)
-    # Under an adapter of another method, which is saved by itself, masks and head stay as they are.
+    # An adapter of another method is saved separately: masks and head are not trained under it.
     frozen = not all(_is_ours(configs[name]) for name in names)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.set_adapter(adapter_name, inference_mode=frozen and isinstance(module, AdaPruneLayer))
         elif isinstance(module, ModulesToSaveWrapper):
             own = [name for name in names if name in module.modules_to_save]
-            # Whether others that are active are being trained is nothing to this head.
+            # Whether this head is trained does not depend on other active adapters.
             stays = all(configs[name].inference_mode or (frozen and _is_ours(configs[name])) for name in own)
             module.set_adapter(own, inference_mode=stays)
     head_sync(model)

@@ -1,4 +1,4 @@
-"""What all layers have in common that multiply a frozen weight by a mask."""
+"""The base class of layers that multiply a frozen weight by a mask."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from .trained_weight import trained_weight
 class AdaPruneLayer(nn.Module, BaseTunerLayer):
     """Hold the masks of one frozen weight, one per adapter.
 
-    A mask is one bit a weight: `adaprune_mask[adapter]`, a `uint8` buffer of shape `(ceil(weights / 8),)`, is what is
-    saved and loaded; one that was saved in less is decoded to that as soon as it is loaded (`packed_mask`).
-    `adaprune_scores[adapter]`, real and of the weight's shape, exists only while an adapter is trained. Where whole
-    groups of inputs are masked, both have one entry a group (`Groups`). What `forward` computes depends on the mask
-    alone: scores only receive a gradient, and `Pruner` turns them into the next mask.
+    A mask has one bit per weight: `adaprune_mask[adapter]`, a `uint8` buffer of shape `(ceil(weights / 8),)`, is what
+    is saved and loaded; a mask that was stored in less is decoded to this form as soon as it is loaded
+    (`packed_mask`). `adaprune_scores[adapter]`, real-valued and of the weight's shape, exists only if the adapter can
+    be trained. Where whole groups of inputs are masked, both have one entry per group (`Groups`). The output of
+    `forward` depends on the mask alone, except in training with a `forward_temperature`: scores only receive a
+    gradient, and `Pruner` computes the next mask from them.
     """
 
     adapter_layer_names: tuple[str, ...] = ("adaprune_scores",)
     # PEFT's `delete_adapter` removes an adapter's entry from each of these.
     other_param_names: tuple[str, ...] = ("adaprune_mask", "adaprune_score_scale", "_unpacked", "_configs", "_groups")
-    # Which dimension of the weight the inputs run along, if the inputs are real.
+    # The input dimension of the weight; `None` where inputs are indices.
     input_dim: int | None = None
 
     if TYPE_CHECKING:
@@ -60,11 +61,11 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.adaprune_scores = nn.ParameterDict()
         self.adaprune_mask = BufferDict(persistent=True)
-        # The masks of adapters in training, unpacked: newer than the buffer, which is only packed to be saved.
+        # Unpacked masks of adapters in training. They are newer than the buffer, which is updated only when saving.
         self._unpacked: dict[str, torch.Tensor] = {}
         self._configs: dict[str, AdaPruneConfig] = {}
         self._groups: dict[str, Groups] = {}
-        # By how much scores have grown (`scale_scores`): a number, saved with them.
+        # The current scale of the scores (`scale_scores`): a scalar, saved with them.
         self.adaprune_score_scale = BufferDict(persistent=True)
         self._cached: CachedWeight | None = None
         self._removed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -74,7 +75,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = self._features(base_layer)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, groups, mask_bytes)
-        # Masks that are coded are decoded now: a compiled model could not do it.
+        # Coded masks are decoded on loading: a compiled forward pass could not do it.
         self.register_load_state_dict_post_hook(decode_loaded)
 
     @staticmethod
@@ -90,11 +91,11 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         """Add an adapter that keeps every weight, with scores if it is to be trained.
 
-        One whose mask is to be loaded, and takes `mask_bytes`, less than a bit a weight, has no mask until then.
+        With `mask_bytes`, the size of a coded mask to be loaded, the mask is only a placeholder until then.
         """
         weight = self.base_weight
         self._configs[adapter_name] = config
-        # There may have been one of this name, in a model that has been wrapped before.
+        # An earlier adapter of this name may have left these, if the model was wrapped before.
         for former in (self._unpacked, self._groups):
             former.pop(adapter_name, None)
         self._cached = None
@@ -109,7 +110,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def get_base_layer(self) -> Any:
-        """Return the masked layer, without the failing attribute look-up that PEFT's costs each forward pass."""
+        """Return the base layer, without the failing attribute look-up that PEFT's version does on every call."""
         base: Any = self._modules["base_layer"]
         return super().get_base_layer() if "base_layer" in base._modules else base
 
@@ -121,9 +122,9 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The masked weight, for a model that multiplies by it without a call of the layer.
+        """The masked weight, for models that read `weight` instead of calling the layer.
 
-        Of an embedding it is the base's own, which other layers may share.
+        For an embedding it is the base's own weight, which other layers may share.
         """
         return self.base_weight if self.input_dim is None else self.effective_weight()
 
@@ -132,16 +133,16 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         return self.broadcast(adapter_name, self.scored_mask(adapter_name))
 
     def scored_mask(self, adapter_name: str) -> torch.Tensor:
-        """Return the adapter's mask as it is scored: one entry a group where groups are masked, else one a weight."""
+        """Return the mask in the shape of the scores: one entry per group if groups are masked, or per weight."""
         if adapter_name in self._unpacked:
             return self._unpacked[adapter_name].to(self.base_weight.device)
         return unpack_mask(self.packed_mask(adapter_name), self._mask_shape(adapter_name))
 
     def packed_mask(self, adapter_name: str) -> torch.Tensor:
-        """Return the adapter's mask as packed bits. What was loaded in less is decoded now, and stays so.
+        """Return the adapter's mask as packed bits; a coded mask is replaced by its packed bits first.
 
         Raises:
-            AdapterFileError: If it was coded by other weights than this layer's.
+            AdapterFileError: If the mask was coded with other weights than this layer's.
         """
         stored = self.adaprune_mask[adapter_name]
         if is_coded(stored, self._mask_shape(adapter_name).numel()):
@@ -149,14 +150,14 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         return stored
 
     def decode(self, adapter_name: str, stored: torch.Tensor) -> torch.Tensor:
-        """Return a mask of this layer as packed bits, from how it is stored."""
+        """Return the packed bits of a stored mask of this layer."""
         if not is_coded(stored, self._mask_shape(adapter_name).numel()):
             return stored
         with torch.inference_mode(False), torch.no_grad():
             return decode_mask(stored, full_tensor(self._unmerged_weight()), self.input_dim)
 
     def encode(self, adapter_name: str, packed: torch.Tensor) -> torch.Tensor:
-        """Return a mask of this layer as it is stored in the fewest bytes, from packed bits."""
+        """Return the shortest stored form of a packed mask of this layer."""
         weight = self._unmerged_weight()
         if self.groups(adapter_name) is not None or weight.is_meta or is_sharded([weight]):
             return packed
@@ -177,11 +178,11 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         return weight
 
     def groups(self, adapter_name: str) -> Groups | None:
-        """Return the groups that the adapter masks as a whole, or `None` where it masks single weights."""
+        """Return the groups that the adapter masks as a whole, or `None` if it masks single weights."""
         return self._groups.get(adapter_name)
 
     def entry_weights(self, adapter_name: str) -> torch.Tensor:
-        """Return what is known of each entry of the mask beforehand: the weight, or the sum of |w| over the group."""
+        """Return the weight that each mask entry stands for, or for a group the sum of |w|."""
         groups = self.groups(adapter_name)
         return full_tensor(self.base_weight.detach()) if groups is None else groups.magnitudes()
 
@@ -190,7 +191,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         return self.base_weight.shape if groups is None else groups.shape
 
     def broadcast(self, adapter_name: str, values: torch.Tensor) -> torch.Tensor:
-        """Return one value a weight, of the weight's shape, from one value an entry of the adapter's mask."""
+        """Expand one value per entry of the adapter's mask to one per weight, in the weight's shape."""
         groups = self.groups(adapter_name)
         return values if groups is None else groups.broadcast(values)
 
@@ -199,17 +200,17 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         return self._configs[adapter_name]
 
     def set_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
-        """Replace the mask of an adapter in training, as it is scored (see `scored_mask`)."""
+        """Replace the mask of an adapter in training, given in the shape of the scores (see `scored_mask`)."""
         self._unpacked[adapter_name], self._cached = mask, None
 
     def pruned_and_total(self, adapter_name: str) -> tuple[int, int]:
-        """Return how many weights the adapter's mask prunes, and how many it decides on, in other layers too."""
+        """Return how many weights the mask prunes, and how many it covers, with those of groups in other layers."""
         mask, groups = self.scored_mask(adapter_name), self.groups(adapter_name)
         size = 1 if groups is None else groups.size
         return (mask.numel() - int(mask.count_nonzero())) * size, mask.numel() * size
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Zero the pruned weights in the base layer; what was there is kept for `unmerge`."""
+        """Zero the pruned weights in the base layer, and keep their values for `unmerge`."""
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.adaprune_mask:
                 continue
@@ -222,7 +223,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         self._cached = None
 
     def unmerge(self) -> None:
-        """Put back what `merge` zeroed, to the last bit."""
+        """Restore the weights that `merge` zeroed, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -234,8 +235,8 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
     def effective_weight(self) -> torch.Tensor:
         """Return the weight times the product of the active masks.
 
-        With gradients enabled and an active adapter in training the result carries the gradient to its scores.
-        Otherwise it is built once and reused until a mask or the weight changes.
+        If gradients are enabled and the weight or an active adapter is trained, the result passes the gradient on to
+        them. Otherwise it is built once and reused until a mask or the weight changes.
         """
         if self.merged and self.disable_adapters:
             self.unmerge()
@@ -248,7 +249,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             return trained_weight(self, weight, names)
         if not names:
             return weight
-        # A compiled model cannot tell what was built from what would be: it unpacks its masks in each pass.
+        # A compiled model cannot check whether a cached product is valid: it unpacks its masks in each pass.
         if torch.compiler.is_compiling():
             return self._masked(weight, names)
         if self._cached is None or not self._cached.is_valid(self):
@@ -256,7 +257,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         return self._cached.product
 
     def straight_through_inputs(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return scores and mask, of the weight's shape, if one mask is being trained straight-through."""
+        """Return scores and mask, in the weight's shape, if one mask alone is active and trained straight-through."""
         if not torch.is_grad_enabled() or self.merged_adapters or self._disable_adapters:
             return None
         names = self._active_masks()
@@ -294,14 +295,14 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         return set(self.adaprune_mask.keys())
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # Only moved, never cast: scores in half precision would stand still under small steps.
+        # Moved but never cast: in half precision, small updates of the scores would be rounded away.
         device = device or self.base_weight.device
         if adapter_name in self.adaprune_mask and device.type != "meta":
             self.adaprune_mask[adapter_name] = self.adaprune_mask[adapter_name].to(device)
         if adapter_name not in self.adaprune_scores or device.type == "meta":
             return
         if self.adaprune_scores[adapter_name].is_meta:
-            # The mask has just been loaded, under `low_cpu_mem_usage`: an optimizer needs real scores.
+            # The mask has just been loaded under `low_cpu_mem_usage`: an optimizer needs materialized scores.
             remake_scores(self, adapter_name)
         else:
             self.adaprune_scores[adapter_name].data = self.adaprune_scores[adapter_name].data.to(device)
@@ -318,24 +319,24 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             if stored is None:
                 continue
             if stored.shape != self.adaprune_mask[name].shape and self.accepts(name, stored):
-                # The same masks may be stored in more bytes or in less.
+                # The stored form of a mask may be longer or shorter than the buffer.
                 self.adaprune_mask[name] = torch.empty_like(stored, device=self.adaprune_mask[name].device)
             self._unpacked.pop(name, None)
             self._cached = None
             self._configs[name].masks_loaded = True
             scores_key = f"{prefix}adaprune_scores.{name}"
             if scores_key in state_dict:
-                # A state of training: no longer what was saved.
+                # A training checkpoint: the adapter no longer has to match what was saved.
                 self._configs[name].adapter_fingerprint = None
             elif name in self.adaprune_scores:
-                # An adapter's file has no scores; those at hand stay until a `Pruner` is made.
+                # An adapter's file has no scores: the current ones stay until a `Pruner` is created.
                 state_dict[scores_key] = self.adaprune_scores[name]
                 state_dict[f"{prefix}adaprune_score_scale.{name}"] = self.adaprune_score_scale[name]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def decode_loaded(layer: Any, incompatible_keys: Any = None) -> None:
-    """Decode the masks of a layer that have been loaded in less than packed bits, if there are weights to do it by."""
+    """Decode the coded masks of a layer, unless they or the base weight are on the meta device."""
     for name, stored in layer.adaprune_mask.items():
         if not (stored.is_meta or layer.base_weight.is_meta):
             layer.packed_mask(name)

@@ -1,4 +1,4 @@
-"""The head of the paper: what every layer says of the first token, averaged."""
+"""The head of the paper, on an average of all layers' vectors of the first token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LayerAverageHead(nn.Module):
     layer of the hidden size, and an output layer.
 
     Args:
-        num_states (`int`): How many hidden states there are: the embeddings and one a layer.
+        num_states (`int`): Number of hidden states: the embeddings and one per layer.
         hidden_size (`int`): Their width.
         num_labels (`int`): The width of the output.
     """
@@ -35,7 +35,7 @@ class LayerAverageHead(nn.Module):
 
 
 class _FirstVectors(threading.local):
-    """Carry the first vector of every hidden state from the body's output to the head's input, each thread its own."""
+    """Pass the first vector of every hidden state from the body's output to the head's input, per thread."""
 
     def __init__(self) -> None:
         self.states: torch.Tensor | None = None
@@ -49,7 +49,7 @@ class _FirstVectors(threading.local):
     def take(self, module: nn.Module, args: Any, output: Any) -> None:
         self.states = torch.stack([state[:, 0] for state in output.hidden_states])
         if not self.wanted:
-            # Else the model hands them on, and the Trainer takes them for predictions.
+            # Otherwise the model returns them, and the Trainer treats them as predictions.
             output.hidden_states = None
 
     def give(self, module: nn.Module, args: Any) -> tuple[torch.Tensor | None]:
@@ -57,7 +57,7 @@ class _FirstVectors(threading.local):
         return (states,)
 
     def __deepcopy__(self, memo: Any) -> _FirstVectors:
-        # PEFT copies the head for each adapter: the copies are fed by the same body.
+        # PEFT copies the head for each adapter: the copies get their input from the same body.
         return self
 
     def __reduce__(self) -> Any:
@@ -65,14 +65,14 @@ class _FirstVectors(threading.local):
 
 
 def make_layer_average_head(model: Any, num_labels: int) -> LayerAverageHead:
-    """Make a paper's head for a model, fed by the model's body.
+    """Create the paper's head for a model, with the model's body as its source of hidden states.
 
     Args:
-        model (`transformers.PreTrainedModel`): The model; its body gets hooks that feed such heads.
+        model (`transformers.PreTrainedModel`): The model; its body gets hooks that pass its hidden states on.
         num_labels (`int`): The width of the output.
     """
     head = LayerAverageHead(model.config.num_hidden_layers + 1, model.config.hidden_size, num_labels)
-    # Under `low_cpu_mem_usage` PEFT makes every parameter on the meta device, this one too.
+    # Under `low_cpu_mem_usage` PEFT creates all parameters on the meta device, these included.
     reference = next(model.parameters())
     head.to_empty(device=reference.device).to(reference.dtype)
     head.apply(model._init_weights)
@@ -92,10 +92,9 @@ def _courier(body: nn.Module) -> _FirstVectors:
 
 
 def refuse_to_save(model: Any) -> None:
-    """Have a model without masks that still has such a head raise when it is saved: it would reopen with a fresh one.
+    """Make saving raise if a model without masks still has such a head: it would be loaded with a random one.
 
-    Raises:
-        MergeError: By `model.save_pretrained` and `model.push_to_hub`.
+    From then on `model.save_pretrained` and `model.push_to_hub` raise `MergeError`.
     """
     if any(isinstance(module, LayerAverageHead) for module in model.modules()):
         model.save_pretrained = model.push_to_hub = functools.partial(_refuse, type(model).__name__)
@@ -103,6 +102,6 @@ def refuse_to_save(model: Any) -> None:
 
 def _refuse(architecture: str, *args: Any, **kwargs: Any) -> NoReturn:
     raise MergeError(
-        f'The model has the head "layer_average", which no {architecture} has that transformers opens: merged it can '
-        "be used in memory only. Save the adapter, by `save_pretrained` of the model before it was merged."
+        f'The model has the head "layer_average", which the {architecture} of transformers does not have: after '
+        "merging it can be used in memory only. Save the adapter, by `save_pretrained` of the model before merging."
     )

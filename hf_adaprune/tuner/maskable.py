@@ -1,4 +1,4 @@
-"""The layers that can be masked, each kind with its forward pass."""
+"""The masked layers: one class, with its forward pass, for each type of layer that can be masked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Linear(AdaPruneLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            # Short, and before all else: it is most of what an adapter adds to a forward pass of a single sentence.
+            # A short path, taken first: it is most of an adapter's overhead in the forward pass of a single sentence.
             built: CachedWeight | None = self._cached
             if built is not None and built.is_valid(self):
                 weight, base = built.product, self._modules["base_layer"]
@@ -74,7 +74,7 @@ class Embedding(AdaPruneLayer):
 
 def masked_class(module: nn.Module) -> type[AdaPruneLayer] | None:
     """Return the class of masked layer that computes what a module does, or `None` if there is none."""
-    # With a forward pass of its own, or a weight that is computed, a layer may compute anything.
+    # A layer with its own `forward`, or with a computed weight, may compute anything.
     if "forward" in vars(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
         return None
     forward = type(module).forward
@@ -84,7 +84,7 @@ def masked_class(module: nn.Module) -> type[AdaPruneLayer] | None:
         return Conv1DLinear
     if isinstance(module, nn.Embedding):
         is_plain = forward is nn.Embedding.forward or hasattr(module, "embed_scale")
-        return Embedding if is_plain and module.max_norm is None else None  # with `max_norm` a look-up changes it
+        return Embedding if is_plain and module.max_norm is None else None  # `max_norm`: look-ups change the weight
     return None
 
 
@@ -99,8 +99,8 @@ def wrap(
     layer_cls = masked_class(module)
     if layer_cls is not None and (module._forward_hooks or module._forward_pre_hooks):
         warnings.warn(
-            f"A {type(module).__name__} with hooks is being masked, and they are called no more: register them on the "
-            "masked layer, afterwards.",
+            f"A {type(module).__name__} with hooks is being masked, and its hooks are no longer called: register them "
+            "on the masked layer afterwards.",
             stacklevel=2,
         )
     return None if layer_cls is None else layer_cls(module, adapter_name, config, groups, mask_bytes)

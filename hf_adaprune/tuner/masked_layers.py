@@ -1,4 +1,4 @@
-"""The masked layers of a model, and how much of each is pruned."""
+"""The masked layers of a model, and how many of their weights are pruned."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .layer import AdaPruneLayer
 
 
 def module_counts(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, int]]:
-    """Return how many weights an adapter prunes in each module, and how many it has, by the module's name.
+    """Return, by module name, how many weights an adapter prunes in the module, and how many the module has.
 
-    Where groups are masked, that is every module that a group has weights in.
+    Where groups are masked, this includes every module in which a group has weights.
     """
     counts: dict[str, tuple[int, int]] = {}
     for name, layer in adaprune_layers(model, adapter_name):
@@ -28,7 +28,7 @@ def module_counts(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, i
 
 
 def adaprune_layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, AdaPruneLayer]]:
-    """Yield the names and masked layers of a model, all or those that have an adapter of the given name."""
+    """Yield the names and masked layers of a model, all of them or only those that have the given adapter."""
     for name, module in model.named_modules():
         if isinstance(module, AdaPruneLayer) and (adapter_name is None or adapter_name in module.adaprune_mask):
             yield name, module
@@ -45,5 +45,5 @@ def has_foreign_layers(model: nn.Module) -> bool:
 
 
 def has_masks(model: nn.Module) -> bool:
-    """Return whether a model has masked layers, of whatever adapter."""
+    """Return whether a model has masked layers, for any adapter."""
     return any(isinstance(module, AdaPruneLayer) for module in model.modules())

@@ -1,7 +1,7 @@
 """Pure functions on masks. A mask is boolean and **True means kept**."""
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -10,11 +10,8 @@ import torch
 # The name under which `adapter_config.json` records how masks are stored. Entry `i` of the flattened mask is bit
 # `i % 8`, counted from the least significant, of byte `i // 8`; the unused bits of the last byte are zero.
 PACKED_BITS: Final = "packed-bits-lsb"
-# That, or what `codec.encode_mask` makes of them, whichever is shorter.
+# Packed bits or the output of `codec.encode_mask`, whichever is shorter.
 SHORTEST: Final = "auto"
-
-# Every 61st score is in the sample that a threshold is looked for by: as a prime it is in step with no matrix.
-_STRIDE: Final = 61
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
@@ -34,12 +31,12 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
 
 
 def packed_size(num_entries: int) -> int:
-    """Return how many bytes the packed mask of so many entries takes."""
+    """Return the size in bytes of a packed mask of `num_entries` entries."""
     return -(-num_entries // 8)
 
 
 def packed_ones(num_entries: int) -> torch.Tensor:
-    """Return the packed mask that keeps everything, in memory: `uint8`, of shape `(ceil(num_entries / 8),)`."""
+    """Return the packed mask that keeps everything, on the CPU: `uint8`, of shape `(ceil(num_entries / 8),)`."""
     packed = torch.full((packed_size(num_entries),), 255, dtype=torch.uint8, device="cpu")
     packed[num_entries // 8 :] = (1 << num_entries % 8) - 1
     return packed
@@ -56,7 +53,7 @@ def unpack_mask(packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         `torch.Tensor`: Boolean tensor of the given shape.
 
     Raises:
-        ValueError: If `packed` has not one bit for each entry.
+        ValueError: If `packed` does not have `ceil(n / 8)` bytes.
     """
     if packed.numel() != packed_size(shape.numel()):
         raise ValueError(
@@ -73,7 +70,7 @@ def unpack_mask(packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 def apply_mask(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Multiply a tensor by a mask, boolean or real, of the same shape; the result has the tensor's dtype."""
     if mask.dtype == torch.bool and _on_cpu(mask):
-        # The same zeros and ones; a CPU multiplies numbers of one type many times as fast as of two.
+        # Same values; on a CPU, multiplying tensors of one dtype is many times as fast as mixing two.
         mask = mask.view(torch.uint8).to(tensor.dtype)
         if not tensor.requires_grad:
             return mask.mul_(tensor)
@@ -96,8 +93,8 @@ def topk_mask(scores: torch.Tensor, num_kept: int, weight: torch.Tensor) -> torc
         scores (`torch.Tensor`): Finite scores of any shape.
         num_kept (`int`): How many entries to keep, in `[0, scores.numel()]`.
         weight (`torch.Tensor`):
-            What the scores are for, same shape: of entries with equal scores those of larger magnitude are kept first,
-            and of those equal in both the ones that come first. So the mask is the same on every machine.
+            The weights that the scores belong to, same shape. Ties are broken by larger magnitude, then by lower
+            position, so that the mask is the same on every machine.
 
     Returns:
         `torch.Tensor`: Boolean tensor of the shape of `scores` with exactly `num_kept` True entries.
@@ -119,34 +116,14 @@ def topk_mask(scores: torch.Tensor, num_kept: int, weight: torch.Tensor) -> torc
 
 
 def _kth_largest(flat: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the k-th largest value, and which values are at least as large."""
+    """Return the k-th largest value, and a mask of the values that are at least as large."""
     if _on_cpu(flat) and flat.dtype == torch.float32:
         # On a CPU numpy selects and compares several times as fast as torch, with the same result.
-        threshold, kept = _select(flat.numpy(), k)
-        return torch.as_tensor(threshold), torch.from_numpy(kept)
-    threshold = flat.topk(k, sorted=False).values.min()  # `kthvalue` is refused under deterministic CUDA
-    return threshold, flat >= threshold
-
-
-def _select(values: Any, k: int) -> tuple[Any, Any]:
-    """Do the same as `_kth_largest`, and sort out only the few values that lie between two pivots from a sample.
-
-    Floyd and Rivest, "Expected time bounds for selection" (1975); here of one round, as most is done by then.
-    """
-    sample = values[::_STRIDE]
-    place, deviation = len(sample) * (1 - k / len(values)), len(sample) ** 0.5 / 2
-    low, high = int(place - 3 * deviation) - 1, int(place + 3 * deviation) + 1
-    sample = np.partition(sample, [max(low, 0), min(high, len(sample) - 1)])
-    kept = values > (sample[high] if high < len(sample) else np.inf)
-    at_least = values >= (sample[low] if low >= 0 else -np.inf)
-    between = np.flatnonzero(at_least ^ kept)
-    window, rank = values[between], k - np.count_nonzero(kept)
-    if not 0 < rank <= len(window):  # less than once in three hundred times, if scores are in no order
+        values = flat.numpy()
         threshold = np.partition(values, -k)[-k]
-        return threshold, values >= threshold
-    threshold = np.partition(window, -rank)[-rank]
-    kept[between[window >= threshold]] = True
-    return threshold, kept
+        return torch.as_tensor(threshold), torch.from_numpy(values >= threshold)
+    threshold = flat.topk(k, sorted=False).values.min()  # `kthvalue` has no deterministic CUDA version
+    return threshold, flat >= threshold
 
 
 def _count(mask: torch.Tensor) -> int:
@@ -154,5 +131,5 @@ def _count(mask: torch.Tensor) -> int:
 
 
 def _on_cpu(tensor: torch.Tensor) -> bool:
-    # Where numpy is faster; a compiler does not see through it.
+    # Where numpy is faster. `torch.compile` cannot trace these calls.
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,4 +1,4 @@
-"""Plain copies of a masked model: with zeros where it is pruned, or as it was."""
+"""Plain copies of a masked model, with its masks merged or without them."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from .model import AdaPruneModel
 
 
 def merged(model: Any) -> PreTrainedModel:
-    """Return what `merge_and_unload` would, and leave the model as it is.
+    """Return what `merge_and_unload` would, without changing the model.
 
     Args:
         model (`peft.PeftModel` or `transformers.PreTrainedModel`):
-            A model with an adapter, put on it by `peft` or by transformers itself.
+            A model with an adapter, added by `peft` or by transformers itself.
 
     Returns:
         `transformers.PreTrainedModel`: A plain copy, in evaluation mode, with all of its parameters trainable.
 
     Raises:
         NotPrunedError: If the model has no AdaPrune adapter.
-        MergeError: If it has one of another method around the masks.
+        MergeError: If there are layers of another method around the masked ones, or if a masked weight is shared with
+            a module under another mask or none.
     """
     return _cleared(_tuner_of_copy(model).merge_and_unload())
 
 
 def unmasked(model: Any) -> PreTrainedModel:
-    """Return the base, with its own weights, head and labels, and leave the model as it is; see `merged`.
+    """Return a copy of the base, with its own weights, head and labels, without changing the model; see `merged`.
 
-    `unload` is not the same: it leaves the head of the active adapter.
+    This differs from `unload`, which leaves the head of the active adapter in place.
     """
     tuner = _tuner_of_copy(model)
     for _, layer in adaprune_layers(tuner):
@@ -55,8 +56,8 @@ def _tuner_of_copy(model: Any) -> AdaPruneModel:
 
 
 def _cleared(plain: Any) -> PreTrainedModel:
-    """Take off a model what transformers leaves of an adapter: a card, a flag, and how its keys are renamed."""
-    for module in plain.modules():  # of sentence-transformers' model the one inside
+    """Remove what an adapter leaves behind on a model: a method for its card, a flag, and key conversions."""
+    for module in plain.modules():  # a sentence-transformers model contains the transformers model
         for name in ("create_or_update_model_card", "_hf_peft_config_loaded", "_weight_conversions"):
             vars(module).pop(name, None)
     return plain.requires_grad_().eval()

@@ -1,4 +1,4 @@
-"""One batch, many tasks: each sample is computed with its own adapter."""
+"""Batches of several tasks: each sample is computed with its own adapter."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from .masked_layers import adaprune_layers
 
 
 BASE = "__base__"
-"""The name that stands for the base: no masks, and its own head."""
+"""The name of the base: no masks, and its own head."""
 
 
 @contextmanager
 def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
-    """Compute each sample of a batch with its own adapter, for the time of a block.
+    """Compute each sample of a batch with its own adapter, within the context.
 
-    The rows of each adapter are computed together, one adapter after the other, and put back in their order: the
-    result is that of running each adapter's rows by themselves. `peft_model(**batch, adapter_names=[...])` does the
-    same. The weights of one adapter at a time are built, at each forward pass.
+    The rows of each adapter are computed together, one adapter after the other, and returned in the original order:
+    the result is that of a separate batch per adapter. `peft_model(**batch, adapter_names=[...])` does the same. The
+    masked weights of one adapter at a time are built, in each forward pass.
 
-    A loss is the mean over all labels of the batch. There is no cache, so `generate` is not for mixed batches.
+    A loss is the mean over all labels of the batch. There is no cache, so `generate` is not supported.
 
     Args:
         model (`torch.nn.Module`): A transformers model with AdaPrune adapters, in evaluation mode.
         adapter_names (`Sequence[str]`): One for each sample; `"__base__"` is the base, with its own head.
 
     Raises:
-        MixedBatchError: If a name is unknown, heads have different sizes, the model is in training mode or merged,
-            or, at the forward pass, there is not one name for each sample.
+        MixedBatchError: If a name is unknown, heads have different sizes, or the model is in training mode or merged;
+            in the forward pass, if the number of names is not that of samples, or a cache is given.
 
     Example:
 
@@ -58,7 +58,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
 def _check(model: nn.Module, adapter_names: Sequence[str]) -> None:
     if model.training:
         raise MixedBatchError(
-            "A mixed batch is for inference, and the model is in training mode: call `model.eval()` first."
+            "A mixed batch is for inference, but the model is in training mode: call `model.eval()` first."
         )
     layers = [layer for _, layer in adaprune_layers(model)]
     if any(layer.merged for layer in layers):
@@ -68,7 +68,7 @@ def _check(model: nn.Module, adapter_names: Sequence[str]) -> None:
     there = {name for layer in layers for name in layer.adaprune_mask}
     unknown = sorted({str(name) for name in adapter_names} - there - {BASE})
     if unknown:
-        raise MixedBatchError(f"The model has no adapter {unknown}, but {sorted(there)}, and {BASE!r} for the base.")
+        raise MixedBatchError(f"The model has no adapter {unknown}; use {sorted(there)}, or {BASE!r} for the base.")
     head = head_sync_of(model)
     if head is None or not head.heads:
         return
@@ -76,8 +76,8 @@ def _check(model: nn.Module, adapter_names: Sequence[str]) -> None:
     sizes = {name: head.num_labels(None if name == BASE else configs[name]) for name in adapter_names}
     if len(set(sizes.values())) > 1:
         raise MixedBatchError(
-            f"The heads of a mixed batch must have one size, got {sizes}: there is no tensor that could hold the "
-            "results. Make a batch for each size."
+            f"The heads of a mixed batch must have one size, got {sizes}: their outputs do not fit into one tensor. "
+            "Use a separate batch for each size."
         )
 
 
@@ -85,7 +85,7 @@ def _forward(
     model: nn.Module, forward: Callable[..., Any], adapter_names: list[str], *args: Any, **kwargs: Any
 ) -> Any:
     if kwargs.get("past_key_values") is not None:
-        raise MixedBatchError("A mixed batch has no cache, so it cannot generate: generate for each adapter apart.")
+        raise MixedBatchError("A mixed batch has no cache and cannot generate: generate for each adapter separately.")
     size = _batch_size(model, args, kwargs)
     if len(adapter_names) != size:
         raise MixedBatchError(
@@ -112,7 +112,7 @@ def _batch_size(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def _take(value: Any, rows: torch.Tensor, size: int) -> Any:
-    """Return the given rows of every tensor that has one for each sample."""
+    """Return the given rows of every tensor that has one row per sample."""
     if isinstance(value, torch.Tensor):
         return value[rows.to(value.device)] if value.dim() and len(value) == size else value
     if isinstance(value, dict):
@@ -137,7 +137,7 @@ def _put_together(parts: list[Any], weights: list[int], order: torch.Tensor) -> 
 
 
 def _num_scored(model: nn.Module, labels: torch.Tensor | None, num_samples: int) -> int:
-    """Return of how many labels a part's loss is the mean."""
+    """Return the number of labels over which a part's loss is the mean."""
     if labels is None:
         return num_samples
     if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):

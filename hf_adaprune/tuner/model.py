@@ -1,4 +1,4 @@
-"""The tuner: puts masks on a model, takes them off, and says what of them is stored."""
+"""The tuner: adds masks to a model, removes them, and selects what is stored."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ from .targets import (
 )
 
 
-# What a model with masks has functions of its own for.
+# Methods overridden on the model instance while it has an AdaPrune adapter.
 _OVERRIDES = ("save_pretrained", "set_adapter", *SWITCH_METHODS, "_load_pretrained_model", "_upload_modified_files")
 
 
 class AdaPruneModel(BaseTuner):
-    """Adapt a frozen model by masks over its weights (arXiv 2105.03343). Made by `peft.get_peft_model`."""
+    """Adapt a frozen model by masks over its weights (arXiv 2105.03343). Created by `peft.get_peft_model`."""
 
     prefix = "adaprune_"
     tuner_layer_cls = AdaPruneLayer
@@ -61,7 +61,7 @@ class AdaPruneModel(BaseTuner):
 
     @classmethod
     def around(cls, model: nn.Module) -> AdaPruneModel:
-        """Take hold of a model that has adapters in it already, put there by transformers, say."""
+        """Wrap a model that already has adapters, such as ones added by transformers."""
         tuner = cls.__new__(cls)
         nn.Module.__init__(tuner)
         tuner.model = model
@@ -75,8 +75,8 @@ class AdaPruneModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Put an adapter on the model: PEFT's own injection, on a checked configuration and a checked base."""
-        # What is written into it is of this adapter alone: the caller's own may be used again.
+        """Add an adapter to the model by PEFT's injection, after checking the configuration and the base."""
+        # Copied, as fields are filled in for this adapter, and the caller may use the original again.
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         config.masks_loaded, config.vocab_size = False, vocabulary_size(model)
         try:
@@ -84,7 +84,7 @@ class AdaPruneModel(BaseTuner):
         except Exception:
             self.peft_config.pop(adapter_name, None)
             if "peft_config" not in vars(model):
-                vars(model).pop("_hf_peft_config_loaded", None)  # transformers has set it: it may be tried again
+                vars(model).pop("_hf_peft_config_loaded", None)  # set by transformers; a second try needs it unset
             raise
 
     def _inject(
@@ -101,7 +101,7 @@ class AdaPruneModel(BaseTuner):
         check_on_one_device(model)
         if any(layer.merged for _, layer in adaprune_layers(model)):
             raise MergeError(
-                f"The masks of an adapter are merged into the base, which {adapter_name!r} must be put on as it is: "
+                f"The masks of an adapter are merged into the base; adapter {adapter_name!r} needs the unmerged base: "
                 "call `unmerge_adapter()` first."
             )
         check_architecture(model, config)
@@ -122,12 +122,12 @@ class AdaPruneModel(BaseTuner):
         except NoMatchingPeftModuleError as error:
             message = no_match(config.target_modules, linear_endings(model))
             raise NoMatchingModuleError(f"{message} ({error})") from None
-        # PEFT shortens long lists, and a bare `embed_tokens` means "save the embeddings whole" to it.
+        # PEFT shortens long lists, and takes a bare `embed_tokens` as a request to save the whole embeddings.
         config.target_modules = targets
         if isinstance(model, PreTrainedModel) and head_sync is not None:
             attach(model, head_sync, self.peft_config, _unwrap_layers)
             model.save_pretrained = functools.partial(save_weights_first, model)
-            vars(model).pop("push_to_hub", None)  # of a model that was made smaller, with its card
+            vars(model).pop("push_to_hub", None)  # set on a compacted model, to push its card
             if config.is_stored:
                 shapes = head_shapes(model, adapter_name)
                 model._load_pretrained_model = functools.partial(load_checked, config, shapes)
@@ -138,7 +138,7 @@ class AdaPruneModel(BaseTuner):
             check.handle = model.register_forward_pre_hook(check)
 
     def _plan(self, model: nn.Module, config: AdaPruneConfig) -> None:
-        """Write into the configuration which modules have masks, and find the groups that these are of."""
+        """Resolve which modules are masked, and find their groups if the granularity is structured."""
         everywhere = config.target_modules in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND)
         resolve_targets(model, config)
         blocks = plan_blocks(model, config, everywhere)
@@ -178,7 +178,7 @@ class AdaPruneModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Have one adapter active, with its head and its labels; or several, whose masks multiply."""
+        """Activate one adapter, with its head and its labels, or several, whose masks are multiplied."""
         if head_sync := head_sync_of(self.model):
             check_one_head(head_sync.heads, adapter_name)
         super().set_adapter(adapter_name, inference_mode)
@@ -187,7 +187,7 @@ class AdaPruneModel(BaseTuner):
     def combine_adapters(
         self, adapter_names: Sequence[str], how: str, new_name: str, *, head: str | None = None
     ) -> None:
-        """Make a new adapter of the masks of several: see `hf_adaprune.combine_adapters`."""
+        """Create a new adapter from the masks of several: see `hf_adaprune.combine_adapters`."""
         combine_adapters(self, adapter_names, how, new_name, head=head)
 
     @contextmanager
@@ -205,26 +205,26 @@ class AdaPruneModel(BaseTuner):
             head_sync(self.model)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, from layers too whose names contain PEFT's prefix for this method."""
+        """Delete an adapter, also from layers whose names contain `prefix`, which PEFT skips."""
         super().delete_adapter(adapter_name)
         for _, layer in adaprune_layers(self.model, adapter_name):
             layer.delete_adapter(adapter_name)
         if names := [name for name in self.active_adapters if name in self.peft_config]:
-            # Each layer has chosen another by itself.
+            # Each layer has chosen a replacement independently.
             self.set_adapter(names, all(self.peft_config[name].inference_mode for name in names))
         self._follow()
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if has_foreign_layers(self.model):
             raise MergeError(
-                "There are, or were, layers of another method around the masked ones, which cannot be merged or taken "
-                "off alone: open the adapter with masks on its base anew, without the other."
+                "There are, or were, layers of another method around the masked ones: the masks cannot be merged or "
+                "removed separately. Open the masks' adapter on a fresh copy of its base, without the other adapter."
             )
         if merge:
             run_checks(self.model)
-            self._enable_adapter_layers()  # weights, head and labels are of one adapter, or of none
+            self._enable_adapter_layers()  # so that weights, head and labels belong together
             if kwargs.get("adapter_names"):
-                # With the masks go their head and labels.
+                # This activates head and labels along with the masks.
                 self.set_adapter(kwargs["adapter_names"])
             self._check_merge_allowed()  # before anything is zeroed
             self._zero_producers(kwargs.get("adapter_names"))
@@ -250,7 +250,7 @@ class AdaPruneModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         for name, layer in adaprune_layers(self.model):
             if not {*layer.merged_adapters, *layer.active_adapters} & {*layer.adaprune_mask}:
-                continue  # its weight stays as it is
+                continue  # merging does not change its weight
             shared = [
                 key
                 for key, parameter in self.model.named_parameters(remove_duplicate=False)
@@ -258,7 +258,7 @@ class AdaPruneModel(BaseTuner):
             ]
             if shared:
                 raise MergeError(
-                    f"{name!r} shares its weight with {shared}, under another mask or none: merging prunes both. "
+                    f"{name!r} shares its weight with {shared}, under another mask or none: merging would prune both. "
                     "Load the base with `tie_word_embeddings=False` and copy the weight, or leave the masks unmerged."
                 )
 
@@ -278,9 +278,9 @@ class AdaPruneModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: AdaPruneConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        forget_check(model)  # PEFT has loaded the file by itself
+        forget_check(model)  # it is for loading by transformers; PEFT has loaded this file itself
         if config.masks_loaded and config.inference_mode:
-            # In training the same is what loads the best checkpoint.
+            # In training this is allowed: the Trainer loads its best checkpoint in the same way.
             raise ConfigError(
                 f"There is an adapter {adapter_name!r} on the model already. Load this one under another name, or "
                 f"call `delete_adapter({adapter_name!r})` first."
@@ -290,7 +290,7 @@ class AdaPruneModel(BaseTuner):
 
 
 def _unwrap_layers(model: PreTrainedModel) -> None:
-    """Put back the layers of a model whose last adapter was deleted: it is saved as what it was before the first."""
+    """Restore the original layers of a model whose last adapter was deleted, so that it is saved as a plain model."""
     if not has_foreign_layers(model):
         AdaPruneModel.around(model).unload()
 

@@ -1,4 +1,4 @@
-"""The scores of a masked layer while it is trained: made anew from inputs or a mask, and grown."""
+"""The scores of a masked layer in training: initialized from inputs or from a mask, and rescaled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def calibrate_scores(layer: AdaPruneLayer, adapter_name: str, moments: torch.Tensor) -> None:
-    """Start the scores anew, from the weights and what `InputMoments` has seen of this layer's inputs."""
+    """Reinitialize the scores from the weights and this layer's input moments (`InputMoments`)."""
     assert layer.input_dim is not None
     groups = layer.groups(adapter_name)
     if groups is None:
@@ -29,7 +29,7 @@ def calibrate_scores(layer: AdaPruneLayer, adapter_name: str, moments: torch.Ten
 
 @torch.no_grad()
 def scale_scores(layer: AdaPruneLayer, adapter_name: str, growth: float) -> None:
-    """Let the scores be so many times as large as they were made: in the same order, and less moved by a step."""
+    """Scale the scores to `growth` times their initial size, so that a step changes their order less."""
     stored = layer.adaprune_score_scale[adapter_name]
     before, after = float(stored), float(stored.fill_(growth))
     if before != after:
@@ -37,10 +37,10 @@ def scale_scores(layer: AdaPruneLayer, adapter_name: str, growth: float) -> None
 
 
 def remake_scores(layer: AdaPruneLayer, adapter_name: str) -> None:
-    """Make scores that stand for the adapter's mask.
+    """Initialize scores that match the adapter's mask.
 
-    The scores of an adapter are not saved with it. One that is loaded to be trained on has a mask, and the scores
-    of a fresh adapter, or none.
+    Scores are not saved with an adapter. One that is loaded for further training has its mask, but the scores of a new
+    adapter, or unmaterialized ones.
     """
     scores = layer.adaprune_scores[adapter_name]
     weight, mask = layer.entry_weights(adapter_name), layer.scored_mask(adapter_name)

@@ -1,4 +1,4 @@
-"""Where a model's neurons and attention heads are: found in the shapes of its linear layers, proven by one pass."""
+"""Find a model's neurons and attention heads by the shapes of its linear layers; verify them by a forward pass."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .head import body_name
 from .targets import maskable
 
 
-# How many linear layers produce a hidden vector, how many times as wide as it they are together, and what that makes:
-# query, key and value, in three layers or in one; a gate and what it gates, in two or in one; a plain feed-forward.
+# (number of producer layers, total producer width / hidden width) -> kind of group: query, key and value in three
+# layers or one; a gated pair in two layers or one; a plain feed-forward.
 _PATTERNS = {(3, 3): "head", (1, 3): "head", (2, 2): "neuron", (1, 2): "neuron", (1, 1): "neuron"}
 
 
@@ -31,16 +31,16 @@ _PATTERNS = {(3, 3): "head", (1, 3): "head", (2, 2): "neuron", (1, 2): "neuron",
 class Block:
     """One feed-forward or attention block: the linear layers that produce a hidden vector, and the one that reads it.
 
-    A group is a stretch of the vector: one entry (a neuron), or those of an attention head. To it belong the columns
-    of the consumer that read it, and the rows of the producers that make it; where the former are zero the latter
-    have no effect.
+    A group is a slice of the vector: one entry (a neuron), or the entries of an attention head. It consists of the
+    consumer's columns that read the slice and the producers' rows that compute it; where the former are zero, the
+    latter have no effect.
 
     Args:
-        kind (`str`): What a group is, `"neuron"` or `"head"`.
+        kind (`str`): Kind of the groups, `"neuron"` or `"head"`.
         consumer (`str`): Name of the layer that reads the vector.
         producers (`tuple[str, ...]`): Names of the layers that produce it.
-        num_groups (`int`): How many groups there are.
-        width (`int`): How many entries of the vector a group has.
+        num_groups (`int`): Number of groups.
+        width (`int`): Number of entries of the vector per group.
     """
 
     kind: str
@@ -56,19 +56,19 @@ class Block:
 
 
 def plan_blocks(model: Any, config: AdaPruneConfig, everywhere: bool) -> dict[str, Block]:
-    """Find what an adapter of structured granularity masks, and name its layers in the configuration.
+    """Find the blocks that an adapter of structured granularity masks, and set its `target_modules` accordingly.
 
     Args:
         model (`torch.nn.Module`): The model; not changed.
         config (`AdaPruneConfig`): The adapter's configuration; `target_modules` becomes the names of the consumers.
-        everywhere (`bool`): Whether every layer of the model is to have what the granularity names.
+        everywhere (`bool`): Whether every layer of the model must have all kinds of groups of the granularity.
 
     Returns:
-        `dict[str, Block]`: The blocks by the names of their consumers; empty where each weight has a score of its own.
+        `dict[str, Block]`: The blocks by the names of their consumers; empty if single weights are masked.
 
     Raises:
-        StructureError: If the model is not built so that its neurons or heads can be told apart.
-        NoMatchingModuleError: If `target_modules` names no layer of any.
+        StructureError: If the neurons or heads of the model cannot be identified.
+        NoMatchingModuleError: If `target_modules` matches no layer of any block.
     """
     if not config.group_kinds:
         return {}
@@ -84,8 +84,8 @@ def plan_blocks(model: Any, config: AdaPruneConfig, everywhere: bool) -> dict[st
     if not chosen:
         endings = sorted({name.rpartition(".")[2] for block in blocks for name in block.modules})
         raise NoMatchingModuleError(
-            f"`granularity={config.granularity!r}` needs `target_modules` (got {config.target_modules!r}) to name a "
-            f"layer of a block that it masks, and `exclude_modules` none: {endings}."
+            f"`granularity={config.granularity!r}` needs `target_modules` (got {config.target_modules!r}) to match a "
+            f"layer of a block, and `exclude_modules` to match none of it. Names of such layers end in: {endings}."
         )
     config.target_modules = {block.consumer for block in chosen}
     return {block.consumer: block for block in chosen}
@@ -100,10 +100,10 @@ def stored_blocks(model: Any, config: AdaPruneConfig) -> dict[str, Block]:
 
 
 def check_patterns(model: nn.Module, config: AdaPruneConfig) -> None:
-    """Raise if an n:m mask does not fit the inputs of a layer that it is for.
+    """Raise if an n:m granularity does not fit a layer that is to be masked.
 
     Raises:
-        StructureError: If the inputs of a layer are no multiple of m, or it has no real inputs.
+        StructureError: If a layer's number of inputs is not a multiple of m, or the layer is an embedding.
     """
     if config.n_of_m is None:
         return
@@ -115,25 +115,26 @@ def check_patterns(model: nn.Module, config: AdaPruneConfig) -> None:
     ]
     if offenders or embeddings:
         raise StructureError(
-            f"`granularity={config.granularity!r}` needs layers whose inputs are a multiple of {config.n_of_m[1]}; "
-            f"these have as many: {offenders}; these are embeddings: {embeddings}. List them in `exclude_modules`."
+            f"`granularity={config.granularity!r}` needs layers whose number of inputs is a multiple of "
+            f"{config.n_of_m[1]}; these have another number: {offenders}; these are embeddings: {embeddings}. List "
+            "them in `exclude_modules`."
         )
 
 
 def features(module: Any) -> tuple[int, int]:
-    """Return how wide the inputs and the outputs of a linear layer are."""
+    """Return the input and output width of a linear layer."""
     return tuple(module.weight.shape) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
 def find_blocks(model: Any, kinds: Collection[str]) -> dict[str, list[Block]]:
-    """Return the blocks that a model has by the shapes of its layers, by the name of the numbered layer they are in.
+    """Return the blocks found by the shapes of a model's layers, keyed by the numbered layer that contains them.
 
     Args:
         model (`torch.nn.Module`): The model, with adapters or without; not changed.
-        kinds (`Collection[str]`): What groups to look for: `"neuron"`, `"head"`, or both.
+        kinds (`Collection[str]`): The kinds of groups to look for: `"neuron"`, `"head"`, or both.
 
     Raises:
-        StructureError: If it has no numbered layers, or does not tell how many heads it has.
+        StructureError: If the model has no numbered layers, or its configuration does not give the number of heads.
     """
     layers: dict[str, list[tuple[str, tuple[int, int]]]] = defaultdict(list)
     for name, module in maskable(model):
@@ -142,7 +143,7 @@ def find_blocks(model: Any, kinds: Collection[str]) -> dict[str, list[Block]]:
             layers[numbered[1]].append((name, features(module)))
     if not layers:
         raise StructureError(
-            f"{' and '.join(f'{kind}s' for kind in kinds).capitalize()} are looked for in a transformer; "
+            f"{' and '.join(f'{kind}s' for kind in kinds).capitalize()} can only be found in numbered layers; "
             f"{type(model).__name__} has no numbered layers."
         )
     num_heads = _heads_by_name(model) if "head" in kinds else lambda attention: 1
@@ -153,14 +154,14 @@ def find_blocks(model: Any, kinds: Collection[str]) -> dict[str, list[Block]]:
 
 
 def _heads_by_name(model: Any) -> Callable[[str], int]:
-    """Return what tells how many heads an attention module has: all as many, but where `compact` has taken some."""
+    """Return a function from an attention module's name to its number of heads, less those that `compact` removed."""
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     num_heads = getattr(text_config, "num_attention_heads", None)
     if not isinstance(num_heads, int):
         raise StructureError(
-            f"The configuration of {type(model).__name__} has no `num_attention_heads`: its heads cannot be told "
-            'apart. Use `granularity="neuron"`.'
+            f"The configuration of {type(model).__name__} has no `num_attention_heads`: its heads cannot be "
+            'identified. Use `granularity="neuron"`.'
         )
     left = {
         f"{body_name(model)}{name}": len(head["kept"]) for name, head in getattr(config, "compact_heads", {}).items()
@@ -169,7 +170,7 @@ def _heads_by_name(model: Any) -> Callable[[str], int]:
 
 
 def _blocks(linears: list[tuple[str, tuple[int, int]]], num_heads: Callable[[str], int]) -> Iterator[Block]:
-    """Take the linear layers of one transformer layer, in order, apart into blocks."""
+    """Split the linear layers of one transformer layer, in order, into blocks."""
     position = 0
     while position < len(linears):
         for num_producers in (3, 2, 1):
@@ -199,7 +200,7 @@ def _block(
 
 
 def _is_chosen(block: Block, config: AdaPruneConfig) -> bool:
-    """Return whether a module of the block is targeted, and none is excluded."""
+    """Return whether at least one layer of the block is targeted and none is excluded."""
     all_named = copy.copy(config)
     all_named.target_modules = set(block.modules)
     return any(check_target_module_exists(config, name) for name in block.modules) and all(
@@ -215,28 +216,28 @@ def _not_found(model: Any, layer: str, config: AdaPruneConfig, missing: set[str]
     }
     return (
         f"`granularity={config.granularity!r}`: no {' and no '.join(sorted(missing))}s were found in {layer!r} of "
-        f"{type(model).__name__}, whose linear layers are {linears}. Heads need a query, a key and a value (or the "
-        "three in one, in this order) as wide as the input of the layer that follows; neurons need one layer, or a "
-        "gated pair, as wide as the input of the one that follows; and each must be made by rows of its own. Name the "
-        'layers that have them in `target_modules`, or use another granularity ("weight" works everywhere).'
+        f"{type(model).__name__}, whose linear layers are {linears}. Heads need query, key and value layers (or one "
+        "layer for all three, in this order), each as wide as the input of the next layer; neurons need one layer, or "
+        "a gated pair, as wide as the input of the next layer; and each head or neuron must be computed by its own "
+        'rows. Name suitable layers in `target_modules`, or use another granularity ("weight" works everywhere).'
     )
 
 
 def verified(model: Any, blocks: list[Block]) -> list[Block]:
-    """Return the blocks that are what their shapes say, by the gradients of one forward pass.
+    """Return the blocks that are confirmed by the gradients of one forward pass.
 
-    Every second group of a consumer's inputs is looked at: its gradient must reach the outputs of the producers, and
-    of these no entry but those of the same groups. Between blocks no gradient flows.
+    The gradient of every second group of a consumer's inputs must reach the producers' outputs, and only the entries
+    of the same groups. Gradients do not flow between blocks.
     """
     if not isinstance(model, PreTrainedModel):
         raise StructureError(
-            f"Neurons and heads are looked for in a transformers model, got a {type(model).__name__}. Use "
+            f"Neurons and heads can only be found in a transformers model, got a {type(model).__name__}. Use "
             '`granularity="weight"`.'
         )
     if model.main_input_name != "input_ids":
         raise StructureError(
-            "Neurons and heads are found by a forward pass over tokens, and what "
-            f'{type(model).__name__} takes is `{model.main_input_name}`. Use `granularity="weight"`.'
+            "Neurons and heads are found by a forward pass over tokens, but the input of "
+            f'{type(model).__name__} is `{model.main_input_name}`. Use `granularity="weight"`.'
         )
     produced: dict[str, list[torch.Tensor]] = defaultdict(list)
     read: list[torch.Tensor] = []
@@ -265,14 +266,14 @@ def _watch(
     def cut(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
             produced[name].append(output.detach().requires_grad_())
-            return produced[name][-1].clone()  # a model may change it in place
+            return produced[name][-1].clone()  # the model may modify it in place
 
         return hook
 
     def look(block: Block) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
             groups = args[0].unflatten(-1, (block.num_groups, block.width))[..., ::2, :]
-            # Weights that differ: a softmax passes the plain sum of its outputs no gradient.
+            # The weights must differ: the plain sum of softmax outputs is constant and has no gradient.
             weights = torch.arange(1, groups.numel() + 1, device=groups.device).cos()
             read.append((groups.reshape(-1).float() * weights).sum().cpu())
 

@@ -21,14 +21,14 @@ from .masked_layers import is_foreign
 
 
 def resolve_targets(model: Any, config: AdaPruneConfig) -> None:
-    """Write into the configuration the full names of the modules to mask, where the user left that open.
+    """Check the module names in the configuration, and set `target_modules` where the user left it open.
 
     Args:
         model (`torch.nn.Module`): The model.
         config (`AdaPruneConfig`): The configuration; `target_modules` is changed in place.
 
     Raises:
-        NoMatchingModuleError: If nothing is to be masked, or one of the names in `target_modules`, `exclude_modules`
+        NoMatchingModuleError: If there is nothing to mask, or one of the names in `target_modules`, `exclude_modules`
             or `modules_to_save` matches no module.
     """
     _check_names(model, "exclude_modules", config.exclude_modules)
@@ -47,14 +47,14 @@ def resolve_targets(model: Any, config: AdaPruneConfig) -> None:
             raise NoMatchingModuleError(no_match(unmatched, linear_endings(model)))
         if not names:
             raise NoMatchingModuleError(
-                f"{type(model).__name__} has no linear layer in its body, and nothing else is masked unless it is "
-                "named in `target_modules`: `torch.nn.Linear`, `torch.nn.Embedding` and transformers' `Conv1D` can be."
+                f"{type(model).__name__} has no linear layer in its body, so the modules to mask must be named in "
+                "`target_modules`: `torch.nn.Linear`, `torch.nn.Embedding` and transformers' `Conv1D` can be masked."
             )
     config.target_modules = names
 
 
 def _input_embeddings(model: Any) -> str:
-    """Return the name of the one module that looks up every token."""
+    """Return the name of the input embeddings, which must be a single module."""
     try:
         found = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -65,7 +65,7 @@ def _input_embeddings(model: Any) -> str:
     if len(sharing) != 1:
         raise NoMatchingModuleError(
             f"`mask_embeddings=True` needs a model whose input embeddings are one module, {type(model).__name__} has "
-            f"{sharing or 'none'}. Name in `target_modules` what is to be masked instead."
+            f"{sharing or 'none'}. Name in `target_modules` the modules to mask instead."
         )
     return sharing[0].removesuffix(".base_layer")
 
@@ -81,7 +81,7 @@ def _check_names(model: nn.Module, field: str, names: Collection[str] | str | No
         near = sorted({near for name in unmatched for near in get_close_matches(name, endings, n=2)})
         raise NoMatchingModuleError(
             f"No module matched `{field}={unmatched}`. "
-            + (f"Near to that: {', '.join(map(repr, near))}." if near else "Name modules, or endings of their names.")
+            + (f"Close matches: {', '.join(map(repr, near))}." if near else "Give names of modules, or their endings.")
         )
 
 
@@ -90,13 +90,13 @@ def _unmatched(names: Collection[str], modules: Collection[str]) -> list[str]:
 
 
 def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
-    """Raise if an adapter could not be saved and opened again under a name.
+    """Raise if an adapter of the given name could not be saved and opened again.
 
-    PEFT finds an adapter's tensors by its name among the parts of theirs, and takes it out of them.
+    PEFT finds an adapter's tensors by its name, as one of the parts of their keys, and removes that part.
 
     Raises:
-        ConfigError: If the name is empty, contains a dot, is a part of a module's or parameter's name, or one that
-            `torch.nn.ModuleDict` has a use for.
+        ConfigError: If the name is empty, contains a dot, is a part of a module's or parameter's name, or is an
+            attribute of `torch.nn.ModuleDict` or `torch.nn.ParameterDict`.
     """
     if not adapter_name or "." in adapter_name:
         raise ConfigError(f"An adapter's name must not be empty or contain a dot, got {adapter_name!r}.")
@@ -106,22 +106,22 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     if taken or hasattr(nn.ModuleDict, adapter_name) or hasattr(nn.ParameterDict, adapter_name):
         raise ConfigError(
             f"An adapter named {adapter_name!r} could not be opened again: "
-            + (f"{taken[0]!r} of the model has that in its name." if taken else "PyTorch has a use for that name.")
+            + (f"{taken[0]!r} of the model contains that name." if taken else "PyTorch reserves that name.")
             + " Choose another."
         )
 
 
 def check_on_one_device(model: nn.Module) -> None:
-    """Raise if accelerate moves weights to a layer only when it is called: masked layers do not call it.
+    """Raise if accelerate moves weights only when their layer is called: masked layers do not call the base layer.
 
     Raises:
-        ConfigError: If a linear layer has one of accelerate's hooks.
+        ConfigError: If a linear layer or an embedding has one of accelerate's hooks.
     """
     hooked = next((name for name, module in model.named_modules() if _is_dispatched(module)), None)
     if hooked is not None:
         raise ConfigError(
-            f"The base must be on one device: accelerate has dispatched or offloaded it, {hooked!r} for one. Load it "
-            "without a `device_map`, or with one that names a single device."
+            f"The base must be on one device: accelerate has dispatched or offloaded it, for example {hooked!r}. Load "
+            "it without a `device_map`, or with one that names a single device."
         )
 
 
@@ -130,20 +130,20 @@ def _is_dispatched(module: nn.Module) -> bool:
 
 
 def check_targets(model: nn.Module, config: AdaPruneConfig) -> None:
-    """Raise if a configuration targets what cannot be masked.
+    """Raise if a configuration targets modules that cannot be masked.
 
     Raises:
-        ConfigError: If a module has an adapter of another method around it.
-        NoMatchingModuleError: If a module is of a kind that cannot be masked.
+        ConfigError: If a targeted module has an adapter of another method around it.
+        NoMatchingModuleError: If a targeted module is of a type that cannot be masked.
     """
     targets = config.target_modules if isinstance(config.target_modules, set) else set()
     for name, module in model.named_modules():
         inside = any(target.startswith(f"{name}.") for target in targets)
         if is_foreign(module) and (inside or check_target_module_exists(config, name)):
             raise ConfigError(
-                f"{name!r} has an adapter of another method around it, a {type(module).__module__} layer: put "
-                "masks on the model first, and the other adapter on afterwards; or name in `target_modules` "
-                "layers that it leaves alone."
+                f"{name!r} has an adapter of another method around it, a {type(module).__module__} layer: add the "
+                "masks to the model first and the other adapter afterwards, or name in `target_modules` only layers "
+                "without another adapter."
             )
     for name, module in model.named_modules():
         can_be = isinstance(module, BaseTunerLayer) or masked_class(module)
@@ -152,7 +152,7 @@ def check_targets(model: nn.Module, config: AdaPruneConfig) -> None:
 
 
 def unmaskable(name: str, module: nn.Module) -> NoMatchingModuleError:
-    """Return the error for a module that is targeted and cannot be masked."""
+    """Return the error for a targeted module that cannot be masked."""
     return NoMatchingModuleError(
         f"`target_modules` matched {name!r}, a {type(module).__name__}. Only `torch.nn.Embedding`, and "
         "`torch.nn.Linear` and transformers' `Conv1D` without a forward pass of their own can be masked: list it in "
@@ -161,7 +161,7 @@ def unmaskable(name: str, module: nn.Module) -> NoMatchingModuleError:
 
 
 def no_match(names: object, endings: list[str]) -> str:
-    """Return the message for names that match no module of a model whose linear modules have these endings."""
+    """Return the message for names that match no module, listing the name endings of the linear modules."""
     there = (
         f"Linear modules end in: {', '.join(map(repr, endings))}; the head is trained, and not masked."
         if endings
@@ -171,13 +171,13 @@ def no_match(names: object, endings: list[str]) -> str:
 
 
 def linear_endings(model: nn.Module) -> list[str]:
-    """Return the last parts of the names of all modules that could be masked by default."""
+    """Return the last parts of the names of all modules that can be masked by default."""
     head = head_modules(model)
     return sorted({name.rpartition(".")[2] for name, _ in maskable(model) if not _is_under(name, head)})
 
 
 def maskable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the names and modules that can be masked: every linear layer but a language model's output layer."""
+    """Yield the names and modules of all maskable linear layers except a language model's output layer."""
     head = output_embeddings(model)
     wrapped: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -194,7 +194,7 @@ def maskable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _headless_pooler(model: nn.Module) -> set[str]:
-    # The pooler of a model without a head gets no gradient from most losses: it is left as it is.
+    # The pooler of a model without a head gets no gradient from most losses: it is not masked.
     if body_name(model):
         return set()
     return {name for name, _ in maskable(model) if name == "pooler" or name.startswith("pooler.")}

@@ -1,4 +1,4 @@
-"""The masked weight of a layer whose masks are trained: it carries the gradient to their scores."""
+"""The masked weight of a layer in training, which passes the gradient on to the scores."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def trained_weight(layer: AdaPruneLayer, weight: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
-    """Return a layer's weight times the masks of some adapters, of which one at least is trained.
+    """Return a layer's weight times the masks of the given adapters, differentiable in the scores of those trained.
 
     Args:
-        layer (`AdaPruneLayer`): The layer; in training, Eq. 4 may be soft forwards too (`forward_temperature`).
-        weight (`torch.Tensor`): The base's own weight.
-        adapter_names (`list[str]`): Whose masks.
+        layer (`AdaPruneLayer`): The layer. In training mode, `forward_temperature` applies.
+        weight (`torch.Tensor`): The base layer's weight.
+        adapter_names (`list[str]`): The adapters whose masks apply.
 
     Returns:
         `torch.Tensor`: Of the weight's shape.
