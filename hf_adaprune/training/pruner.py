@@ -68,35 +68,18 @@ class Pruner:
         if total_steps < 1:
             raise ValueError(f"`total_steps` must be at least 1, got {total_steps}.")
         self.model, self.layers = model, dict(adaprune_layers(model, adapter_name))
-        if not any(adapter_name in layer.adaprune_scores for layer in self.layers.values()):
-            raise NotPrunedError(
-                f"The model has no trainable masks under the adapter name {adapter_name!r}. Create them with "
-                "`peft.get_peft_model(model, AdaPruneConfig())`, or load an adapter with `is_trainable=True`."
-            )
         self.adapter_name, self.total_steps, self.num_steps = adapter_name, total_steps, 0
-        if not all(adapter_name in layer.active_adapters for layer in self.layers.values()):
-            raise NotPrunedError(
-                f"Adapter {adapter_name!r} is not active, so another one would be trained: call "
-                f"`model.set_adapter({adapter_name!r})` first."
-            )
-        if any(layer.merged or layer.disable_adapters for layer in self.layers.values()):
-            raise MergeError(
-                f"Adapter {adapter_name!r} is merged into the weights, or disabled: its masks would not be trained. "
-                "First call `unmerge_adapter()`, or `enable_adapters()` (leave `disable_adapter()` of a `PeftModel`)."
-            )
+        self._check_adapter()
         run_checks(model)  # before the masks change
-        remove_reminder(model, adapter_name)
         self.config: AdaPruneConfig = next(iter(self.layers.values())).config(adapter_name)
-        self.config.pruner_token = self._token = object()
         check_vocabulary(model, self.config)
         check_statistics(model)
         self._selector = MaskSelector(self.layers, adapter_name, self.config)
         check_sharding(self._selector.scores(), self.config.granularity)
-        for scores in self._selector.scores().values():
-            # Casting the model casts scores too, and in half precision small steps would not change them.
-            if scores.dtype != torch.float32 and not is_sharded([scores]):
-                scores.data = scores.data.float()
-        self._match_scores_to_masks()
+
+        self.config.pruner_token = self._token = object()
+        remove_reminder(model, adapter_name)
+        self._prepare_scores()
         restore_dropout(model)  # an earlier run may have been interrupted
         if self.config.training_dropout is not None:
             set_dropout(model, self.config.training_dropout)
@@ -111,6 +94,37 @@ class Pruner:
         self._num_weights = sum(layer.pruned_and_total(adapter_name)[1] for layer in self.layers.values())
         calibrates = self.config.score_init == "wanda" and self._start_sparsity == 0
         self._inputs = InputMoments(self.layers, adapter_name) if calibrates else None
+
+    def _check_adapter(self) -> None:
+        layers = self.layers.values()
+        if not any(self.adapter_name in layer.adaprune_scores for layer in layers):
+            raise NotPrunedError(
+                f"The model has no trainable masks under the adapter name {self.adapter_name!r}. Create them with "
+                "`peft.get_peft_model(model, AdaPruneConfig())`, or load an adapter with `is_trainable=True`."
+            )
+        if not all(self.adapter_name in layer.active_adapters for layer in layers):
+            raise NotPrunedError(
+                f"Adapter {self.adapter_name!r} is not active, so another one would be trained: call "
+                f"`model.set_adapter({self.adapter_name!r})` first."
+            )
+        if any(layer.merged or layer.disable_adapters for layer in layers):
+            raise MergeError(
+                f"Adapter {self.adapter_name!r} is merged into the weights, or disabled: its masks would not be "
+                "trained. First call `unmerge_adapter()`, or `enable_adapters()` (leave `disable_adapter()` of a "
+                "`PeftModel`)."
+            )
+
+    @torch.no_grad()
+    def _prepare_scores(self) -> None:
+        """Make the scores of all layers float32, and recreate them if they do not give the current masks."""
+        for scores in self._selector.scores().values():
+            # Casting the model casts scores too, and in half precision small steps would not change them.
+            if scores.dtype != torch.float32 and not is_sharded([scores]):
+                scores.data = scores.data.float()
+        self._has_new_scores = not self._selector.agrees()
+        if self._has_new_scores:
+            for layer in self.layers.values():
+                remake_scores(layer, self.adapter_name)
 
     @property
     def sparsity(self) -> float:
@@ -320,11 +334,3 @@ class Pruner:
             progress = min(self.num_steps, self.total_steps - 1) / self.total_steps
             for layer in self.layers.values():
                 scale_scores(layer, self.adapter_name, 1 / settling(progress, self.config.pruning_end))
-
-    @torch.no_grad()
-    def _match_scores_to_masks(self) -> None:
-        """Recreate the scores of all layers, which may share thresholds, if they do not reproduce the masks."""
-        self._has_new_scores = not self._selector.agrees()
-        if self._has_new_scores:
-            for layer in self.layers.values():
-                remake_scores(layer, self.adapter_name)
