@@ -447,5 +447,5 @@ def test_the_card_of_a_model_init_is_the_adapters_own(tmp_path: Path) -> None:
     run.save_model()
     run.create_model_card()
     card = (tmp_path / "README.md").read_text()
-    assert "what is between these lines is written anew" in card
+    assert "generated text, overwritten at every save" in card
     assert "- adaprune\n" in card

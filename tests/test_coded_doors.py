@@ -56,8 +56,8 @@ def test_coded_masks_are_smaller_and_their_sizes_declared(adapters: dict[str, Pa
         key: mask.numel() for key, mask in coded.items() if mask.numel() < packed[key].numel()
     }
     assert read_adapter(adapters["coded"]).mask_bytes == sum(mask.numel() for mask in coded.values())
-    assert "less than one bit a weight" in (adapters["coded"] / "README.md").read_text()
-    assert "mask is one bit a weight" in (adapters["packed"] / "README.md").read_text()
+    assert "less than one bit per weight" in (adapters["coded"] / "README.md").read_text()
+    assert "mask takes one bit per weight" in (adapters["packed"] / "README.md").read_text()
 
 
 @pytest.mark.parametrize("door", DOORS)

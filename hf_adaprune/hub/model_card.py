@@ -17,7 +17,7 @@ from ..errors import NotPrunedError
 from .advice import speed_advice
 
 
-BEGIN, END = "<!-- hf_adaprune: what is between these lines is written anew -->", "<!-- hf_adaprune: end -->"
+BEGIN, END = "<!-- hf_adaprune: generated text, overwritten at every save -->", "<!-- hf_adaprune: end -->"
 CARD, PICTURE = "README.md", "sparsity.png"
 
 # The placeholder in the templates of transformers and PEFT.

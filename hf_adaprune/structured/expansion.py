@@ -117,7 +117,7 @@ def _config_over(first: AdaPruneConfig, config: AdaPruneConfig) -> AdaPruneConfi
     labels = {field: value for field, value in (config.model_config or {}).items() if field in LABEL_FIELDS}
     whole_config = {field: value for field, value in (first.model_config or {}).items() if field not in LABEL_FIELDS}
     config.model_config = whole_config | labels
-    config.combination = "intersection of masks of neurons and heads with masks of the weights that these left"
+    config.combination = "intersection of masks of neurons and heads with masks of the remaining weights"
     return config
 
 
