@@ -1,0 +1,1 @@
+"""Models for inference: plain checkpoints, ONNX, and measurements of speed."""

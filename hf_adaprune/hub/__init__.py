@@ -1,0 +1,1 @@
+"""Adapters on the Hub: model cards and pushing."""

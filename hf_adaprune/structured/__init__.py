@@ -1,0 +1,1 @@
+"""Masks of whole neurons and heads, and 2:4 masks: models made smaller, and back to an adapter."""
