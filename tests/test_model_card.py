@@ -143,3 +143,20 @@ def test_a_card_of_an_adapter_that_names_no_base_says_how_to_open_it(tmp_path: P
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "The adapter names no base: open it on the model that it was trained on (fingerprint" in text
     assert "```python" not in text
+
+
+def test_a_metric_that_is_no_number_is_refused(adapter: tuple[Path, torch.Tensor]) -> None:
+    metrics: Any = {"accuracy": None, "f1": 0.5}
+    with pytest.raises(ValueError, match=r"`metrics` must be numbers, got \{'accuracy': None\}"):
+        write_model_card(adapter[0], metrics=metrics)
+
+
+def test_metadata_that_cannot_be_read_is_named_and_the_card_stays(
+    adapter: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(adapter[0], tmp_path / "adapter"))
+    text = "---\nlicense: [mit\nlanguage: en: de\n---\nMine.\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"README.md' must be valid YAML: correct it"):
+        write_model_card(folder)
+    assert (folder / "README.md").read_text(encoding="utf-8") == text

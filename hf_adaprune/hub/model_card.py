@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,18 @@ def write_model_card(
 
     Raises:
         NotPrunedError: If the folder's adapter has no masks.
-        ValueError: If the folder has no adapter.
+        ValueError: If the folder has no adapter, a metric is not a number, or the metadata of the existing card is not
+            valid YAML.
 
     Example:
 
         >>> data = {"dataset": "nyu-mll/glue", "dataset_config": "sst2", "dataset_split": "validation"}
         >>> write_model_card("sst2-adaprune", metrics={"accuracy": 0.87}, **data)
     """
+    given: Mapping[str, Any] = metrics or {}
+    not_numbers = {key: value for key, value in given.items() if not isinstance(value, Real)}
+    if not_numbers:
+        raise ValueError(f"`metrics` must be numbers, got {not_numbers}: leave out what has not been measured.")
     folder = Path(folder)
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, AdaPruneConfig):
@@ -188,7 +194,14 @@ def auto_class(architecture: str | None) -> str | None:
 
 
 def _written(path: Path) -> Any:
-    return ModelCard.load(path, ignore_metadata_errors=True) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True)
+    except Exception as error:  # whatever the YAML parser raises
+        raise ValueError(
+            f"The metadata at the beginning of '{path}' must be valid YAML: correct it, or delete the file. {error}"
+        ) from None
 
 
 def _update(written: Any, card: Any) -> ModelCard:
