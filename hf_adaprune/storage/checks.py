@@ -6,9 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
@@ -17,7 +15,7 @@ from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, BaseMismatchError, ConfigError
 from ..training.sharding import is_sharded
 from ..tuner.head import PEFT_HEADS, body_name, head_modules
-from ..tuner.masked_layers import adaprune_layers
+from ..tuner.masked_layers import adaprune_layers, added_parameters
 from .fingerprint import fingerprint, fingerprints_are_checked, matches
 
 
@@ -177,10 +175,5 @@ def _body_weights(model: nn.Module, config: AdaPruneConfig) -> list[torch.Tensor
     if not body_name(model):
         # In a model without a head, many checkpoints lack the pooler.
         head += ("pooler.",)
-    added: set[int] = set()
-    for module in model.modules():
-        original = {BaseTunerLayer: "base_layer.", AuxiliaryTrainingWrapper: "original_module."}
-        for cls, prefix in original.items():
-            if isinstance(module, cls):
-                added.update(id(p) for name, p in module.named_parameters() if not name.startswith(prefix))
+    added = added_parameters(model)
     return [p for name, p in model.named_parameters() if not name.startswith(head) and id(p) not in added]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .layer import AdaPruneLayer
@@ -42,6 +43,16 @@ def is_foreign(module: nn.Module) -> bool:
 def has_foreign_layers(model: nn.Module) -> bool:
     """Return whether an adapter of another PEFT method is, or has been, on a model."""
     return any(is_foreign(module) for module in model.modules())
+
+
+def added_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of a model's parameters that belong to adapters, of any method, and not to the base."""
+    added: set[int] = set()
+    for module in model.modules():
+        for cls, own in ((BaseTunerLayer, "base_layer."), (AuxiliaryTrainingWrapper, "original_module.")):
+            if isinstance(module, cls):
+                added.update(id(p) for name, p in module.named_parameters() if not name.startswith(own))
+    return added
 
 
 def has_masks(model: nn.Module) -> bool:

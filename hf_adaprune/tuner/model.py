@@ -34,7 +34,7 @@ from .head_sync import SWITCH_METHODS, HeadSync, attach, check_one_head, detache
 from .layer import AdaPruneLayer
 from .layer_average import refuse_to_save
 from .maskable import wrap
-from .masked_layers import adaprune_layers, has_foreign_layers
+from .masked_layers import adaprune_layers, added_parameters, has_foreign_layers
 from .mixed_batch import mixed_batch
 from .structure import check_patterns, plan_blocks
 from .targets import (
@@ -296,5 +296,5 @@ def _unwrap_layers(model: PreTrainedModel) -> None:
 
 
 def _count_parameters(model: nn.Module) -> int:
-    added = {"adaprune_scores", "modules_to_save"}
-    return sum(p.numel() for name, p in model.named_parameters() if not added & set(name.split(".")))
+    added = added_parameters(model)
+    return sum(p.numel() for p in model.parameters() if id(p) not in added)

@@ -17,7 +17,7 @@ from ..errors import ConfigError, NoMatchingModuleError
 from .head import PEFT_HEADS, body_name, head_modules, output_embeddings
 from .layer import AdaPruneLayer
 from .maskable import Conv1DLinear, Linear, masked_class
-from .masked_layers import is_foreign
+from .masked_layers import added_parameters, is_foreign
 
 
 def resolve_targets(model: Any, config: AdaPruneConfig) -> None:
@@ -100,9 +100,9 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     """
     if not adapter_name or "." in adapter_name:
         raise ConfigError(f"An adapter's name must not be empty or contain a dot, got {adapter_name!r}.")
-    keys = [key for key in model.state_dict() if f".{adapter_name}." in f".{key}."]
-    added = {"adaprune_scores", "adaprune_mask", "adaprune_score_scale", "modules_to_save"}
-    taken = [key for key in keys if not added & set(key.split("."))]
+    added = added_parameters(model)
+    names = [name for name, parameter in model.named_parameters() if id(parameter) not in added]
+    taken = [name for name in names if adapter_name in name.split(".")]
     if taken or hasattr(nn.ModuleDict, adapter_name) or hasattr(nn.ParameterDict, adapter_name):
         raise ConfigError(
             f"An adapter named {adapter_name!r} could not be opened again: "
