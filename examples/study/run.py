@@ -5,7 +5,8 @@
 `--data_dir` holds `{task}/{train,validation}.parquet`; without it the data come from the Hub, and `--model
 google-bert/bert-base-uncased` is the paper's base. `grid.py` defines the runs and their order; `--only 'stsb/*/0.5/*'
 'mrpc/imp/*'` restricts them to those that match. Each run is one command of `examples/run_glue.py`, which is stored in
-its line. `python examples/study/report.py` turns the lines into tables.
+its line. `python examples/study/report.py` turns the lines into tables. `--bf16` trains in mixed precision, which is
+faster on GPUs and on CPUs with bf16 matrix units.
 
 `--tuning` runs fine-tuning and LoRA at several learning rates each, scored on data held out of the training split.
 """
@@ -49,11 +50,13 @@ def finished(results: Path, model: str) -> set[Run]:
     }
 
 
-def execute(run: Run, model: str, data_dir: str | None, keep: Path | None = None) -> dict[str, Any]:
+def execute(
+    run: Run, model: str, data_dir: str | None, keep: Path | None = None, flags: Sequence[str] = ()
+) -> dict[str, Any]:
     """Execute one run in its own process and return its line; keep the files it writes if a folder is given."""
     start = time.monotonic()
     with nullcontext(keep / run.name) if keep else tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(RUN_GLUE), *run.command(_path_of(model), data_dir, str(folder))]
+        command = [sys.executable, str(RUN_GLUE), *run.command(_path_of(model), data_dir, str(folder)), *flags]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr[-4000:]}")
@@ -71,7 +74,7 @@ def execute(run: Run, model: str, data_dir: str | None, keep: Path | None = None
         **({"module_counts": counts} if counts else {}),
         "seconds": round(time.monotonic() - start, 1),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "command": " ".join(["run_glue.py", *run.command("MODEL", data_dir and "DATA", "OUT")]),
+        "command": " ".join(["run_glue.py", *run.command("MODEL", data_dir and "DATA", "OUT"), *flags]),
         "revision": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     }
@@ -90,7 +93,13 @@ def _module_counts(folder: Path) -> dict[str, list[int]] | None:
 
 
 def run_all(
-    runs: Sequence[Run], results: Path, model: str, data_dir: str | None, workers: int, keep: Path | None
+    runs: Sequence[Run],
+    results: Path,
+    model: str,
+    data_dir: str | None,
+    workers: int,
+    keep: Path | None,
+    flags: Sequence[str] = (),
 ) -> int:
     """Execute the runs that a results file lacks, and append their lines to it; return how many failed."""
     done, failed = finished(results, model), 0
@@ -99,7 +108,7 @@ def run_all(
         ThreadPoolExecutor(workers) as pool,
         tqdm(total=len(runs), initial=len(runs) - len(missing), unit="run") as progress,
     ):
-        started = {pool.submit(execute, run, model, data_dir, keep): run for run in missing}
+        started = {pool.submit(execute, run, model, data_dir, keep, flags): run for run in missing}
         try:
             for finished_run in as_completed(started):
                 progress.set_postfix_str(started[finished_run].name)
@@ -125,6 +134,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=["*"], help="Patterns for task/method/sparsity/seed.")
     parser.add_argument("--workers", type=int, default=1, help="Number of runs executed in parallel.")
     parser.add_argument("--keep", type=Path, help="Folder for the files that runs save, such as adapters.")
+    parser.add_argument("--bf16", action="store_true", help="Train in bf16 mixed precision.")
     args = parser.parse_args()
     if args.tuning and not args.data_dir:
         parser.error("--tuning needs --data_dir: a part of the training data in it is held out")
@@ -132,9 +142,11 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.workers)))
     whole = tuning_grid() if args.tuning else grid()
     runs = [run for run in whole if any(fnmatch(run.name, pattern) for pattern in args.only)]
+    # TrainingArguments accepts bf16 without a GPU only if the CPU was asked for.
+    flags = ["--bf16", *([] if torch.cuda.is_available() else ["--use_cpu"])] if args.bf16 else []
     data = held_out(args.data_dir, {run.dataset for run in runs}) if args.tuning else nullcontext(args.data_dir)
     with data as data_dir:
-        failed = run_all(runs, results, args.model, data_dir, args.workers, args.keep)
+        failed = run_all(runs, results, args.model, data_dir, args.workers, args.keep, flags)
     if failed:
         sys.exit(1)
 
