@@ -11,6 +11,8 @@ GROUPED = "--per_device_train_batch_size 32 --train_sampling_strategy group_by_l
 REBALANCED = (
     "--per_device_train_batch_size 8 --gradient_accumulation_steps 4 --train_sampling_strategy batch_rebalance"
 )
+# The Trainer's default batch size: four times the steps in the same number of epochs.
+BATCHES_OF_8 = "--per_device_train_batch_size 8 --gradient_accumulation_steps 1 --train_sampling_strategy random"
 TASKS = {
     "stsb": f"--task_name stsb {REBALANCED}",
     "sst2-8k": f"--task_name sst2 --max_train_samples 8000 {GROUPED}",
@@ -41,16 +43,25 @@ METHODS = {
     "neurons_heads": "--method adaprune --granularity neuron+head",
     "smaller": "--method adaprune --compact_first 0.5",  # half of the encoder, then half of the rest
     "longer": "--method adaprune",
-    "small_batches": "--method adaprune --per_device_train_batch_size 8 --gradient_accumulation_steps 1 "
-    "--train_sampling_strategy random",  # four times the steps in the same number of epochs
+    "small_batches": f"--method adaprune {BATCHES_OF_8}",
+    "longer_small_batches": f"--method adaprune {BATCHES_OF_8}",
+    "finetune_small_batches": f"--method finetune --learning_rate 5e-5 {BATCHES_OF_8}",
     "two_of_four": "--method adaprune --granularity 2:4",
     "imp": f"--method imp {ALL_WEIGHTS}",  # 5 trainings to reach .5, 12 to reach .9: it runs last
 }
 # By default masks for regression are trained without dropout; these variants do the same for other methods.
 METHODS |= {f"{name}_no_dropout": f"{METHODS[name]} --dropout 0" for name in ("finetune", "lora", "smp", "magnitude")}
 NO_DROPOUT = tuple(name for name in METHODS if name.endswith("_no_dropout"))
-TWICE_THE_EPOCHS = ("smaller", "longer")
-UNPRUNED = ("finetune", "finetune_no_dropout", "feature_extraction", "lora", "lora_no_dropout")
+TWICE_THE_EPOCHS = ("smaller", "longer", "longer_small_batches")
+SMALL_BATCHES = ("finetune_small_batches", "small_batches", "longer_small_batches")
+UNPRUNED = (
+    "finetune",
+    "finetune_no_dropout",
+    "finetune_small_batches",
+    "feature_extraction",
+    "lora",
+    "lora_no_dropout",
+)
 STRUCTURED = ("neurons_heads", "smaller", "two_of_four")  # only with half of the weights pruned
 
 # Tried on held-out data (`run.py --tuning`); scores have their own learning rate: see recipe.md.
@@ -62,7 +73,7 @@ SPARSITIES = (0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 TELLING = (0.5, 0.9)
 REST = tuple(sparsity for sparsity in SPARSITIES if sparsity not in TELLING)
 CURVES = ("random", "magnitude", "movement", "smp", "paper", "imp")  # in addition to AdaPrune
-SPECIAL = (*STRUCTURED, *NO_DROPOUT, "longer", "small_batches")  # not run for every task, or not at every sparsity
+SPECIAL = (*STRUCTURED, *NO_DROPOUT, *SMALL_BATCHES, "longer")  # not run for every task, or not at every sparsity
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,7 @@ def grid() -> list[Run]:
         (("stsb",), cells(0.5, methods=NO_DROPOUT), range(3)),
         (CORE, [("adaprune", sparsity) for sparsity in REST], range(3)),
         ((*CORE, "cola", "rte"), [(method, 0.5) for method in STRUCTURED], range(3)),
-        ((*CORE, "cola", "rte"), cells(0.5, 0.8, 0.9, methods=("longer", "small_batches")), range(3)),
+        ((*CORE, "cola", "rte"), cells(0.5, 0.8, 0.9, methods=("longer", *SMALL_BATCHES)), range(3)),
         (OTHERS, cells(*TELLING), range(3)),
         (OTHERS, [("adaprune", sparsity) for sparsity in REST], range(3)),
         (CORE, [(method, sparsity) for method in CURVES for sparsity in REST], range(3)),

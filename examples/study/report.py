@@ -20,11 +20,13 @@ SCORES = dict.fromkeys(TASKS, "accuracy") | {
 TITLES = {"stsb": "STS-B", "sst2-8k": "SST-2", "mrpc": "MRPC"}
 NAMES = {
     "finetune": "fine-tuning",
+    "finetune_small_batches": "fine-tuning, batches of 8",
     "feature_extraction": "frozen encoder, trained head",
     "lora": "LoRA, r = 8",
     "adaprune": "masks",
     "longer": "masks, twice the epochs",
     "small_batches": "masks, batches of 8",
+    "longer_small_batches": "masks, batches of 8, twice the epochs",
     "neurons_heads": "masks of neurons and heads",
     "smaller": "neurons and heads taken out, then masks, three times the epochs",
     "two_of_four": "masks, 2:4",
