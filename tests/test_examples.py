@@ -16,7 +16,7 @@ import datasets
 import pytest
 from doors import save_base
 from peft import AutoPeftModelForSequenceClassification
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments
 from typer.testing import CliRunner
 
 from hf_adaprune import sparsity_report
@@ -136,9 +136,11 @@ def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.syspath_prepend(str(EXAMPLES / "study"))
     runner = import_module("run")
     done: list[Any] = []
+    flags_given: list[list[str]] = []
 
-    def execute(run: Any, model: str, data_dir: str, keep: Path | None) -> dict[str, Any]:
+    def execute(run: Any, model: str, data_dir: str, keep: Path | None, flags: list[str]) -> dict[str, Any]:
         done.append(run)
+        flags_given.append(flags)
         if (run.task, run.seed) == ("rte", 2) and runner.fails:
             raise RuntimeError(f"{run.name} failed")
         row = {"task": run.task, "method": run.method, "sparsity_asked": run.sparsity, "seed": run.seed}
@@ -156,7 +158,8 @@ def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         return len(done)
 
     monkeypatch.setattr(runner, "execute", execute)
-    for name, value in {"go": go, "done": done, "results": tmp_path / "results.jsonl", "fails": False}.items():
+    extra = {"flags_given": flags_given, "fails": False}
+    for name, value in {"go": go, "done": done, "results": tmp_path / "results.jsonl", **extra}.items():
         monkeypatch.setattr(runner, name, value, raising=False)
     return runner
 
@@ -172,6 +175,14 @@ def test_the_grid_skips_what_is_there_and_the_report_tells_what_is(study: Any) -
     table = import_module("report").table(study.results)
     assert "| fine-tuning | 0 | 0 | 1,000 | 0.900 ± 0.000 (5) | 1.000 | 0.820 ± 0.016 (5) | 1.000 |" in table
     assert "| magnitude pruning, pre-trained weights | 0.500 | 0.200 | 100 | 0.450 ± 0.000 (5) | 0.500 |" in table
+
+
+def test_runs_can_be_in_bf16(study: Any) -> None:
+    study.go("--only", "stsb/finetune/0.0/0", "--bf16")
+    study.go("--only", "stsb/finetune/0.0/1")
+    in_bf16, plain = study.flags_given
+    assert plain == []
+    assert HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(["--output_dir", "out", *in_bf16])[0].bf16
 
 
 def test_learning_rates_are_tried_on_data_held_out_of_the_training_split(study: Any, tmp_path: Path) -> None:

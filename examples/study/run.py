@@ -19,10 +19,11 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from fnmatch import fnmatch
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -93,13 +94,7 @@ def _module_counts(folder: Path) -> dict[str, list[int]] | None:
 
 
 def run_all(
-    runs: Sequence[Run],
-    results: Path,
-    model: str,
-    data_dir: str | None,
-    workers: int,
-    keep: Path | None,
-    flags: Sequence[str] = (),
+    runs: Sequence[Run], results: Path, model: str, workers: int, execute_one: Callable[[Run], dict[str, Any]]
 ) -> int:
     """Execute the runs that a results file lacks, and append their lines to it; return how many failed."""
     done, failed = finished(results, model), 0
@@ -108,7 +103,7 @@ def run_all(
         ThreadPoolExecutor(workers) as pool,
         tqdm(total=len(runs), initial=len(runs) - len(missing), unit="run") as progress,
     ):
-        started = {pool.submit(execute, run, model, data_dir, keep, flags): run for run in missing}
+        started = {pool.submit(execute_one, run): run for run in missing}
         try:
             for finished_run in as_completed(started):
                 progress.set_postfix_str(started[finished_run].name)
@@ -146,7 +141,8 @@ def main() -> None:
     flags = ["--bf16", *([] if torch.cuda.is_available() else ["--use_cpu"])] if args.bf16 else []
     data = held_out(args.data_dir, {run.dataset for run in runs}) if args.tuning else nullcontext(args.data_dir)
     with data as data_dir:
-        failed = run_all(runs, results, args.model, data_dir, args.workers, args.keep, flags)
+        one = partial(execute, model=args.model, data_dir=data_dir, keep=args.keep, flags=flags)
+        failed = run_all(runs, results, args.model, args.workers, one)
     if failed:
         sys.exit(1)
 
