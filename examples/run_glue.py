@@ -50,12 +50,11 @@ from transformers import (
     set_seed,
 )
 
-from hf_adaprune import AdaPruneCallback, AdaPruneConfig, compact, expand, sparsity_report
+from hf_adaprune import AdaPruneCallback, AdaPruneConfig, compact, expand, sparsity_report, write_model_card
 from hf_adaprune.analysis import RecoveryCallback
 from hf_adaprune.baselines import METHODS, TrainedWeightsCallback, ablate, make_callback
 from hf_adaprune.errors import AdaPruneError
-from hf_adaprune.glue import FILE_KINDS, GLUE_COLUMNS
-from hf_adaprune.hub.model_card import write_model_card
+from hf_adaprune.glue import GLUE_COLUMNS, read_data_file
 from hf_adaprune.metrics import glue_metric
 from hf_adaprune.training.dropout import change_dropout
 
@@ -153,30 +152,20 @@ class Task:
     label_names: list[str] | None
 
 
-def read_file(path: Path, cache_dir: str | None) -> datasets.Dataset:
-    kind = FILE_KINDS.get(path.suffix)
-    if kind is None or not path.is_file():
-        raise InputError(f"A data file must exist and end in one of {sorted(FILE_KINDS)}, got '{path}'.")
-    try:
-        return datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=cache_dir)
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        raise InputError(f"'{path}' could not be read as {kind}: {error.__cause__ or error}") from error
-
-
 def read_splits(args: DataArguments, cache_dir: str | None) -> dict[str, datasets.Dataset]:
     """Read all splits, from files or from the Hub; MNLI's matched splits become `validation` and `test`."""
     name, found = args.task_name, {}
     if args.data_dir:
         folder = Path(args.data_dir)
         folder = folder / name if name and (folder / name).is_dir() else folder
-        found = {path.stem: read_file(path, cache_dir) for path in folder.glob("*.parquet")}
+        found = {path.stem: read_data_file(path, cache_dir) for path in folder.glob("*.parquet")}
     elif name:
         try:
             found = dict(datasets.load_dataset("nyu-mll/glue", name, cache_dir=cache_dir))
         except OSError as error:
             raise InputError(f"Loading {name} failed. Give its Parquet files as `--data_dir`. ({error})") from error
     files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
-    found |= {split: read_file(Path(path), cache_dir) for split, path in files.items() if path}
+    found |= {split: read_data_file(Path(path), cache_dir) for split, path in files.items() if path}
     found = {split.removesuffix("_matched"): dataset for split, dataset in found.items()}
     return {split: found[split] for split in SPLITS if split in found}
 

@@ -3,8 +3,13 @@
 from .analysis import sparsity_report
 from .config import AdaPruneConfig
 from .deploy.export import export_onnx
+from .deploy.speed import measure_speed
+from .errors import AdaPruneError
+from .hub.model_card import write_model_card
+from .hub.publish import push_adapter
 from .registration import register
 from .storage.fingerprint import skip_fingerprint_check
+from .storage.stored_adapter import read_adapter
 from .structured.compaction import compact
 from .structured.expansion import expand
 from .structured.semi_structured import to_semi_structured
@@ -23,15 +28,20 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaPruneCallback",
     "AdaPruneConfig",
+    "AdaPruneError",
     "AdaPruneModel",
     "Pruner",
     "combine_adapters",
     "compact",
     "expand",
     "export_onnx",
+    "measure_speed",
     "merged",
     "mixed_batch",
+    "push_adapter",
+    "read_adapter",
     "skip_fingerprint_check",
     "sparsity_report",
     "to_semi_structured",
+    "write_model_card",
 ]

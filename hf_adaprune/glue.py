@@ -72,12 +72,29 @@ def _read(path: Path, task: str, split: str) -> Dataset:
         if not found:
             raise TaskError(f"There is neither {split}.parquet nor {task}/{split}.parquet in '{path}'.")
         path = found[0]
-    if path.suffix not in FILE_KINDS or not path.is_file():
+    return read_data_file(path)
+
+
+def read_data_file(path: Path, cache_dir: str | None = None) -> Dataset:
+    """Read a csv, json (lines) or parquet file.
+
+    Args:
+        path (`Path`): The file; its suffix must be one of `FILE_KINDS`.
+        cache_dir (`str`, *optional*): The cache of `datasets`, by default its own.
+
+    Returns:
+        `datasets.Dataset`: The rows of the file.
+
+    Raises:
+        TaskError: If there is no such file, or it has no rows that can be read.
+    """
+    kind = FILE_KINDS.get(path.suffix)
+    if kind is None or not path.is_file():
         raise TaskError(f"A data file must exist and end in one of {sorted(FILE_KINDS)}, got '{path}'.")
     try:
-        return load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train")
+        return load_dataset(kind, data_files=str(path), split="train", cache_dir=cache_dir)
     except (ValueError, DatasetGenerationError) as error:
-        raise TaskError(f"There are no examples that can be read in '{path}': {error}") from None
+        raise TaskError(f"'{path}' could not be read as {kind}: {error.__cause__ or error}") from None
 
 
 def score_on_glue(

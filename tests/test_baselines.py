@@ -217,6 +217,12 @@ def test_fixed_masks_past_their_threshold_do_not_end_training(tmp_path: Path) ->
     assert not changed(masks, masks_of(again.model))
 
 
+@pytest.mark.parametrize("method", MASKED_ONLY)
+def test_a_finished_run_leaves_no_hook_on_the_head(method: str, tmp_path: Path) -> None:
+    head = train(method, tmp_path, max_steps=2)[2].model.get_submodule("classifier").modules_to_save["default"]
+    assert not head._load_state_dict_post_hooks
+
+
 def test_over_fixed_masks_the_head_learns_at_the_rate_it_is_given(tmp_path: Path) -> None:
     _, before, trainer = train("random", tmp_path, max_steps=1, learning_rate=1e-3)
     after = state_of(trainer.model)

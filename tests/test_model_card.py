@@ -48,6 +48,16 @@ def test_a_card_tells_what_differs_between_components_and_layers(tmp_path: Path)
     assert "of each of the" not in text
 
 
+def test_only_a_card_of_an_adapter_with_a_head_tells_of_one(
+    adapter: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    model: Any = get_peft_model(make_model("gpt2", "causal_lm"), AdaPruneConfig())
+    train_masks(model, head="causal_lm")
+    model.save_pretrained(str(tmp_path))
+    assert "task head" in (adapter[0] / "README.md").read_text(encoding="utf-8")
+    assert "task head" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_code_in_a_card_opens_the_adapter(adapter: tuple[Path, torch.Tensor]) -> None:
     card: Any = write_model_card(adapter[0], name=str(adapter[0]))
     code = card.text.split("```python")[1].split("```")[0]

@@ -17,10 +17,8 @@ from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, BertConfig
 from transformers.utils import logging
 
-from hf_adaprune import AdaPruneConfig, Pruner
+from hf_adaprune import AdaPruneConfig, Pruner, measure_speed, read_adapter
 from hf_adaprune.demo.base import packaged_base
-from hf_adaprune.deploy.speed import measure_speed
-from hf_adaprune.storage.stored_adapter import read_adapter
 
 
 def prune(base: str | None, granularity: str, sparsity: float) -> Any:

@@ -20,8 +20,8 @@ from results import Cells, append_row, read_rows
 from tqdm import tqdm
 from transformers.utils import logging
 
-from hf_adaprune.deploy.speed import BASE, measure_speed
-from hf_adaprune.storage.stored_adapter import read_adapter
+from hf_adaprune import measure_speed, read_adapter
+from hf_adaprune.deploy.speed import BASE
 
 
 RUN = ("task", "method", "sparsity_asked", "seed")

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, NoMatchingModuleError, NotPrunedError
-from ..storage.stored_adapter import read_adapter
+from ..storage.stored_adapter import read_adapter, read_config
 from ..storage.tensor_names import plain_name
 from ..storage.weights_file import read_masks
 from ..structured.compact_model import MODEL_TYPE, config_class, model_class
@@ -53,24 +53,16 @@ def load_masks(name_or_path: str | Path, *, subfolder: str | None = None, **hub:
             have stores no shapes: its masks are flat.
 
     Raises:
-        AdapterFileError: If the weights are a pickle or incomplete, or the stored model configuration is wrong.
-        AdapterNotFoundError: If the masks are entropy-coded and the base cannot be found.
-        NotPrunedError: If the adapter is of another method, or holds no masks.
-        ValueError: If there is no adapter of that name.
+        AdapterFileError: If the adapter is of another method, was never saved, or is damaged.
+        AdapterNotFoundError: If there is no adapter of that name, or no base to decode entropy-coded masks with.
 
     Example:
 
         >>> masks = load_masks("me/sst2-adaprune", revision="v2")
     """
-    config = PeftConfig.from_pretrained(str(name_or_path), subfolder=subfolder, **hub)
-    if not isinstance(config, AdaPruneConfig) or not config.module_counts:
-        raise NotPrunedError(
-            f"{str(name_or_path)!r} must be an adapter saved by AdaPrune; its method is {config.peft_type.value}, and "
-            "its configuration lists no masks. Name another adapter."
-        )
+    config = read_config(str(name_or_path), subfolder=subfolder, **hub)
     if config.mask_bytes:
-        given = {key: hub[key] for key in ("revision", "token") if key in hub}
-        return model_masks(read_adapter(name_or_path, subfolder=subfolder, **given).open())
+        return model_masks(read_adapter(name_or_path, subfolder=subfolder, **hub).open())
     packed = read_masks(str(name_or_path), config, subfolder, **hub)
     skeleton: Any = _skeleton(config)
     blocks = {} if skeleton is None else stored_blocks(skeleton, config)

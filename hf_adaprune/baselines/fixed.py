@@ -10,7 +10,6 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..config import AdaPruneConfig
 from ..training.callback import AdaPruneCallback
-from ..training.dropout import restore_dropout
 from ..training.pruner import Pruner
 from ..tuner.masked_layers import adaprune_layers
 
@@ -38,8 +37,8 @@ class FixedMaskPruner(Pruner):
         self.num_steps += 1
 
     def finalize(self) -> None:
-        """Restore the model's own dropout; the masks stay as they are."""
-        restore_dropout(self.model)
+        """End the run; the masks stay as they are."""
+        self.close()
 
 
 class FixedMaskCallback(AdaPruneCallback):
@@ -84,4 +83,6 @@ class RandomMaskCallback(FixedMaskCallback):
             scores = layer.adaprune_scores[self.adapter_name]
             scores.copy_(torch.rand(scores.shape, generator=generator))
         assert self.config is not None
-        Pruner(model, 1, self.adapter_name).prune_to(self.config.final_sparsity)
+        pruner = Pruner(model, 1, self.adapter_name)
+        pruner.prune_to(self.config.final_sparsity)
+        pruner.close()

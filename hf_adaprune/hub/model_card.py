@@ -266,6 +266,7 @@ def _render(
         name=name,
         subfolder=subfolder,
         base=description,
+        has_head=bool(config.head_tensors),
         has_base=bool(config.base_model_name_or_path),
         on_hub=base is not None,
         fingerprint=config.base_fingerprint,

@@ -92,7 +92,10 @@ def _is_rounded(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
 
 @contextmanager
 def skip_fingerprint_check() -> Iterator[None]:
-    """Skip the comparison of base fingerprints inside this context, however an adapter is loaded.
+    """Skip all comparisons of fingerprints inside this context, however an adapter is loaded.
+
+    Neither the base nor the masks, the head and the labels are compared with what was saved, so a damaged adapter may
+    open without an error.
 
     Example:
 

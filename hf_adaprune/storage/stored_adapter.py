@@ -48,6 +48,10 @@ class StoredAdapter:
         """The size of the masks in bytes: one bit per entry, rounded up for each module, or less."""
         return sum(math.prod(shape) for key, shape in self.shapes.items() if key.endswith(".adaprune_mask"))
 
+    @property
+    def _hub_of_base(self) -> dict[str, Any]:
+        return {key: value for key, value in self.hub.items() if key not in ("subfolder", "revision")}
+
     def open(self, base: str | None = None) -> PeftModel:
         """Open the adapter on its base, and run all checks now rather than at the first forward pass.
 
@@ -75,7 +79,7 @@ class StoredAdapter:
                 f"The configuration of {self.name!r} names no base: pass its name or folder as `base`."
             )
         try:
-            kwargs = {"revision": revision, "token": self.hub.get("token")}
+            kwargs = {**self._hub_of_base, "revision": revision}
             config = AutoConfig.from_pretrained(name, **kwargs)
             if config.model_type == MODEL_TYPE:
                 cls = model_class(cls, config_class(config.base_model_type))
@@ -95,7 +99,7 @@ class StoredAdapter:
             AdapterNotFoundError: If neither has a tokenizer.
         """
         name = base or self.config.base_model_name_or_path
-        for place, hub in ((self.name, self.hub), (name, {"token": self.hub.get("token")})):
+        for place, hub in ((self.name, self.hub), (name, self._hub_of_base)):
             try:
                 return AutoTokenizer.from_pretrained(place, **hub)
             except (OSError, ValueError):
@@ -112,7 +116,12 @@ class StoredAdapter:
 
 
 def read_adapter(
-    name: str | Path, *, subfolder: str | None = None, revision: str | None = None, token: str | bool | None = None
+    name: str | Path,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    **hub: Any,
 ) -> StoredAdapter:
     """Read the headers of a stored adapter, a few kilobytes, from a folder or the Hub.
 
@@ -121,6 +130,7 @@ def read_adapter(
         subfolder (`str`, *optional*): The subfolder that holds the adapter.
         revision (`str`, *optional*): A branch, a tag or a commit on the Hub.
         token (`str` or `bool`, *optional*): A token for the Hub, if not the stored one.
+        hub: Further arguments of `huggingface_hub.hf_hub_download`: `cache_dir`, `local_files_only`, ...
 
     Returns:
         `StoredAdapter`: The adapter's configuration, tensor shapes and size.
@@ -134,9 +144,9 @@ def read_adapter(
         >>> read_adapter("me/bert-base-uncased-sst2-adaprune").config.base_model_name_or_path
     """
     name = str(name)
-    given = {"subfolder": subfolder, "revision": revision, "token": token}
-    hub = {key: value for key, value in given.items() if value is not None}
-    config = _read_config(name, hub)
+    hub |= {"subfolder": subfolder, "revision": revision, "token": token}
+    hub = {key: value for key, value in hub.items() if value is not None}
+    config = read_config(name, **hub)
     shapes, num_bytes = _read_header(name, hub)
     check_shapes(f"{SAFETENSORS_WEIGHTS_NAME} of {name}", shapes, config)
     return StoredAdapter(name, config, num_bytes, shapes, hub)
@@ -169,8 +179,9 @@ def _model_class(name: str) -> Any:
     return found if is_model else None
 
 
-def _read_config(name: str, hub: dict[str, Any]) -> AdaPruneConfig:
-    folder = Path(name, hub.get("subfolder", ""))
+def read_config(name: str, **hub: Any) -> AdaPruneConfig:
+    """Read the configuration of a stored adapter; see `read_adapter` for arguments and errors."""
+    folder = Path(name, hub.get("subfolder") or "")
     if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
         raise AdapterNotFoundError(f"There is no adapter in the folder '{folder}': it has no {CONFIG_NAME}.")
     try:
@@ -199,8 +210,10 @@ def _read_header(name: str, hub: dict[str, Any]) -> tuple[dict[str, tuple[int, .
         path: Any = folder / SAFETENSORS_WEIGHTS_NAME
     else:
         filename, revision = folder.relative_to(name) / SAFETENSORS_WEIGHTS_NAME, hub.get("revision")
-        path = try_to_load_from_cache(name, filename.as_posix(), revision=revision)
+        path = try_to_load_from_cache(name, filename.as_posix(), cache_dir=hub.get("cache_dir"), revision=revision)
         if not isinstance(path, str):
+            if hub.get("local_files_only"):
+                raise AdapterNotFoundError(f"The weights of {name!r} are not in the cache: allow their download.")
             return _read_remote_header(name, filename.as_posix(), revision, hub.get("token"))
     return read_shapes(Path(path)), Path(path).stat().st_size
 

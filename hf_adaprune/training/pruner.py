@@ -209,18 +209,24 @@ class Pruner:
         self._settle()
         scores = self._selector.scores()
         drift = self.config.drift / self.total_steps / self.config.score_lr_ratio
-        for name, score in scores.items():
-            if drift:
+        if drift:
+            for score in scores.values():
                 score -= drift
-            if not torch.isfinite(full_tensor(score.sum())):
-                raise NonFiniteError(
-                    f"The scores of {name!r} are NaN or infinite at step {self.num_steps} of {self.total_steps}; its "
-                    "masks are those of the previous step. Lower the learning rate."
-                )
+        self._check_scores(scores)
         by_sign = self.config.selection == "threshold"
         self._set(self._selector.by_sign() if by_sign else self._selector.at_sparsity(self.target_sparsity))
         if self.num_steps % _CHECK_INTERVAL == 0:
             self.check_masks()
+
+    def _check_scores(self, scores: dict[str, torch.Tensor]) -> None:
+        # One transfer from the device for all layers.
+        finite = torch.stack([full_tensor(score.sum()) for score in scores.values()]).isfinite().tolist()
+        if not all(finite):
+            name = list(scores)[finite.index(False)]
+            raise NonFiniteError(
+                f"The scores of {name!r} are NaN or infinite at step {self.num_steps} of {self.total_steps}; the "
+                "masks are those of the previous step. Lower the learning rate."
+            )
 
     def check_masks(self) -> None:
         """Raise if the processes of a distributed run have different masks. Call it in all of them, or in none.
@@ -241,14 +247,18 @@ class Pruner:
         Raises:
             DivergenceError: If the processes have different masks.
         """
-        self._close_inputs()
-        self._head.close()
-        restore_dropout(self.model)
+        self.close()
         for layer in self.layers.values():
             scale_scores(layer, self.adapter_name, 1.0)  # another run may follow
         if not self.at_target:
             self._prune_to_target()
         self.check_masks()
+
+    def close(self) -> None:
+        """Remove the hooks from the model and restore its own dropout; the masks stay as they are."""
+        self._close_inputs()
+        self._head.close()
+        restore_dropout(self.model)
 
     def _prune_to_target(self) -> None:
         before, sparsity, target = self._selector.masks(), self.sparsity, self.config.final_sparsity

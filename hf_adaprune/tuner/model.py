@@ -78,7 +78,9 @@ class AdaPruneModel(BaseTuner):
         """Add an adapter to the model by PEFT's injection, after checking the configuration and the base."""
         # Copied, as fields are filled in for this adapter, and the caller may use the original again.
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
-        config.masks_loaded, config.vocab_size = False, vocabulary_size(model)
+        # The configuration may be that of another adapter, used again.
+        config.masks_loaded = config.has_pruner = False
+        config.pruner_token, config.vocab_size = None, vocabulary_size(model)
         try:
             self._inject(model, adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -31,8 +32,9 @@ def calibrate_scores(layer: AdaPruneLayer, adapter_name: str, moments: torch.Ten
 def scale_scores(layer: AdaPruneLayer, adapter_name: str, growth: float) -> None:
     """Scale the scores to `growth` times their initial size, so that a step changes their order less."""
     stored = layer.adaprune_score_scale[adapter_name]
-    before, after = float(stored), float(stored.fill_(growth))
+    before, after = float(stored), float(np.float32(growth))
     if before != after:
+        stored.fill_(after)
         layer.adaprune_scores[adapter_name] *= after / before
 
 
