@@ -1,17 +1,19 @@
 """Allowed values of configuration fields, and the presets."""
 
-from typing import Any
+from typing import Any, Literal
 
+
+Estimator = Literal["straight_through", "sigmoid"]
+Head = Literal["model", "layer_average"]
+MaskCodec = Literal["packed-bits-lsb", "auto"]
+Scope = Literal["module", "kind", "global"]
+ScoreInit = Literal["wanda", "magnitude", "normal", "constant"]
+Selection = Literal["topk", "threshold"]
 
 FORMAT_VERSION = 1
-ESTIMATORS = ("straight_through", "sigmoid")
-SCORE_INITS = ("wanda", "magnitude", "normal", "constant")
 GRANULARITIES = ("weight", "neuron", "head", "neuron+head")
 MAX_PATTERN = 256  # the largest m of n:m: ranks within a pattern are stored as uint8
-SCOPES = ("module", "kind", "global")
-SELECTIONS = ("topk", "threshold")
 AUTO = "auto"
-HEADS = ("model", "layer_average")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},

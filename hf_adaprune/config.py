@@ -15,7 +15,7 @@ import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
-from .choices import AUTO, FORMAT_VERSION, PRESETS
+from .choices import AUTO, FORMAT_VERSION, PRESETS, Estimator, Head, MaskCodec, Scope, ScoreInit, Selection
 from .errors import ConfigError
 from .labels import is_regression, labels_fingerprint
 from .storage.weights_file import check_not_pickled, check_weights_file
@@ -131,13 +131,13 @@ class AdaPruneConfig(PeftConfig):
     granularity: str = "weight"
     mask_embeddings: bool = False
     modules_to_save: list[str] | None = None
-    head: str = "model"
-    selection: str = "topk"
-    scope: str = "module"
+    head: Head = "model"
+    selection: Selection = "topk"
+    scope: Scope = "module"
     pruning_start: float = 0.0
     pruning_end: float = 0.6
-    score_init: str = "wanda"
-    estimator: str = "straight_through"
+    score_init: ScoreInit = "wanda"
+    estimator: Estimator = "straight_through"
     forward_temperature: float | None = None
     backward_temperature: float = 1.0
     score_lr_ratio: float = 100.0
@@ -158,7 +158,7 @@ class AdaPruneConfig(PeftConfig):
     combination: str | None = None
     whole_groups: str | None = None
     mask_bytes: dict[str, int] | None = None
-    mask_codec: str = PACKED_BITS
+    mask_codec: MaskCodec = PACKED_BITS
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Callable
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from .choices import (
     AUTO,
-    ESTIMATORS,
     FORMAT_VERSION,
     GRANULARITIES,
-    HEADS,
     MAX_PATTERN,
-    SCOPES,
-    SCORE_INITS,
-    SELECTIONS,
+    Estimator,
+    Head,
+    MaskCodec,
+    Scope,
+    ScoreInit,
+    Selection,
 )
 from .labels import labels_fingerprint, problems_of_labels
 from .storage.fingerprint import fingerprints_are_checked
-from .tuner.masks import PACKED_BITS, SHORTEST, packed_size
+from .tuner.masks import packed_size
 
 
 if TYPE_CHECKING:
@@ -112,12 +113,12 @@ def problems_of_values(config: AdaPruneConfig) -> list[str]:
             f"`drift` needs `selection='threshold'`, got {config.selection!r}: it does not change the order of scores."
         )
     choices: dict[str, tuple[str | None, ...]] = {
-        "estimator": ESTIMATORS,
-        "score_init": SCORE_INITS,
-        "scope": SCOPES,
-        "selection": SELECTIONS,
-        "head": HEADS,
-        "mask_codec": (PACKED_BITS, SHORTEST),
+        "estimator": get_args(Estimator),
+        "score_init": get_args(ScoreInit),
+        "scope": get_args(Scope),
+        "selection": get_args(Selection),
+        "head": get_args(Head),
+        "mask_codec": get_args(MaskCodec),
         "whole_groups": (None, *GRANULARITIES[1:]),
     }
     for name, allowed in choices.items():

@@ -37,6 +37,7 @@ from hf_adaprune.baselines import (
 )
 from hf_adaprune.baselines.ablations import redraw_weight, scale_weight, shuffle_mask
 from hf_adaprune.baselines.magnitude import MagnitudePruner
+from hf_adaprune.choices import Scope
 from hf_adaprune.errors import ConfigError, NotPrunedError
 from hf_adaprune.tuner.layer import AdaPruneLayer
 from hf_adaprune.tuner.masked_layers import adaprune_layers
@@ -439,7 +440,7 @@ def test_what_is_pruned_never_comes_back_without_recovery(preset: str, tmp_path:
 @pytest.mark.parametrize("scope", ["module", "kind", "global"])
 @pytest.mark.parametrize("sparsity", [0.001, 0.37])
 def test_scores_that_leap_bring_nothing_back_and_end_at_the_target(
-    scope: str, sparsity: float, tmp_path: Path
+    scope: Scope, sparsity: float, tmp_path: Path
 ) -> None:
     model, pruner = begin(NoRecoveryCallback(AdaPruneConfig(final_sparsity=sparsity, scope=scope)), tmp_path)
     generator = torch.Generator().manual_seed(0)

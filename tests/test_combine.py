@@ -17,6 +17,7 @@ from torch import nn
 
 from hf_adaprune import AdaPruneConfig, Pruner, combine_adapters, compact, expand, sparsity_report
 from hf_adaprune.errors import CombineError, ConfigError
+from hf_adaprune.tuner.combine import How
 from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
@@ -61,7 +62,8 @@ def test_what_one_prunes_whole_the_intersection_does_too() -> None:
     model = expand(model, whole)
     model.add_adapter(AdaPruneConfig(), "weights")
     prune_at_random(model, "weights", 0)
-    for how, kinds in (("intersection", ("neuron", "head")), ("union", ())):
+    expected: dict[How, tuple[str, ...]] = {"intersection": ("neuron", "head"), "union": ()}
+    for how, kinds in expected.items():
         combine_adapters(model, ["default", "weights"], how, how)
         assert model.peft_config[how].removable_kinds == kinds
     model.set_adapter("intersection")
@@ -81,7 +83,7 @@ def test_the_intersection_computes_what_several_active_masks_do() -> None:
 
 
 @pytest.mark.parametrize("how", ["intersection", "union", "majority"])
-def test_a_module_without_a_mask_counts_as_kept(how: str) -> None:
+def test_a_module_without_a_mask_counts_as_kept(how: How) -> None:
     model = get_peft_model(make_model(head="none"), AdaPruneConfig(target_modules=["query"]), "task 0")
     model.add_adapter("task 1", AdaPruneConfig(target_modules=["query", "key"], layers_to_transform=[0]))
     for seed in (0, 1):
@@ -97,7 +99,7 @@ def test_a_module_without_a_mask_counts_as_kept(how: str) -> None:
 
 @pytest.mark.parametrize(("first", "second"), [("neuron+head", "neuron+head"), ("neuron", "head"), ("2:4", "weight")])
 @pytest.mark.parametrize("how", ["intersection", "union"])
-def test_neurons_and_heads_are_combined(first: str, second: str, how: str, tmp_path: Path) -> None:
+def test_neurons_and_heads_are_combined(first: str, second: str, how: How, tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", head="none", num_attention_heads=4)
     model = get_peft_model(HEADS["none"].from_pretrained(base), AdaPruneConfig(granularity=first), "x")
     model.add_adapter("y", AdaPruneConfig(granularity=second))
@@ -165,14 +167,15 @@ def test_the_combination_gets_the_head_that_is_named_and_is_saved_as_any_other(p
 
 def test_what_cannot_be_combined_is_refused(tmp_path: Path) -> None:
     model = with_heads(save_model(tmp_path / "base", head="none"), plain=True)
-    for arguments, head, said in (
+    cases: list[tuple[tuple[Any, ...], str | None, str]] = [
         ((["x", "w"], "union", "new"), "x", r"no adapter \['w'\]; it has \['x', 'y', 'z'\]"),
         ((["x", "y"], "union", "new"), "w", r"no adapter \['w'\]"),
         ((["x", "x"], "union", "new"), "x", r"at least two adapters, got \['x', 'x'\]"),
         ((["x", "y"], "xor", "new"), "x", r"`how` must be one of \['intersection', 'union', 'majority'\], got 'xor'"),
         ((["x", "y"], "union", "z"), "x", "an adapter 'z' already"),
         ((["x", "y"], "union", "new"), None, r"\['x', 'y'\] have heads: name with `head=`"),
-    ):
+    ]
+    for arguments, head, said in cases:
         with pytest.raises(CombineError, match=said):
             combine_adapters(model, *arguments, head=head)
     assert set(model.peft_config) == {"x", "y", "z"}

@@ -46,7 +46,7 @@ def test_a_value_out_of_range_is_refused_in_words(field: str, value: Any, said: 
 
 def test_all_wrong_fields_are_listed_at_once() -> None:
     with pytest.raises(ConfigError, match=r"final_sparsity.*\n.*scope"):
-        AdaPruneConfig(final_sparsity=2.0, scope="none")
+        AdaPruneConfig(final_sparsity=2.0, scope="none")  # type: ignore[arg-type]
 
 
 def test_a_preset_takes_overrides_and_an_unknown_one_is_refused() -> None:

@@ -16,6 +16,7 @@ from tiny import HEADS, logits_of, loss_of, make_batch, make_model, train_masks
 
 from hf_adaprune import AdaPruneConfig, Pruner, sparsity_report
 from hf_adaprune.analysis import load_masks, model_masks
+from hf_adaprune.choices import Estimator, Scope
 from hf_adaprune.training.selection import protect_best, prune_groups
 from hf_adaprune.tuner.masked_layers import adaprune_layers
 from hf_adaprune.tuner.masks import topk_mask
@@ -114,7 +115,7 @@ def test_a_pruned_group_has_no_effect_and_a_kept_one_has(architecture: str) -> N
 @pytest.mark.parametrize("architecture", ["bert", "modernbert", "gpt2"])
 @pytest.mark.parametrize("estimator", ["straight_through", "sigmoid"])
 def test_gradients_of_groups_are_those_of_finite_differences(
-    architecture: str, estimator: str, monkeypatch: pytest.MonkeyPatch
+    architecture: str, estimator: Estimator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = AdaPruneConfig(granularity="neuron+head", estimator=estimator, backward_temperature=0.5)
     model = get_peft_model(make_model(architecture).double(), config)
@@ -279,7 +280,7 @@ def test_the_best_pattern_of_every_group_of_weights_is_kept(n: int, m: int, inpu
 
 
 @pytest.mark.parametrize("scope", ["module", "kind", "global"])
-def test_two_of_four_are_kept_everywhere_and_on_the_way_no_pattern_is_overdrawn(scope: str) -> None:
+def test_two_of_four_are_kept_everywhere_and_on_the_way_no_pattern_is_overdrawn(scope: Scope) -> None:
     model = get_peft_model(make_model("gpt2"), AdaPruneConfig(granularity="2:4", scope=scope, pruning_end=1.0))
     pruner = Pruner(model, 5)
     model.train()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig
+from hf_adaprune.choices import MaskCodec
 from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
@@ -47,7 +48,9 @@ def train(model: Any, folder: Path, callback: Any = AdaPruneCallback, checkpoint
 
 @pytest.mark.parametrize("way", ["add_adapter", "callback class", "callback"])
 @pytest.mark.parametrize("mask_codec", ["packed-bits-lsb", "auto"])
-def test_what_its_trainer_trains_is_what_it_loads(way: str, mask_codec: str, base_path: Path, tmp_path: Path) -> None:
+def test_what_its_trainer_trains_is_what_it_loads(
+    way: str, mask_codec: MaskCodec, base_path: Path, tmp_path: Path
+) -> None:
     model, config = st.SentenceTransformer(str(base_path)), AdaPruneConfig(mask_codec=mask_codec)
     before = model.encode(TEXTS)
     if way == "add_adapter":

@@ -324,7 +324,7 @@ def test_magnitude_masks_keep_as_many_and_the_largest() -> None:
     kept, gone = (torch.cat([weights[name].abs()[kinds[name] == is_kept] for name in names]) for is_kept in (1, 0))
     assert kept.min() >= gone.max()
     with pytest.raises(ValueError, match=r"`scope` must be one of \['module', 'kind', 'global'\], got 'layer'"):
-        magnitude_masks(masks, weights, scope="layer")
+        magnitude_masks(masks, weights, scope="layer")  # type: ignore[arg-type]
 
 
 def test_a_mask_that_has_hardly_been_trained_is_nearly_magnitude() -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
 
 import torch
 
-from ..choices import SCOPES
+from ..choices import Scope
 from ..training.selection import threshold_scopes, topk_masks
 from .sources import Masks
 
 
 def magnitude_masks(
-    masks: Masks, weights: Mapping[str, torch.Tensor], scope: str = "module"
+    masks: Masks, weights: Mapping[str, torch.Tensor], scope: Scope = "module"
 ) -> dict[str, torch.Tensor]:
     """Return masks that keep the largest weights, in the same number as given masks keep.
 
@@ -35,8 +36,8 @@ def magnitude_masks(
         >>> report = mask_overlap(masks, magnitude_masks(masks, model_weights(base, masks)))
         >>> {layer: found.agreement for layer, found in report.by_layer().items()}
     """
-    if scope not in SCOPES:
-        raise ValueError(f"`scope` must be one of {list(SCOPES)}, got {scope!r}.")
+    if scope not in get_args(Scope):
+        raise ValueError(f"`scope` must be one of {list(get_args(Scope))}, got {scope!r}.")
     sizes = {name: weights[name].abs() for name in masks}
     groups = threshold_scopes(masks, scope)
     return topk_masks(sizes, sizes, groups, [sum(int(masks[name].sum()) for name in group) for group in groups])

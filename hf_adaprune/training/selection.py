@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import torch
 
+from ..choices import Scope
 from ..config import AdaPruneConfig
 from ..errors import ConfigError
 from ..tuner.groups import Groups
@@ -16,7 +17,7 @@ from ..tuner.masks import topk_mask
 from .sharding import is_sharded, sharded_topk_masks
 
 
-def threshold_scopes(names: Iterable[str], scope: str) -> list[list[str]]:
+def threshold_scopes(names: Iterable[str], scope: Scope) -> list[list[str]]:
     """Group the modules that share one threshold.
 
     Args:

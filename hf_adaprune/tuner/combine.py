@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel
@@ -18,11 +18,11 @@ from .masked_layers import adaprune_layers
 from .masks import pack_mask
 
 
-WAYS = ("intersection", "union", "majority")
+How = Literal["intersection", "union", "majority"]
 
 
 def combine_adapters(
-    model: Any, adapter_names: Sequence[str], how: str, new_name: str, *, head: str | None = None
+    model: Any, adapter_names: Sequence[str], how: How, new_name: str, *, head: str | None = None
 ) -> None:
     """Create a new adapter from the masks of several adapters of a model. The active adapter does not change.
 
@@ -75,7 +75,7 @@ def _check(
     model: Any,
     wrappers: list[ModulesToSaveWrapper],
     names: list[str],
-    how: str,
+    how: How,
     new_name: str,
     head: str | None,
 ) -> None:
@@ -85,8 +85,8 @@ def _check(
         raise CombineError(f"The model has no adapter {unknown}; it has {sorted(there)}.")
     if len({*names}) < 2:
         raise CombineError(f"A combination needs at least two adapters, got {names}.")
-    if how not in WAYS:
-        raise CombineError(f"`how` must be one of {list(WAYS)}, got {how!r}.")
+    if how not in get_args(How):
+        raise CombineError(f"`how` must be one of {list(get_args(How))}, got {how!r}.")
     if new_name in model.peft_config:
         raise CombineError(f"There is an adapter {new_name!r} already: choose another `new_name`.")
     with_head = [name for name in names if any(name in wrapper.modules_to_save for wrapper in wrappers)]
@@ -101,7 +101,7 @@ def _mask_the_same_groups(configs: Any, layers: list[AdaPruneLayer], names: Sequ
     )
 
 
-def _combine(layer: AdaPruneLayer, names: Sequence[str], how: str, grouped: bool) -> torch.Tensor:
+def _combine(layer: AdaPruneLayer, names: Sequence[str], how: How, grouped: bool) -> torch.Tensor:
     there = [name for name in names if name in layer.adaprune_mask]
     masks = torch.stack([layer.scored_mask(name) if grouped else layer.mask(name) for name in there])
     # An adapter without a mask here keeps everything.

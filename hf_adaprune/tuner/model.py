@@ -27,7 +27,7 @@ from ..storage.model_files import forget_check, load_checked, save_weights_first
 from ..training.dropout import restore_dropout
 from ..training.pruner_reminder import remind_of_pruner, remove_reminder
 from ..training.selection import check_reachable
-from .combine import combine_adapters
+from .combine import How, combine_adapters
 from .groups import Groups
 from .head import check_architecture, check_modules_to_save, fitting_head, plan_head
 from .head_sync import SWITCH_METHODS, HeadSync, attach, check_one_head, detached_labels, head_sync_of
@@ -187,7 +187,7 @@ class AdaPruneModel(BaseTuner):
         self._follow()
 
     def combine_adapters(
-        self, adapter_names: Sequence[str], how: str, new_name: str, *, head: str | None = None
+        self, adapter_names: Sequence[str], how: How, new_name: str, *, head: str | None = None
     ) -> None:
         """Create a new adapter from the masks of several: see `hf_adaprune.combine_adapters`."""
         combine_adapters(self, adapter_names, how, new_name, head=head)
