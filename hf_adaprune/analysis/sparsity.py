@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import AdaPruneConfig
 from ..errors import NotPrunedError
-from ..tuner.masked_layers import adaprune_layers, module_counts
+from ..tuner.masked_layers import adaprune_layers, masking_adapters, module_counts
 from .heat_map import draw_heat_map
 from .names import component_of, in_order, layer_of
 
@@ -132,9 +132,8 @@ def sparsity_report(model: Any, adapter_name: str | None = None) -> SparsityRepo
         stored = model.module_counts or {}
         counts, num_parameters = {name: stored[name] for name in in_order(list(stored))}, model.num_parameters or 0
     else:
-        layers = [layer for _, layer in adaprune_layers(model)]
-        names = list(dict.fromkeys(name for layer in layers for name in layer.adaprune_mask))
-        active = [name for name in names if name in layers[0].active_adapters]
+        names = masking_adapters(model)
+        active = [name for name in names if name in next(adaprune_layers(model))[1].active_adapters]
         adapter_name = adapter_name or next(iter([*active, *names]), "default")
         if adapter_name not in names:
             raise NotPrunedError(f"The model has no masks under the adapter name {adapter_name!r}, but under {names}.")

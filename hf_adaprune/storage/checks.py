@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 import torch
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, BaseMismatchError, ConfigError
 from ..training.sharding import is_sharded
-from ..tuner.head import PEFT_HEADS, body_name, head_modules
+from ..tuner.head import PEFT_HEADS, body_name, head_modules, head_wrappers
 from ..tuner.masked_layers import adaprune_layers, added_parameters
 from .fingerprint import fingerprint, fingerprints_are_checked, matches
 
@@ -158,8 +157,8 @@ def head_keys(model: nn.Module, adapter_name: str) -> list[str]:
     """Return the keys of an adapter's head in the model's state dict."""
     return [
         f"{name}.modules_to_save.{adapter_name}.{key}"
-        for name, wrapper in model.named_modules()
-        if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save
+        for name, wrapper in head_wrappers(model).items()
+        if adapter_name in wrapper.modules_to_save
         for key in wrapper.modules_to_save[adapter_name].state_dict()
     ]
 

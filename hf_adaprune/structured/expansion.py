@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 from ..config import AdaPruneConfig
 from ..errors import BaseMismatchError, NotPrunedError
 from ..labels import LABEL_FIELDS
 from ..tuner.groups import Groups, join_kinds
+from ..tuner.head import head_wrappers
 from ..tuner.layer import AdaPruneLayer
 from ..tuner.masked_layers import adaprune_layers
 from ..tuner.masks import pack_mask
@@ -89,10 +89,9 @@ def _active_adapter(small: PreTrainedModel) -> str:
 
 def _trained_whole(model: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]]:
     """Return the state of each module that the active adapter holds a copy of: the head and `modules_to_save`."""
-    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     return {
         name: wrapper.modules_to_save[wrapper.active_adapter].state_dict()
-        for name, wrapper in wrappers.items()
+        for name, wrapper in head_wrappers(model).items()
         if wrapper.active_adapters
     }
 

@@ -20,7 +20,7 @@ from ..errors import ConfigError, NotPrunedError
 from ..hub.model_card import CARD, write_model_card
 from ..hub.publish import fetch_card
 from ..storage.checks import run_checks
-from ..tuner.masked_layers import adaprune_layers, has_masks
+from ..tuner.masked_layers import adaprune_layers, has_masks, masking_adapters
 from .checkpoints import (
     expose_resume_state,
     folders_of_step,
@@ -99,7 +99,7 @@ class AdaPruneCallback(TrainerCallback):
                 f"The Trainer's model is a {type(model).__name__} without masks: pass the plain model, or one that "
                 "`peft.get_peft_model(model, AdaPruneConfig())` returns."
             )
-        names = list(dict.fromkeys(name for _, layer in adaprune_layers(model) for name in layer.adaprune_mask))
+        names = masking_adapters(model)
         if self.adapter_name in names and self.config is not None:
             raise ConfigError(
                 f"The model already has an adapter {self.adapter_name!r}, with its own configuration. To continue "

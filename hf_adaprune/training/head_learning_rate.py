@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 
 import torch
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
+
+from ..tuner.head import head_wrappers
 
 
 class HeadLearningRate:
@@ -23,10 +24,8 @@ class HeadLearningRate:
 
     def __init__(self, model: nn.Module, adapter_name: str, ratio: float) -> None:
         self.ratio = ratio
-        wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-        heads = [
-            wrapper.modules_to_save[adapter_name] for wrapper in wrappers if adapter_name in wrapper.modules_to_save
-        ]
+        copies = [wrapper.modules_to_save for wrapper in head_wrappers(model).values()]
+        heads = [copies_of_one[adapter_name] for copies_of_one in copies if adapter_name in copies_of_one]
         self.parameters = [parameter for head in heads for parameter in head.parameters()]
         # Loading a head is not a step of the optimizer.
         self._handles = [head.register_load_state_dict_post_hook(self._loaded) for head in heads]

@@ -13,8 +13,9 @@ from peft.utils import ModulesToSaveWrapper
 from ..config import AdaPruneConfig
 from ..errors import CombineError
 from .groups import join_kinds
+from .head import head_wrappers
 from .layer import AdaPruneLayer
-from .masked_layers import adaprune_layers
+from .masked_layers import adaprune_layers, masking_adapters
 from .masks import pack_mask
 
 
@@ -47,7 +48,7 @@ def combine_adapters(
     """
     tuner = model.base_model if isinstance(model, PeftModel) else model
     base: Any = tuner.model if isinstance(tuner, BaseTuner) else tuner
-    wrappers = [module for module in base.modules() if isinstance(module, ModulesToSaveWrapper)]
+    wrappers = list(head_wrappers(base).values())
     _check(base, wrappers, list(adapter_names), how, new_name, head)
     layers = {name: layer for name, layer in adaprune_layers(base) if {*adapter_names} & {*layer.adaprune_mask}}
     grouped = _mask_the_same_groups(base.peft_config, list(layers.values()), adapter_names)
@@ -79,10 +80,10 @@ def _check(
     new_name: str,
     head: str | None,
 ) -> None:
-    there = {name for _, layer in adaprune_layers(model) for name in layer.adaprune_mask}
-    unknown = sorted({*names, *([] if head is None else [head])} - there)
+    there = masking_adapters(model)
+    unknown = sorted({*names, *([] if head is None else [head])} - {*there})
     if unknown:
-        raise CombineError(f"The model has no adapter {unknown}; it has {sorted(there)}.")
+        raise CombineError(f"The model has no adapter {unknown}; it has {there}.")
     if len({*names}) < 2:
         raise CombineError(f"A combination needs at least two adapters, got {names}.")
     if how not in get_args(How):

@@ -58,6 +58,11 @@ def head_modules(model: nn.Module) -> list[str]:
     return [f"{model.base_model_prefix}.pooler", *outside]
 
 
+def head_wrappers(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+    """Return, by name, the modules of which PEFT holds a copy per adapter: the head and other `modules_to_save`."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+
+
 def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 

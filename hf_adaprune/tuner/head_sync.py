@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..config import AdaPruneConfig
 from ..labels import LABEL_FIELDS, default_labels, stored_labels
+from .head import head_wrappers
 from .layer import AdaPruneLayer
 from .masked_layers import adaprune_layers
 
@@ -140,7 +141,7 @@ def attach(
         for name in SWITCH_METHODS:
             setattr(model, name, functools.partial(_switch, name, model, head_sync))
     head_sync.layers = [layer for _, layer in adaprune_layers(model)]
-    head_sync.heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    head_sync.heads = list(head_wrappers(model).values())
     # The labels now in the model's configuration may be meant for the new adapter only.
     head_sync.show(model, None)
     head_sync.follow(model, configs)

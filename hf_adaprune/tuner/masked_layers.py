@@ -35,6 +35,11 @@ def adaprune_layers(model: nn.Module, adapter_name: str | None = None) -> Iterat
             yield name, module
 
 
+def masking_adapters(model: nn.Module) -> list[str]:
+    """Return the names of the adapters that have masks on a model, in the order in which they were added."""
+    return list(dict.fromkeys(name for _, layer in adaprune_layers(model) for name in layer.adaprune_mask))
+
+
 def is_foreign(module: nn.Module) -> bool:
     """Return whether a module is the layer of another PEFT method."""
     return isinstance(module, BaseTunerLayer) and not isinstance(module, AdaPruneLayer)

@@ -6,10 +6,10 @@ import copy
 from typing import Any
 
 from peft import PeftModel
-from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 from ..errors import NotPrunedError
+from .head import head_wrappers
 from .masked_layers import adaprune_layers, has_masks
 from .model import AdaPruneModel
 
@@ -42,9 +42,8 @@ def unmasked(model: Any) -> PreTrainedModel:
         if layer.merged:
             layer.unmerge()
     tuner._enable_adapter_layers(False)
-    for module in tuner.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            module._active_adapter = []
+    for wrapper in head_wrappers(tuner).values():
+        wrapper._active_adapter = []
     return _cleared(tuner.unload())
 
 

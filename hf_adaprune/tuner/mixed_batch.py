@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from ..errors import MixedBatchError
 from .head_sync import active_only, head_sync_of
-from .masked_layers import adaprune_layers
+from .masked_layers import adaprune_layers, masking_adapters
 
 
 BASE = "__base__"
@@ -65,10 +65,10 @@ def _check(model: nn.Module, adapter_names: Sequence[str]) -> None:
         raise MixedBatchError("An adapter is merged into the model's weights: call `unmerge_adapter()` first.")
     if isinstance(adapter_names, str):
         raise MixedBatchError(f"`adapter_names` must be a list with a name for each sample, got {adapter_names!r}.")
-    there = {name for layer in layers for name in layer.adaprune_mask}
-    unknown = sorted({str(name) for name in adapter_names} - there - {BASE})
+    there = masking_adapters(model)
+    unknown = sorted({str(name) for name in adapter_names} - {*there, BASE})
     if unknown:
-        raise MixedBatchError(f"The model has no adapter {unknown}; use {sorted(there)}, or {BASE!r} for the base.")
+        raise MixedBatchError(f"The model has no adapter {unknown}; use {there}, or {BASE!r} for the base.")
     head = head_sync_of(model)
     if head is None or not head.heads:
         return
