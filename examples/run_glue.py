@@ -56,7 +56,7 @@ from hf_adaprune.baselines import METHODS, TrainedWeightsCallback, ablate, make_
 from hf_adaprune.errors import AdaPruneError
 from hf_adaprune.glue import GLUE_COLUMNS, read_data_file
 from hf_adaprune.metrics import glue_metric
-from hf_adaprune.training.dropout import change_dropout
+from hf_adaprune.tuner.dropout import change_dropout
 
 
 logger = logging.getLogger("run_glue")

@@ -10,9 +10,9 @@ import torch
 from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from .deploy.example_inputs import longest_input
 from .errors import TaskError
 from .metrics import glue_metric
+from .tuner.example_inputs import longest_input
 
 
 GLUE_COLUMNS: dict[str, tuple[str, ...]] = {

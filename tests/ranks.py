@@ -33,9 +33,9 @@ from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner
 from hf_adaprune.demo.reviews import make_reviews
 from hf_adaprune.errors import DivergenceError, UnsupportedShardingError
 from hf_adaprune.training.calibration import InputMoments
-from hf_adaprune.training.selection import topk_masks
 from hf_adaprune.tuner.masked_layers import adaprune_layers
 from hf_adaprune.tuner.masks import pack_mask
+from hf_adaprune.tuner.selection import topk_masks
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -251,7 +251,7 @@ def test_a_learning_rate_that_makes_noise_of_the_masks_is_warned_of(
 
 def test_training_an_adapter_that_nothing_prunes_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("hf_adaprune.training.pruner_reminder.logger.warning", said.append)
+    monkeypatch.setattr("hf_adaprune.tuner.pruner_reminder.logger.warning", said.append)
     model = fresh(wrapped=True)
     trainer(model, tmp_path / "a", AdaPruneCallback, max_steps=12).train()
     # Another adapter, that waits: the first is trained on.

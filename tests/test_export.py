@@ -13,9 +13,9 @@ from torch import nn
 
 from hf_adaprune import AdaPruneConfig, Pruner, compact
 from hf_adaprune.deploy import export
-from hf_adaprune.deploy.example_inputs import example_inputs
 from hf_adaprune.deploy.export import OnnxModel, export_onnx
 from hf_adaprune.errors import ExportError, SizeError
+from hf_adaprune.tuner.example_inputs import example_inputs
 
 
 def pruned(architecture: str, head: str, config: AdaPruneConfig) -> Any:

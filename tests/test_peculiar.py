@@ -12,9 +12,9 @@ from peft import AutoPeftModel, AutoPeftModelForQuestionAnswering, PeftModel, ge
 from tiny import ARCHITECTURES, VOCAB, make_batch, make_model, train_masks
 
 from hf_adaprune import AdaPruneConfig, Pruner, compact, sparsity_report
-from hf_adaprune.deploy.example_inputs import example_inputs, longest_input
 from hf_adaprune.deploy.export import OnnxModel, export_onnx
 from hf_adaprune.errors import CompactionError, MergeError, NoMatchingModuleError, StructureError
+from hf_adaprune.tuner.example_inputs import example_inputs, longest_input
 from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 

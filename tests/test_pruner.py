@@ -13,9 +13,9 @@ from torch import nn
 
 from hf_adaprune import AdaPruneConfig, Pruner, sparsity_report
 from hf_adaprune.errors import MergeError, NonFiniteError, NotPrunedError, UnsupportedShardingError
-from hf_adaprune.training.scores import wanda_ranks
 from hf_adaprune.tuner.masked_layers import adaprune_layers
 from hf_adaprune.tuner.masks import topk_mask
+from hf_adaprune.tuner.scores import wanda_ranks
 
 
 class Net(nn.Module):
@@ -423,8 +423,8 @@ def test_a_model_without_trainable_masks_is_refused() -> None:
 
 def test_deepspeed_is_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     state = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
-    monkeypatch.setattr("hf_adaprune.training.sharding.is_initialized", lambda: True)
-    monkeypatch.setattr("hf_adaprune.training.sharding.AcceleratorState", lambda: state)
+    monkeypatch.setattr("hf_adaprune.tuner.sharding.is_initialized", lambda: True)
+    monkeypatch.setattr("hf_adaprune.tuner.sharding.AcceleratorState", lambda: state)
     with pytest.raises(UnsupportedShardingError, match="DeepSpeed updates internal copies of the parameters"):
         Pruner(make(), total_steps=5)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_adaprune import AdaPruneConfig
-from hf_adaprune.training.scores import (
+from hf_adaprune.tuner.scores import (
     elimination_ranks,
     initial_scores,
     magnitude_ranks,

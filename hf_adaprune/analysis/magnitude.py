@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 
 from ..choices import Scope
-from ..training.selection import threshold_scopes, topk_masks
+from ..tuner.selection import threshold_scopes, topk_masks
 from .sources import Masks
 
 

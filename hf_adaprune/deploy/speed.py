@@ -16,8 +16,8 @@ import torch
 from ..errors import HardwareError, NotPrunedError, SizeError
 from ..structured.compaction import active_config, compact
 from ..structured.semi_structured import to_semi_structured
+from ..tuner.example_inputs import example_inputs
 from ..tuner.merging import merged, unmasked
-from .example_inputs import example_inputs
 from .export import OnnxModel, export_onnx
 
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, BaseMismatchError, ConfigError
-from ..training.sharding import is_sharded
 from ..tuner.head import PEFT_HEADS, body_name, head_modules, head_wrappers
 from ..tuner.masked_layers import adaprune_layers, added_parameters
+from ..tuner.sharding import is_sharded
 from .fingerprint import fingerprint, fingerprints_are_checked, matches
 
 

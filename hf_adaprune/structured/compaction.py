@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import AdaPruneConfig
-from ..deploy.example_inputs import dummy_inputs, tensor_sharing_copy
 from ..errors import CompactionError, NotPrunedError, StructureError
 from ..hub.compact_card import CompactCard
+from ..tuner.example_inputs import dummy_inputs, tensor_sharing_copy
 from ..tuner.groups import Groups
 from ..tuner.layer import AdaPruneLayer
 from ..tuner.layer_average import LayerAverageHead

@@ -1,1 +1,1 @@
-"""Training of masks: the `Trainer` callback, the `Pruner` behind it, scores, schedules, selection and checkpoints."""
+"""Training of masks: the `Trainer` callback, the `Pruner` behind it, the schedule, learning rates and checkpoints."""

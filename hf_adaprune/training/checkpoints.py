@@ -26,7 +26,7 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..tuner.masked_layers import adaprune_layers
-from .sharding import is_sharded
+from ..tuner.sharding import is_sharded
 
 
 logger = logging.get_logger(__name__)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..config import AdaPruneConfig
-from .selection import protect_best, prune_groups, threshold_mask, threshold_scopes, topk_masks
-from .sharding import full_tensor
+from ..tuner.selection import protect_best, prune_groups, threshold_mask, threshold_scopes, topk_masks
+from ..tuner.sharding import full_tensor
 
 
 if TYPE_CHECKING:

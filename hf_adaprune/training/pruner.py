@@ -12,17 +12,17 @@ from transformers.utils import logging
 from ..config import AdaPruneConfig
 from ..errors import ConfigError, MergeError, NonFiniteError, NotPrunedError
 from ..storage.checks import check_statistics, check_vocabulary, run_checks
+from ..tuner.dropout import restore_dropout, set_dropout
 from ..tuner.masked_layers import adaprune_layers
 from ..tuner.masks import pack_mask, unpack_mask
+from ..tuner.pruner_reminder import remove_reminder
 from ..tuner.score_state import calibrate_scores, remake_scores, scale_scores
+from ..tuner.sharding import check_sharding, full_tensor, is_sharded
 from .calibration import InputMoments
-from .dropout import restore_dropout, set_dropout
 from .head_learning_rate import HeadLearningRate
 from .mask_selector import MaskSelector
-from .pruner_reminder import remove_reminder
 from .replicas import check_same_masks
 from .schedule import cubic_sparsity, settling
-from .sharding import check_sharding, full_tensor, is_sharded
 
 
 logger = logging.get_logger(__name__)

@@ -1,1 +1,1 @@
-"""The PEFT tuner: masked layers, the model around them, and the task head that belongs to an adapter."""
+"""The PEFT tuner: masked layers and their scores, the selection of masks, and the task head of an adapter."""

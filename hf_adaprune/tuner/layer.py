@@ -12,12 +12,12 @@ from torch import nn
 
 from ..codec import decode_mask, encode_mask, is_coded
 from ..config import AdaPruneConfig
-from ..training.scores import initial_scores
-from ..training.sharding import full_tensor, is_sharded
 from .cached_weight import CachedWeight
 from .groups import Groups
 from .masks import SHORTEST, apply_mask, pack_mask, packed_ones, packed_size, unpack_mask
 from .score_state import remake_scores
+from .scores import initial_scores
+from .sharding import full_tensor, is_sharded
 from .trained_weight import trained_weight
 
 

@@ -24,10 +24,8 @@ from ..storage.adapter_state import check_loaded, head_shapes, masks_to_store
 from ..storage.checks import CheckOnce, check_base, run_checks, vocabulary_size
 from ..storage.fingerprint import fingerprints_are_checked
 from ..storage.model_files import forget_check, load_checked, save_weights_first
-from ..training.dropout import restore_dropout
-from ..training.pruner_reminder import remind_of_pruner, remove_reminder
-from ..training.selection import check_reachable
 from .combine import How, combine_adapters
+from .dropout import restore_dropout
 from .groups import Groups
 from .head import check_architecture, check_modules_to_save, fitting_head, plan_head
 from .head_sync import SWITCH_METHODS, HeadSync, attach, check_one_head, detached_labels, head_sync_of
@@ -36,6 +34,8 @@ from .layer_average import refuse_to_save
 from .maskable import wrap
 from .masked_layers import adaprune_layers, added_parameters, has_foreign_layers
 from .mixed_batch import mixed_batch
+from .pruner_reminder import remind_of_pruner, remove_reminder
+from .selection import check_reachable
 from .structure import check_patterns, plan_blocks
 from .targets import (
     check_adapter_name,

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..training.scores import elimination_ranks, scores_from_mask, wanda_ranks
-from ..training.sharding import copy_to_shards, full_tensor
+from .scores import elimination_ranks, scores_from_mask, wanda_ranks
+from .sharding import copy_to_shards, full_tensor
 
 
 if TYPE_CHECKING:

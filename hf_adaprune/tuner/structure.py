@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..config import AdaPruneConfig
-from ..deploy.example_inputs import dummy_inputs, tensor_sharing_copy
 from ..errors import NoMatchingModuleError, StructureError
+from .example_inputs import dummy_inputs, tensor_sharing_copy
 from .head import body_name
 from .targets import maskable
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..tuner.masked_layers import adaprune_layers
+from .masked_layers import adaprune_layers
 
 
 logger = logging.get_logger(__name__)
