@@ -5,8 +5,7 @@
 `--data_dir` holds `{task}/{train,validation}.parquet`; without it the data come from the Hub, and `--model
 google-bert/bert-base-uncased` is the paper's base. `grid.py` defines the runs and their order; `--only 'stsb/*/0.5/*'
 'mrpc/imp/*'` restricts them to those that match. Each run is one command of `examples/run_glue.py`, which is stored in
-its line. `python examples/study/report.py` turns the lines into tables. `--bf16` trains in mixed precision, which is
-faster on GPUs and on CPUs with bf16 matrix units.
+its line. `python examples/study/report.py` turns the lines into tables. `--bf16` trains in mixed precision, on a GPU.
 
 `--tuning` runs fine-tuning and LoRA at several learning rates each, scored on data held out of the training split.
 """
@@ -137,8 +136,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.workers)))
     whole = tuning_grid() if args.tuning else grid()
     runs = [run for run in whole if any(fnmatch(run.name, pattern) for pattern in args.only)]
-    # TrainingArguments accepts bf16 without a GPU only if the CPU was asked for.
-    flags = ["--bf16", *([] if torch.cuda.is_available() else ["--use_cpu"])] if args.bf16 else []
+    flags = ["--bf16"] if args.bf16 else []
     data = held_out(args.data_dir, {run.dataset for run in runs}) if args.tuning else nullcontext(args.data_dir)
     with data as data_dir:
         one = partial(execute, model=args.model, data_dir=data_dir, keep=args.keep, flags=flags)
