@@ -189,14 +189,23 @@ def check_columns(dataset: datasets.Dataset, split: str, columns: Sequence[str])
             raise InputError(f"{empty} of {len(dataset)} rows of the {split} data have no `{column}`: remove them.")
 
 
-def number_labels(splits: dict[str, datasets.Dataset]) -> list[str] | None:
-    """Number the labels in all splits as in the first, and return their names; for a regression, return `None`."""
+def number_labels(splits: dict[str, datasets.Dataset], known: list[str] | None) -> list[str] | None:
+    """Number the labels in all splits, and return their names; for a regression, return `None`.
+
+    They are numbered as in `known`, the names that a trained model gives its outputs, or else as in the first split.
+    """
     first = next(iter(splits.values()))
     kind, values, names = first.features["label"], first.unique("label"), None
     if not isinstance(kind, (datasets.Value, datasets.ClassLabel)) or len(values) < 2:
         raise InputError(f"`label` must be one number or name per row, and not always the same, got {values[:5]}.")
     if not kind.dtype.startswith("float"):
         names = kind.names if isinstance(kind, datasets.ClassLabel) else [str(value) for value in sorted(values)]
+        # Data that only number their labels follow the model's numbers.
+        only_numbers = isinstance(kind, datasets.Value) and kind.dtype.startswith("int") and known is not None
+        if only_numbers and all(0 <= value < len(known) for value in values) and not {*names} <= {*known}:
+            names = [str(number) for number in range(len(known))]
+        else:
+            names = known or names
     target = datasets.Value("float32") if names is None else datasets.ClassLabel(names=names)
     for split, dataset in splits.items():
         kind, values = dataset.features["label"], dataset.unique("label")
@@ -214,8 +223,8 @@ def number_labels(splits: dict[str, datasets.Dataset]) -> list[str] | None:
     return names
 
 
-def load_task(args: DataArguments, asked: list[str], cache_dir: str | None) -> Task:
-    """Read the data, and determine its text columns and labels."""
+def load_task(args: DataArguments, asked: list[str], cache_dir: str | None, known: list[str] | None = None) -> Task:
+    """Read the data, and determine its text columns and labels; see `number_labels` for `known`."""
     splits = read_splits(args, cache_dir)
     labelled = {split: dataset for split, dataset in splits.items() if not split.startswith("test")}
     missing = [split for split in asked if split not in splits] or ([] if labelled else ["train"])
@@ -227,7 +236,7 @@ def load_task(args: DataArguments, asked: list[str], cache_dir: str | None) -> T
     columns = GLUE_COLUMNS.get(args.task_name or "") or find_text_columns(next(iter(splits.values())))
     for split, dataset in splits.items():
         check_columns(dataset, split, [*columns, "label"] if split in labelled else columns)
-    names = number_labels(labelled)
+    names = number_labels(labelled, known)
     return Task(args.task_name or "custom", splits | labelled, columns, names)
 
 
@@ -248,15 +257,38 @@ def tokenize(task: Task, split: str, tokenizer: Any, args: DataArguments) -> dat
     )
 
 
-def load_model(args: ModelArguments, label_names: list[str] | None) -> tuple[Any, Any]:
+def load_model(args: ModelArguments, **labels: Any) -> tuple[Any, Any]:
+    """Return the model, with the labels that it has or those that are given, and the tokenizer."""
     hub = {"revision": args.model_revision, "cache_dir": args.cache_dir}
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or args.model_name_or_path, **hub)
-    labels: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
-    if label_names is not None:
-        labels = {"id2label": dict(enumerate(label_names)), "problem_type": "single_label_classification"}
-        labels["label2id"] = {name: number for number, name in enumerate(label_names)}
-    model = AutoModelForSequenceClassification.from_pretrained(args.model_name_or_path, **labels, **hub)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or args.model_name_or_path, **hub)
+        model = AutoModelForSequenceClassification.from_pretrained(args.model_name_or_path, **labels, **hub)
+    except (OSError, RuntimeError) as error:  # the latter if the checkpoint has a head for other labels
+        raise InputError(f"No model could be loaded from {args.model_name_or_path!r}: {error}") from error
     return model, tokenizer
+
+
+def label_fields(names: list[str] | None) -> dict[str, Any]:
+    """Return the fields of a model's configuration that describe its labels, or a regression for `None`."""
+    if names is None:
+        return {"num_labels": 1, "problem_type": "regression"}
+    label2id = {name: number for number, name in enumerate(names)}
+    return {"id2label": dict(enumerate(names)), "label2id": label2id, "problem_type": "single_label_classification"}
+
+
+def known_labels(model: Any) -> list[str] | None:
+    """Return the names that a trained model gives its outputs; `None` if it has none of its own."""
+    names = [model.config.id2label[number] for number in range(model.config.num_labels)]
+    return None if names == [f"LABEL_{number}" for number in range(len(names))] else names
+
+
+def check_outputs(model: Any, task: Task) -> None:
+    needed = 1 if task.label_names is None else len(task.label_names)
+    if model.config.num_labels != needed:
+        raise InputError(
+            f"The model must have {needed} outputs for labels that are {task.label_names or 'numbers'}, got "
+            f"{model.config.num_labels}: give `--do_train`, or a model that was trained on such data."
+        )
 
 
 def decide(logits: Any, task: Task) -> np.ndarray:
@@ -311,10 +343,10 @@ def train(trainer: Trainer, callback: TrainerCallback | None, whole: Any = None)
         metrics = trainer.train().metrics
     if whole is not None:
         trainer.model = expand(trainer.model, whole)
-        if trainer.args.should_save:
-            compact(trainer.model).save_pretrained(folder / SMALL)
-            trainer.processing_class.save_pretrained(folder / SMALL)
     trainer.save_model()
+    if whole is not None and trainer.args.should_save:
+        compact(trainer.model).save_pretrained(folder / SMALL)
+        trainer.processing_class.save_pretrained(folder / SMALL)
     is_adapter, masked = hasattr(trainer.model, "peft_config"), trainer.model
     metrics |= {"train_samples": len(trainer.train_dataset), "trainable_params": trainable}
     metrics["checkpoint_bytes"] = count_bytes(folder, "adapter_model" if is_adapter else "model")
@@ -390,13 +422,24 @@ def main(argv: list[str] | None = None) -> None:
             "Train with `--granularity neuron+head`, run `hf-adaprune export`, and use the folder that it wrote as "
             "`--model_name_or_path`."
         )
+    if model_args.compact_first and config.head != "model":
+        raise InputError(
+            f"`--preset {model_args.preset}` replaces the model's head, as `--compact_first` cannot."
+        )
+    if model_args.ablate and not (is_frozen and args.do_eval and not model_args.compact_first):
+        raise InputError(
+            "`--ablate` needs `--do_train`, `--do_eval` and a method that trains masks over frozen weights, without "
+            f"`--compact_first`; got `--method {model_args.method}`."
+        )
     set_seed(args.seed)
     with args.main_process_first(desc="reading the data"):
-        task = load_task(data_args, asked, model_args.cache_dir)
-        try:
-            model, tokenizer = load_model(model_args, task.label_names)
-        except OSError as error:
-            raise InputError(f"No model could be loaded from {model_args.model_name_or_path!r}: {error}") from error
+        if args.do_train:
+            task = load_task(data_args, asked, model_args.cache_dir)
+            model, tokenizer = load_model(model_args, **label_fields(task.label_names))
+        else:
+            model, tokenizer = load_model(model_args)
+            task = load_task(data_args, asked, model_args.cache_dir, known_labels(model))
+            check_outputs(model, task)
         wanted = [split for split in task.splits if split.split("_")[0] in asked]
         data = {split: tokenize(task, split, tokenizer, data_args) for split in wanted}
     if model_args.dropout is not None:

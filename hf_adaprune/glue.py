@@ -63,6 +63,10 @@ def load_glue_split(task: str, split: str = "validation", data: str | Path | Non
     missing = [column for column in (*GLUE_COLUMNS[task], "label") if column not in dataset.column_names]
     if missing:
         raise TaskError(f"The data of {task} must have the columns {missing} too, got {dataset.column_names}.")
+    for column in (*GLUE_COLUMNS[task], "label"):
+        empty = dataset.data.column(column).null_count
+        if empty:
+            raise TaskError(f"{empty} of {len(dataset)} rows of the data of {task} have no `{column}`: remove them.")
     return dataset
 
 
@@ -93,7 +97,7 @@ def read_data_file(path: Path, cache_dir: str | None = None) -> Dataset:
         raise TaskError(f"A data file must exist and end in one of {sorted(FILE_KINDS)}, got '{path}'.")
     try:
         return load_dataset(kind, data_files=str(path), split="train", cache_dir=cache_dir)
-    except (ValueError, DatasetGenerationError) as error:
+    except (ValueError, DatasetGenerationError, StopIteration) as error:  # the last of an empty file
         raise TaskError(f"'{path}' could not be read as {kind}: {error.__cause__ or error}") from None
 
 

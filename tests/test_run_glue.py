@@ -310,6 +310,14 @@ def test_what_cannot_be_taken_out_or_pushed_is_refused(script: Any, run: Any, tm
         run("--compact_first", 0.5, "--do_train", "--push_to_hub", *files)
     with pytest.raises(script.InputError, match="masks over frozen weights, got 'magnitude'"):
         run("--compact_first", 0.5, "--do_train", "--method", "magnitude", *files)
+    with pytest.raises(script.InputError, match=r"`--preset paper` replaces the model's head"):
+        run("--compact_first", 0.5, "--do_train", "--preset", "paper", *files)
+
+
+@pytest.mark.parametrize("flags", [["--do_train"], ["--do_eval"], ["--do_train", "--do_eval", "--method", "lora"]])
+def test_ablations_that_cannot_be_made_are_refused_before_training(run: Any, script: Any, flags: list[str]) -> None:
+    with pytest.raises(script.InputError, match="`--ablate` needs `--do_train`, `--do_eval` and a method"):
+        run("--ablate", *flags, "--train_file", "nowhere.csv")
 
 
 @pytest.mark.parametrize("folder", ["glue/stsb", "glue"])
@@ -342,9 +350,38 @@ def test_predictions_are_names_in_the_order_of_the_rows(run: Any, script: Any, t
     assert [line.split("\t")[1] for line in lines] == NAMES  # so easy a task is learnt whole
 
 
+@pytest.mark.parametrize(("method", "rate"), [("finetune", 1e-2), ("adaprune", 2e-3)])
+def test_a_trained_model_is_scored_by_the_names_of_its_labels(
+    run: Any, tmp_path: Path, method: str, rate: float
+) -> None:
+    other_order = datasets.ClassLabel(names=["positive", "negative"])
+    rows = datasets.Dataset.from_dict({"text": TEXTS, "label": NAMES}).cast_column("label", other_order)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    trained = ["--method", method, "--learning_rate", rate, "--max_steps", 60, "--do_train"]
+    out, _ = run(*trained, "--train_file", tmp_path / "rows.parquet")
+    files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
+    flags = ["--do_eval", "--do_predict", "--test_file", files[-1], *files]
+    scored, results = run(*flags, model=out, out="scored")
+    predicted = [line.split("\t")[1] for line in (scored / "predict_results_custom.txt").read_text().splitlines()[1:]]
+    right = sum(name == said for name, said in zip(NAMES[::-1], predicted, strict=True)) / len(NAMES)
+    assert results["eval_accuracy"] == pytest.approx(right)
+    assert results["eval_accuracy"] > 0.5  # of the labels .6 are negative
+
+
+def test_data_that_do_not_fit_the_head_of_a_trained_model_are_refused(run: Any, script: Any, tmp_path: Path) -> None:
+    out, _ = run("--method", "finetune", "--do_train", *own_files(tmp_path, {"text": TEXTS, "label": NAMES}))
+    three = own_files(tmp_path / "three", {"text": TEXTS, "label": [f"class {number % 3}" for number in range(30)]})
+    with pytest.raises(script.InputError, match=r"must be \['negative', 'positive'\], got \['class"):
+        run("--do_eval", *three, model=out)
+    with pytest.raises(script.InputError, match="must have 1 outputs for labels that are numbers, got 2"):
+        run("--do_eval", *own_files(tmp_path / "scores", {"text": TEXTS, "label": SCORES}), model=out)
+    with pytest.raises(script.InputError, match="No model could be loaded"):
+        run("--do_train", *three, model=out)
+
+
 def test_predictions_of_a_regression_have_three_decimals(run: Any, tmp_path: Path) -> None:
     files = own_files(tmp_path, {**PAIRS, "label": SCORES})
-    out, _ = run("--method", "finetune", "--do_predict", *files, "--test_file", files[-1])
+    out, _ = run("--method", "finetune", "--do_train", "--do_predict", *files, "--test_file", files[-1])
     lines = (out / "predict_results_custom.txt").read_text().splitlines()[1:]
     assert all(len(line.split("\t")[1].split(".")[1]) == 3 for line in lines)
 
@@ -468,7 +505,7 @@ def test_without_a_network_the_error_says_what_to_do(
     ],
 )
 def test_flags_that_cannot_be_met_are_refused(run: Any, script: Any, flags: list[Any], message: str) -> None:
-    with pytest.raises(script.InputError, match=message):
+    with pytest.raises((script.InputError, TaskError), match=message):
         run(*flags)
 
 
