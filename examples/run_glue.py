@@ -200,12 +200,10 @@ def number_labels(splits: dict[str, datasets.Dataset], known: list[str] | None) 
         raise InputError(f"`label` must be one number or name per row, and not always the same, got {values[:5]}.")
     if not kind.dtype.startswith("float"):
         names = kind.names if isinstance(kind, datasets.ClassLabel) else [str(value) for value in sorted(values)]
-        # Data that only number their labels follow the model's numbers.
-        only_numbers = isinstance(kind, datasets.Value) and kind.dtype.startswith("int") and known is not None
-        if only_numbers and all(0 <= value < len(known) for value in values) and not {*names} <= {*known}:
-            names = [str(number) for number in range(len(known))]
-        else:
-            names = known or names
+        if known:
+            # Data may number their labels, as the model does, instead of naming them.
+            numbered = [str(number) for number in range(len(known))]
+            names = numbered if {*names} <= {*numbered} - {*known} else known
     target = datasets.Value("float32") if names is None else datasets.ClassLabel(names=names)
     for split, dataset in splits.items():
         kind, values = dataset.features["label"], dataset.unique("label")
@@ -423,9 +421,7 @@ def main(argv: list[str] | None = None) -> None:
             "`--model_name_or_path`."
         )
     if model_args.compact_first and config.head != "model":
-        raise InputError(
-            f"`--preset {model_args.preset}` replaces the model's head, as `--compact_first` cannot."
-        )
+        raise InputError(f"`--preset {model_args.preset}` replaces the model's head, as `--compact_first` cannot.")
     if model_args.ablate and not (is_frozen and args.do_eval and not model_args.compact_first):
         raise InputError(
             "`--ablate` needs `--do_train`, `--do_eval` and a method that trains masks over frozen weights, without "

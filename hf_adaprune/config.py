@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,14 @@ from .storage.weights_file import check_not_pickled, check_weights_file
 from .storage.write_order import put_in_place
 from .tuner.masks import PACKED_BITS, packed_size, sparsity_of
 from .validation import mistyped, problems_of_storage, problems_of_values
+
+
+# Fields that are filled in when an adapter is created on a model, or when its masks are made and saved.
+_WRITTEN_FOR_A_MODEL = ("base_model_name_or_path", "revision", "model_config", "num_parameters", "labels_fingerprint")
+_WRITTEN_FOR_MASKS = (
+    *("base_fingerprint", "adapter_fingerprint", "module_counts", "group_counts", "mask_bytes", "head_tensors"),
+    *("training", "combination", "whole_groups"),
+)
 
 
 @dataclass
@@ -234,6 +242,19 @@ class AdaPruneConfig(PeftConfig):
         """The size in bytes of each mask of a stored adapter: one bit per entry, or less."""
         return {name: packed_size(length) for name, length in self.mask_entries.items()} | (self.mask_bytes or {})
 
+    def fresh(self, **changes: Any) -> AdaPruneConfig:
+        """Return a copy for a new adapter, without what was written when this one was created or saved.
+
+        Args:
+            changes: Fields that replace those of this configuration.
+
+        Example:
+
+            >>> AdaPruneConfig.from_pretrained("me/sst2-adaprune").fresh(final_sparsity=0.8)
+        """
+        written: dict[str, Any] = dict.fromkeys((*_WRITTEN_FOR_A_MODEL, *_WRITTEN_FOR_MASKS))
+        return replace(self, **{**written, "inference_mode": False, **changes})
+
     def for_masks(self, masks: Mapping[str, torch.Tensor]) -> AdaPruneConfig:
         """Return a copy for an adapter whose masks, of single weights, are given instead of trained.
 
@@ -241,15 +262,13 @@ class AdaPruneConfig(PeftConfig):
             masks (`Mapping[str, torch.Tensor]`): The boolean mask of each module, by the module's name.
         """
         config = copy.deepcopy(self)
+        for name in _WRITTEN_FOR_MASKS:
+            setattr(config, name, None)
+        config.is_stored, config.inference_mode = False, True
         config.granularity, config.target_modules = "weight", set(masks)
         config.scope = "global"  # further training then does not force all matrices to one sparsity
         config.final_sparsity = sparsity_of(masks.values())
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-        # Fields that are filled in when an adapter is created or saved.
-        config.base_fingerprint = config.adapter_fingerprint = config.head_tensors = None
-        config.module_counts = config.group_counts = config.mask_bytes = None
-        config.training = config.combination = config.whole_groups = None
-        config.is_stored, config.inference_mode = False, True
         return config
 
     @classmethod

@@ -98,7 +98,9 @@ def read_data_file(path: Path, cache_dir: str | None = None) -> Dataset:
     try:
         return load_dataset(kind, data_files=str(path), split="train", cache_dir=cache_dir)
     except (ValueError, DatasetGenerationError, StopIteration) as error:  # the last of an empty file
-        raise TaskError(f"'{path}' could not be read as {kind}: {error.__cause__ or error}") from None
+        raise TaskError(
+            f"There are no examples in '{path}' that can be read as {kind}: {error.__cause__ or error}"
+        ) from None
 
 
 def score_on_glue(

@@ -38,9 +38,12 @@ def default_labels(num_labels: int) -> dict[str, Any]:
 
 
 def is_regression(model_config: Mapping[str, Any]) -> bool:
-    """Return whether `problem_type` is regression or, where it is not given, there is one label."""
+    """Return whether `problem_type` is regression or, where it is not given, a sequence classifier has one label."""
     labels = stored_labels(model_config)
-    return labels["problem_type"] == "regression" or (labels["problem_type"] is None and len(labels["id2label"]) == 1)
+    if labels["problem_type"] is not None:
+        return bool(labels["problem_type"] == "regression")
+    architecture: str = (model_config.get("architectures") or [""])[0]
+    return architecture.endswith("ForSequenceClassification") and len(labels["id2label"]) == 1
 
 
 def problems_of_labels(model_config: Mapping[str, Any]) -> list[str]:

@@ -244,6 +244,7 @@ def begin(callback: AdaPruneCallback, folder: Path, **options: Any) -> tuple[Any
     """Return the model and the pruner of a run of 200 steps that is about to begin."""
     trainer = make_trainer(make_model(), folder, callback, max_steps=200, **options)
     trainer.state.max_steps = 200
+    trainer.callback_handler.optimizer = trainer.create_optimizer()
     trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
     assert callback.pruner is not None
     return trainer.model, callback.pruner
@@ -573,3 +574,12 @@ def test_weights_are_trained_of_plain_models_only(tmp_path: Path) -> None:
 def test_there_is_nothing_to_rewind_before_training() -> None:
     with pytest.raises(NotPrunedError, match=r"call `Trainer.train` first"):
         MagnitudeCallback().rewound(make_model())
+
+
+def test_rounds_begin_anew_for_another_trainer(tmp_path: Path) -> None:
+    callback = IterativeMagnitudeCallback()
+    zeros = []
+    for _ in range(2):
+        _, _, trainer = train(callback, tmp_path, max_steps=2)
+        zeros.append(sum(int((weight == 0).sum()) for weight in trainer.model.parameters() if weight.dim() == 2))
+    assert zeros[0] == zeros[1] > 0

@@ -9,6 +9,7 @@ from accelerate.data_loader import IterableDatasetShard
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import make_batch, make_model
 from torch import nn
+from torch.optim import SGD, AdamW
 from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -105,7 +106,7 @@ def test_an_adapter_does_not_tell_how_long_a_stream_is(tmp_path: Path) -> None:
     run.train()
     # What each of several processes has of it: asked for its length it raises.
     for dataset in (Stream(), IterableDatasetShard(Stream())):
-        told = training_settings(run.args, run.state, SimpleNamespace(dataset=dataset))
+        told = training_settings(run.args, run.state, SimpleNamespace(dataset=dataset), run.optimizer)
         assert (told["num_steps"], told["num_examples"]) == (2, None)
 
 
@@ -449,3 +450,46 @@ def test_the_card_of_a_model_init_is_the_adapters_own(tmp_path: Path) -> None:
     card = (tmp_path / "README.md").read_text()
     assert "generated text, overwritten at every save" in card
     assert "- adaprune\n" in card
+
+
+def test_an_optimizer_that_was_passed_in_is_what_the_adapter_tells_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("hf_adaprune.training.callback.logger.warning", said.append)
+    model = fresh(wrapped=True)
+    optimizer = SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
+    run = trainer(model, tmp_path, AdaPruneCallback, max_steps=2)
+    run.optimizer = optimizer
+    run.train()
+    training = model.peft_config["default"].training
+    assert (training["learning_rate"], training["optim"]) == (1e-2, "SGD")
+    assert [message[:20] for message in said] == ["`learning_rate=0.01`", "With SGD, scores bar"]
+
+
+def test_an_optimizer_without_the_scores_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("hf_adaprune.training.callback.logger.warning", said.append)
+    model = fresh(wrapped=True)
+    head = [parameter for name, parameter in model.named_parameters() if "modules_to_save" in name]
+    run = trainer(model, tmp_path, AdaPruneCallback, max_steps=2)
+    run.optimizer = AdamW(head, lr=1e-4)
+    run.train()
+    assert [message[:27] for message in said] == ["The optimizer has no scores"]
+
+
+def test_the_configuration_of_a_stored_adapter_is_no_recipe_until_it_is_fresh(tmp_path: Path) -> None:
+    trained = fresh(wrapped=True, final_sparsity=0.3)
+    trainer(trained, tmp_path / "out", AdaPruneCallback, max_steps=2).train()
+    trained.save_pretrained(tmp_path / "adapter")
+    stored = AdaPruneConfig.from_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(ConfigError, match=r"for a new adapter with the same options, pass `config.fresh\(\)`"):
+        AdaPruneCallback(stored)
+    stored.inference_mode = False
+    model = get_peft_model(make_model(), stored)
+    with pytest.raises(NotPrunedError, match=r"has the configuration of a stored adapter, but not its masks.*`config.fresh\(\)`"):
+        model(**make_batch())
+    for config, sparsity in ((stored.fresh(), 0.3), (trained.peft_config["default"].fresh(final_sparsity=0.6), 0.6)):
+        again = fresh()
+        trainer(again, tmp_path / "again", AdaPruneCallback(config), max_steps=2).train()
+        assert sparsity_report(again).sparsity == pytest.approx(sparsity, abs=1e-4)

@@ -98,3 +98,10 @@ def test_by_default_a_regression_drops_nothing_and_all_else_what_the_model_does(
 def test_a_dropout_out_of_range_is_refused(dropout: object) -> None:
     with pytest.raises(ConfigError, match="`dropout` must be"):
         AdaPruneConfig(dropout=dropout)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("head", ["masked_lm", "token", "none"])
+def test_one_label_makes_a_regression_of_a_sequence_classifier_alone(head: str) -> None:
+    model: Any = get_peft_model(make_model("bert", head, num_labels=1, hidden_dropout_prob=0.5), AdaPruneConfig())
+    Pruner(model, total_steps=1)
+    assert 0.5 in {module.p for module in model.modules() if isinstance(module, nn.Dropout)}

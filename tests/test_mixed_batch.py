@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 from doors import load_base, save_base, train
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import CASES, make_batch, make_model, train_masks
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from hf_adaprune import AdaPruneConfig, mixed_batch
 from hf_adaprune.errors import MixedBatchError
 from hf_adaprune.tuner.masked_layers import adaprune_layers
+from hf_adaprune.tuner.mixed_batch import _take
 
 
 NAMES = ["y", "x", "__base__", "y", "z", "x", "__base__", "y"]
@@ -237,3 +239,29 @@ def test_adapters_in_training_are_mixed_as_they_stand() -> None:
     train_masks(model, head="none", adapter_name="x")
     model.add_adapter("y", AdaPruneConfig())
     assert_equal_to_runs_apart(model.eval(), make_batch("none", size=4), ["y", "x", "__base__", "y"])
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+def test_an_active_adapter_of_another_method_is_refused() -> None:
+    model = make_model()
+    for name in ("x", "y"):
+        model.add_adapter(AdaPruneConfig(), name)
+        prune_at_random(model, name, 0)
+    model.add_adapter(LoraConfig(target_modules=["query"]), "lora")
+    model.set_adapter(["x", "lora"])
+    batch = make_batch(size=2)
+    with (
+        pytest.raises(MixedBatchError, match="An adapter of another method is active"),
+        mixed_batch(model.eval(), ["x", "y"]),
+    ):
+        model(**batch)
+    model.set_adapter("x")
+    with mixed_batch(model, ["x", "y"]):
+        model(**batch)
+
+
+def test_rows_of_an_encoders_output_are_still_one() -> None:
+    output = BaseModelOutput(last_hidden_state=torch.arange(6.0).view(3, 2))
+    taken = _take(output, torch.tensor([2, 0]), 3)
+    assert isinstance(taken, BaseModelOutput)
+    assert taken[0].tolist() == [[4.0, 5.0], [0.0, 1.0]]

@@ -10,6 +10,7 @@ import torch
 import transformers
 from peft import AutoPeftModel, AutoPeftModelForQuestionAnswering, PeftModel, get_peft_model
 from tiny import ARCHITECTURES, VOCAB, make_batch, make_model, train_masks
+from transformers import BertConfig, CLIPConfig, CLIPModel, EncoderDecoderConfig, EncoderDecoderModel
 
 from hf_adaprune import AdaPruneConfig, Pruner, compact, sparsity_report
 from hf_adaprune.deploy.export import OnnxModel, export_onnx
@@ -177,3 +178,27 @@ def test_a_model_of_sounds_has_no_embeddings_to_leave_out(tmp_path: Path) -> Non
     opened: Any = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
     with torch.no_grad():
         assert torch.equal(opened.get_base_model()(sound).logits, model(sound).logits)
+
+
+def test_neurons_are_not_looked_for_where_tokens_alone_are_no_input() -> None:
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=50
+    )
+    model = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(config, config))
+    with pytest.raises(StructureError, match="forward pass over tokens, which EncoderDecoderModel refused"):
+        get_peft_model(model, AdaPruneConfig(granularity="neuron"))
+
+
+def test_a_model_of_pictures_and_words_is_opened_by_peft_too(tmp_path: Path) -> None:
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = CLIPConfig(
+        text_config=small | {"vocab_size": 50}, vision_config=small | {"image_size": 8, "patch_size": 4}
+    )
+    CLIPModel(config).save_pretrained(tmp_path / "base")
+    model = get_peft_model(CLIPModel.from_pretrained(tmp_path / "base"), AdaPruneConfig())
+    inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long), "pixel_values": torch.zeros(1, 3, 8, 8)}
+    model.eval()
+    expected = model(**inputs).logits_per_image
+    model.save_pretrained(tmp_path / "adapter")
+    opened = PeftModel.from_pretrained(CLIPModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    assert torch.equal(opened(**inputs).logits_per_image, expected)

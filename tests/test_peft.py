@@ -1062,3 +1062,11 @@ def test_no_adapter_is_saved_as_a_pickle_and_the_former_one_is_not_lost(saved: S
     assert torch.equal(logits_of(PeftModel.from_pretrained(saved.load_base(), tmp_path)), saved.logits)
     model.save_pretrained(tmp_path)
     assert not torch.equal(logits_of(PeftModel.from_pretrained(saved.load_base(), tmp_path)), saved.logits)
+
+
+def test_merging_an_adapter_that_there_is_not_is_refused() -> None:
+    model = get_peft_model(make_model(), AdaPruneConfig())
+    train_masks(model)
+    with pytest.raises(MergeError, match=r"no adapter \['defualt'\] to merge; it has \['default'\]"):
+        model.merge_and_unload(adapter_names=["defualt"])
+    assert sparsity_report(model).sparsity > 0

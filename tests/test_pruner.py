@@ -12,7 +12,7 @@ from tiny import make_batch, make_model, train_masks
 from torch import nn
 
 from hf_adaprune import AdaPruneConfig, Pruner, sparsity_report
-from hf_adaprune.errors import MergeError, NonFiniteError, NotPrunedError, UnsupportedShardingError
+from hf_adaprune.errors import ConfigError, MergeError, NonFiniteError, NotPrunedError, UnsupportedShardingError
 from hf_adaprune.tuner.masked_layers import adaprune_layers
 from hf_adaprune.tuner.masks import topk_mask
 from hf_adaprune.tuner.scores import wanda_ranks
@@ -471,3 +471,10 @@ def test_a_head_that_is_loaded_while_a_run_goes_on_is_not_taken_for_a_step() -> 
     for name, tensor in model.state_dict().items():
         if ".modules_to_save." in name:
             assert torch.equal(tensor, best[name]), name
+
+
+def test_a_model_of_two_adapted_models_needs_two_pruners() -> None:
+    both = nn.ModuleDict({name: get_peft_model(make_model(), AdaPruneConfig()) for name in ("query", "passage")})
+    with pytest.raises(ConfigError, match="create one `Pruner` for each"):
+        Pruner(both, total_steps=1)
+    Pruner(both["query"], total_steps=1)

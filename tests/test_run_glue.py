@@ -551,7 +551,7 @@ def test_labels_that_the_training_data_lack_are_refused(
 
 def test_a_file_that_is_not_what_its_name_says_is_refused(script: Any, tmp_path: Path) -> None:
     (tmp_path / "train.parquet").write_text("text,label\n")
-    with pytest.raises(TaskError, match=r"train.parquet' could not be read as parquet"):
+    with pytest.raises(TaskError, match=r"train.parquet' that can be read as parquet"):
         task_of(script, tmp_path, train_file=tmp_path / "train.parquet")
 
 

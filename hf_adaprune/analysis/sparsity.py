@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import AdaPruneConfig
 from ..errors import NotPrunedError
+from ..storage.tensor_names import plain_name
 from ..tuner.masked_layers import adaprune_layers, masking_adapters, module_counts
 from .heat_map import draw_heat_map
 from .names import component_of, in_order, layer_of
@@ -137,7 +138,7 @@ def sparsity_report(model: Any, adapter_name: str | None = None) -> SparsityRepo
         adapter_name = adapter_name or next(iter([*active, *names]), "default")
         if adapter_name not in names:
             raise NotPrunedError(f"The model has no masks under the adapter name {adapter_name!r}, but under {names}.")
-        counts = {name: list(count) for name, count in module_counts(model, adapter_name).items()}
+        counts = {plain_name(name): list(count) for name, count in module_counts(model, adapter_name).items()}
         config = next(adaprune_layers(model, adapter_name))[1].config(adapter_name)
         num_parameters = config.num_parameters or 0
     if not counts:

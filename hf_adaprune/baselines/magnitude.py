@@ -92,6 +92,13 @@ class IterativeMagnitudeCallback(TrainedWeightsCallback):
             self._sparsities.append(min(following, final_sparsity))
         self._round = -1
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Begin with the first round: the callback may have served another Trainer before."""
+        self._round, self.pruner = -1, None
+        super().on_init_end(args, state, control, model, **kwargs)
+
     @property
     def num_rounds(self) -> int:
         """How many times `Trainer.train` has to be called."""

@@ -11,9 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 from ..config import AdaPruneConfig
-from ..errors import AdapterFileError, BaseMismatchError, ConfigError
+from ..errors import AdapterFileError, BaseMismatchError, ConfigError, NotPrunedError
 from ..tuner.head import PEFT_HEADS, body_name, head_modules, head_wrappers
-from ..tuner.masked_layers import adaprune_layers, added_parameters
+from ..tuner.masked_layers import adaprune_layers, added_parameters, module_counts
 from ..tuner.sharding import is_sharded
 from .fingerprint import fingerprint, fingerprints_are_checked, matches
 
@@ -128,6 +128,11 @@ class CheckOnce:
         head = [state[key] for key in head_keys(model, self.adapter_name)]
         masks = [layer.packed_mask(self.adapter_name) for _, layer in adaprune_layers(model, self.adapter_name)]
         if matches([*masks, *head], expected) is False:
+            if not any(pruned for pruned, _ in module_counts(model, self.adapter_name).values()):
+                raise NotPrunedError(
+                    f"Adapter {self.adapter_name!r} has the configuration of a stored adapter, but not its masks: "
+                    "open it by `PeftModel.from_pretrained`, or use `config.fresh()` for a new one like it."
+                )
             raise AdapterFileError(
                 f"The masks or the head of adapter {self.adapter_name!r} are not those that were saved: its files are "
                 "damaged, incomplete or edited by hand, or a head of the wrong size was skipped. Fetch it again."

@@ -11,7 +11,8 @@ from typing import Any
 import transformers
 from huggingface_hub import EvalResult, HfApi, ModelCard, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.constants import REPOCARD_NAME
-from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, SafetensorsParsingError
+from huggingface_hub.utils._validators import validate_repo_id
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
@@ -184,6 +185,8 @@ def read_config(name: str, **hub: Any) -> AdaPruneConfig:
     folder = Path(name, hub.get("subfolder") or "")
     if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
         raise AdapterNotFoundError(f"There is no adapter in the folder '{folder}': it has no {CONFIG_NAME}.")
+    if not folder.is_dir() and (Path(name).exists() or not _is_name_on_hub(name)):
+        raise AdapterNotFoundError(f"There is no folder '{folder}', and {name!r} is no name on the Hub.")
     try:
         config = PeftConfig.from_pretrained(name, **hub)
     except ConfigError as error:
@@ -202,6 +205,14 @@ def read_config(name: str, **hub: Any) -> AdaPruneConfig:
     if not config.num_parameters:
         raise AdapterFileError(f"{CONFIG_NAME} of {name!r} lacks the `num_parameters` of its model: fetch it again.")
     return config
+
+
+def _is_name_on_hub(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _read_header(name: str, hub: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], int]:

@@ -10,9 +10,9 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim import SGD
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.training_args import OptimizerNames
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..config import AdaPruneConfig
@@ -30,7 +30,7 @@ from .checkpoints import (
     stop_saving_state,
 )
 from .pruner import Pruner
-from .trainer_card import complete_trainer_card, training_settings
+from .trainer_card import complete_trainer_card, initial_learning_rate, training_settings
 
 
 logger = logging.get_logger(__name__)
@@ -64,6 +64,12 @@ class AdaPruneCallback(TrainerCallback):
             raise ConfigError(
                 f"`AdaPruneCallback` takes an `AdaPruneConfig`, got {config!r}. Example: "
                 "`AdaPruneCallback(AdaPruneConfig(final_sparsity=0.8))`."
+            )
+        if config is not None and config.is_stored:
+            raise ConfigError(
+                "The configuration is that of a stored adapter. To train that adapter further, open it by "
+                "`PeftModel.from_pretrained(model, name, is_trainable=True)` and use the callback without a "
+                "configuration; for a new adapter with the same options, pass `config.fresh()`."
             )
         self.config, self.adapter_name = config, adapter_name
         self.pruner: Pruner | None = None
@@ -141,11 +147,11 @@ class AdaPruneCallback(TrainerCallback):
         _check_optimizer(model, kwargs.get("optimizer"))
         _check_resumed(self.pruner, state.global_step)
         self.pruner.load_state_dict({"num_steps": state.global_step})
-        self._warn_of_score_steps(args)
+        self._warn_of_score_steps(kwargs["optimizer"])
         self._forget_best(state)
         save_state_with_checkpoints(model, args.world_size, resumable=not args.save_only_model)
 
-    def _warn_of_score_steps(self, args: TrainingArguments) -> None:
+    def _warn_of_score_steps(self, optimizer: Any) -> None:
         pruner = self._running
         if not pruner.trains_scores:
             if self.pruner_cls is Pruner:
@@ -155,13 +161,20 @@ class AdaPruneCallback(TrainerCallback):
                     "adapter was added."
                 )
             return
-        score_step = pruner.config.score_lr_ratio * args.learning_rate
+        scores = {id(layer.adaprune_scores[self.adapter_name]) for layer in pruner.layers.values()}
+        groups = [group for group in optimizer.param_groups if scores & {id(each) for each in group["params"]}]
+        if not groups:
+            logger.warning(
+                "The optimizer has no scores: only the head learns, and the initial scores determine the masks."
+            )
+        learning_rate = max(map(initial_learning_rate, groups), default=0.0)
+        score_step = pruner.config.score_lr_ratio * learning_rate
         if score_step > _MAX_SCORE_STEP:
             logger.warning(
-                f"`learning_rate={args.learning_rate}` moves a score by {score_step:.2g} a step, in a range of 2: "
+                f"`learning_rate={learning_rate}` moves a score by {score_step:.2g} a step, in a range of 2: "
                 "expect a poor mask. Use 5e-5, the Trainer's default."
             )
-        if args.optim == OptimizerNames.SGD:
+        if isinstance(getattr(optimizer, "optimizer", optimizer), SGD):
             logger.warning(
                 "With SGD, scores barely move at this learning rate, so masks stay close to their initial state. "
                 "Train with AdamW, the Trainer's default, or Adafactor."
@@ -184,7 +197,9 @@ class AdaPruneCallback(TrainerCallback):
         # Before this step's evaluation: earlier evaluations were of a model that was not yet fully pruned.
         self._forget_best(state)
         self._running.step()
-        self._running.config.training = training_settings(args, state, kwargs.get("train_dataloader"))
+        self._running.config.training = training_settings(
+            args, state, kwargs.get("train_dataloader"), kwargs["optimizer"]
+        )
         if self._running.finished:
             control.should_training_stop = True
 

@@ -46,8 +46,8 @@ class Pruner:
         NotPrunedError: If the model has no trainable masks under that name, or they are not active.
         MergeError: If the masks are merged or disabled.
         AdapterFileError: If a loaded adapter is not the one that was saved.
-        ConfigError: If the vocabulary was resized after masks were added, or the base has running statistics, which
-            training would change.
+        ConfigError: If the vocabulary was resized after masks were added, the base has running statistics, which
+            training would change, or the model contains several adapted models.
         UnsupportedShardingError: If the model is trained under DeepSpeed or FSDP1, or whole groups under FSDP.
         ValueError: If `total_steps` is not positive.
 
@@ -72,6 +72,11 @@ class Pruner:
         self._check_adapter()
         run_checks(model)  # before the masks change
         self.config: AdaPruneConfig = next(iter(self.layers.values())).config(adapter_name)
+        if any(layer.config(adapter_name) is not self.config for layer in self.layers.values()):
+            raise ConfigError(
+                f"Several models in this one have an adapter {adapter_name!r}, each with its own configuration: "
+                "create one `Pruner` for each."
+            )
         check_vocabulary(model, self.config)
         check_statistics(model)
         self._selector = MaskSelector(self.layers, adapter_name, self.config)
@@ -82,6 +87,7 @@ class Pruner:
         self._prepare_scores()
         restore_dropout(model)  # an earlier run may have been interrupted
         if self.config.training_dropout is not None:
+            logger.info(f"The model is trained with a dropout of {self.config.training_dropout}.")
             set_dropout(model, self.config.training_dropout)
         self._head = HeadLearningRate(model, adapter_name, self.config.head_lr_ratio)
         self._reference: dict[str, torch.Tensor] = {}

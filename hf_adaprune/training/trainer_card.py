@@ -43,20 +43,27 @@ def complete_trainer_card(folder: str | Path, former: str | None, name: str | No
     write_model_card(folder, name=name, picture=False)
 
 
-def training_settings(args: TrainingArguments, state: TrainerState, data: Any) -> dict[str, Any]:
-    """Return the settings of a Trainer, with the data loader `data`, for `AdaPruneConfig.training`."""
+def training_settings(args: TrainingArguments, state: TrainerState, data: Any, optimizer: Any) -> dict[str, Any]:
+    """Return the settings of a Trainer, with its data loader and optimizer, for `AdaPruneConfig.training`."""
     dataset: Any = getattr(data, "dataset", None)
+    name = str(getattr(args.optim, "value", args.optim))
+    own = type(getattr(optimizer, "optimizer", optimizer)).__name__  # not that of `args` if it was passed in
     return {
         "num_steps": state.global_step,
         "batch_size": (state.train_batch_size or args.train_batch_size)
         * args.gradient_accumulation_steps
         * args.world_size,
         "num_examples": len(dataset) if has_length(dataset) else None,
-        "learning_rate": args.learning_rate,
+        "learning_rate": initial_learning_rate(optimizer.param_groups[0]),
         "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-        "optim": str(getattr(args.optim, "value", args.optim)),
+        "optim": name if own.lower() in name.replace("_", "") else own,
         "seed": args.seed,
     }
+
+
+def initial_learning_rate(group: dict[str, Any]) -> float:
+    """Return the learning rate of an optimizer's parameter group before any schedule."""
+    return float(group.get("initial_lr", group["lr"]))
 
 
 def _what_it_tells(text: str) -> str:

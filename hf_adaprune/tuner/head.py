@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -173,6 +174,8 @@ def _task_type(model: PreTrainedModel) -> TaskType | None:
     if any(name.rpartition(".")[2] in PEFT_HEADS for name in inner):
         return None  # PEFT would copy this module again, inside its copy of the whole head
     if task == TaskType.FEATURE_EXTRACTION:
+        if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+            return None  # PEFT's class for this task would pass it
         built = AutoModel._model_mapping.get(type(model.config), ())
         return task if type(model) in (built if isinstance(built, tuple) else (built,)) else None
     return task

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
 
 from ..errors import MixedBatchError
 from .head_sync import active_only, head_sync_of
-from .masked_layers import adaprune_layers, masking_adapters
+from .masked_layers import adaprune_layers, is_foreign, masking_adapters
 
 
 BASE = "__base__"
@@ -63,6 +64,11 @@ def _check(model: nn.Module, adapter_names: Sequence[str]) -> None:
     layers = [layer for _, layer in adaprune_layers(model)]
     if any(layer.merged for layer in layers):
         raise MixedBatchError("An adapter is merged into the model's weights: call `unmerge_adapter()` first.")
+    if any(is_foreign(module) and not module.disable_adapters and _has_active(module) for module in model.modules()):
+        raise MixedBatchError(
+            "An adapter of another method is active, and would act on every sample: first call `set_adapter` with "
+            "adapters of masks alone."
+        )
     if isinstance(adapter_names, str):
         raise MixedBatchError(f"`adapter_names` must be a list with a name for each sample, got {adapter_names!r}.")
     there = masking_adapters(model)
@@ -105,6 +111,10 @@ def _forward(
     return _put_together(parts, weights, order)
 
 
+def _has_active(layer: Any) -> bool:
+    return bool({*layer.active_adapters} & {*layer._get_available_adapters()})
+
+
 def _batch_size(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     main = [kwargs.get(name) for name in (getattr(model, "main_input_name", "input_ids"), "inputs_embeds")]
     inputs = [value for value in (*main, *args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim()]
@@ -116,7 +126,8 @@ def _take(value: Any, rows: torch.Tensor, size: int) -> Any:
     if isinstance(value, torch.Tensor):
         return value[rows.to(value.device)] if value.dim() and len(value) == size else value
     if isinstance(value, dict):
-        return {key: _take(item, rows, size) for key, item in value.items()}
+        taken = {key: _take(item, rows, size) for key, item in value.items()}
+        return type(value)(**taken) if isinstance(value, ModelOutput) else taken
     if isinstance(value, (list, tuple)):
         return type(value)(_take(item, rows, size) for item in value)
     return value

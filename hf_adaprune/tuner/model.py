@@ -226,6 +226,9 @@ class AdaPruneModel(BaseTuner):
             run_checks(self.model)
             self._enable_adapter_layers()  # so that weights, head and labels belong together
             if kwargs.get("adapter_names"):
+                unknown = sorted({*kwargs["adapter_names"]} - {*self.peft_config})
+                if unknown:
+                    raise MergeError(f"The model has no adapter {unknown} to merge; it has {[*self.peft_config]}.")
                 # This activates head and labels along with the masks.
                 self.set_adapter(kwargs["adapter_names"])
             self._check_merge_allowed()  # before anything is zeroed

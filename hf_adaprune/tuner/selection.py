@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import get_args
 
 import numpy as np
 import torch
@@ -51,7 +52,8 @@ def check_reachable(groups: Mapping[str, Groups], config: AdaPruneConfig) -> Non
         most = total - sum(sizes)
         there = ", ".join(f"{block.num_groups} {block.kind}s in {block.consumer!r}" for block in blocks[:2])
         there += ", ..." if len(blocks) > 2 else ""
-        advice = f'Choose another `final_sparsity`, or a wider `scope` than {config.scope!r} ("kind", "global").'
+        wider = get_args(Scope)[get_args(Scope).index(config.scope) + 1 :]
+        advice = f"Choose another `final_sparsity`{f', or a wider `scope`, of {list(wider)}' if wider else ''}."
         if most < sparsity * total - min(sizes) / 2:
             raise ConfigError(
                 f"`final_sparsity={sparsity}` with `granularity={config.granularity!r}` would leave a block "

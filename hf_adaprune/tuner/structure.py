@@ -244,7 +244,13 @@ def verified(model: Any, blocks: list[Block]) -> list[Block]:
     tried = tensor_sharing_copy(model)
     _watch(tried, blocks, produced, read)
     with torch.enable_grad():
-        tried.base_model(**dummy_inputs(model))
+        try:
+            tried.base_model(**dummy_inputs(model))
+        except (TypeError, ValueError) as error:
+            raise StructureError(
+                f"Neurons and heads are found by a forward pass over tokens, which {type(model).__name__} refused: "
+                f'{error} Use `granularity="weight"`.'
+            ) from error
         outputs = [output for block in blocks for name in block.producers for output in produced[name]]
         total = sum(read, torch.zeros((), requires_grad=True))
         found = iter(torch.autograd.grad(total, outputs, allow_unused=True) if outputs else ())
