@@ -388,24 +388,53 @@ def predict(trainer: Trainer, data: dict[str, datasets.Dataset], task: Task) -> 
                 path.write_text("\n".join(lines), encoding="utf-8")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the script with the flags in `argv`, by default those of the command line."""
+def parse(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     kinds = (ModelArguments, DataArguments, TrainingArguments)
     usage = "%(prog)s --model_name_or_path MODEL --output_dir FOLDER [flags]"
     parser = HfArgumentParser(kinds, description=__doc__, formatter_class=HelpFormatter, usage=usage)
     model_args, data_args, args, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     if unknown:
         raise InputError(f"Unknown flags: {' '.join(unknown)}. `--help` lists all flags.")
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
-    asked = [split for flag, split in SPLIT_OF_FLAG.items() if getattr(args, flag)]
-    if not asked:
+    if not (args.do_train or args.do_eval or args.do_predict):
         raise InputError("There is nothing to do: give `--do_train`, `--do_eval` or `--do_predict`.")
+    return model_args, data_args, args
+
+
+def check_combination(model_args: ModelArguments, args: TrainingArguments, callback: TrainerCallback | None) -> None:
+    """Raise if flags cannot be combined, before any data are read."""
+    is_frozen = isinstance(callback, AdaPruneCallback) and not isinstance(callback, TrainedWeightsCallback)
     if model_args.compact_first and args.push_to_hub:
         raise InputError(
             "`--push_to_hub` cannot be combined with `--compact_first`: during training, the base of the adapter is a "
             f"smaller model that is not on the Hub. Run `hf-adaprune push {args.output_dir} NAME` afterwards."
         )
+    if model_args.compact_first and args.do_train and not is_frozen:
+        raise InputError(
+            f"`--compact_first` needs a method that trains masks over frozen weights, got {model_args.method!r}. "
+            "Train with `--granularity neuron+head`, run `hf-adaprune export`, and use the folder that it wrote as "
+            "`--model_name_or_path`."
+        )
+    if model_args.compact_first and model_args.preset == "paper":
+        raise InputError("`--preset paper` replaces the model's head, as `--compact_first` cannot.")
+    if model_args.ablate and not (is_frozen and args.do_eval and not model_args.compact_first):
+        raise InputError(
+            "`--ablate` needs `--do_train`, `--do_eval` and a method that trains masks over frozen weights, without "
+            f"`--compact_first`; got `--method {model_args.method}`."
+        )
+
+
+def write_card(folder: str, task: Task, evaluated: dict[str, float]) -> None:
+    unscored = ("loss", "runtime", "samples", "per_second", "epoch")
+    scores = {name[5:]: value for name, value in evaluated.items() if not name.endswith(unscored)}
+    of: dict[str, Any] = {"dataset": "nyu-mll/glue", "dataset_config": task.name, "dataset_split": "validation"}
+    write_model_card(folder, metrics=scores, **(of if task.name in GLUE_COLUMNS else {}))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script with the flags in `argv`, by default those of the command line."""
+    model_args, data_args, args = parse(argv)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
     config = AdaPruneConfig.from_preset(
         model_args.preset,
         final_sparsity=model_args.final_sparsity,
@@ -413,20 +442,8 @@ def main(argv: list[str] | None = None) -> None:
         **({} if model_args.dropout is None else {"dropout": None}),  # the model's own, which is changed below
     )
     callback = make_callback(model_args.method, config) if args.do_train else None
-    is_frozen = isinstance(callback, AdaPruneCallback) and not isinstance(callback, TrainedWeightsCallback)
-    if model_args.compact_first and args.do_train and not is_frozen:
-        raise InputError(
-            f"`--compact_first` needs a method that trains masks over frozen weights, got {model_args.method!r}. "
-            "Train with `--granularity neuron+head`, run `hf-adaprune export`, and use the folder that it wrote as "
-            "`--model_name_or_path`."
-        )
-    if model_args.compact_first and config.head != "model":
-        raise InputError(f"`--preset {model_args.preset}` replaces the model's head, as `--compact_first` cannot.")
-    if model_args.ablate and not (is_frozen and args.do_eval and not model_args.compact_first):
-        raise InputError(
-            "`--ablate` needs `--do_train`, `--do_eval` and a method that trains masks over frozen weights, without "
-            f"`--compact_first`; got `--method {model_args.method}`."
-        )
+    check_combination(model_args, args, callback)
+    asked = [split for flag, split in SPLIT_OF_FLAG.items() if getattr(args, flag)]
     set_seed(args.seed)
     with args.main_process_first(desc="reading the data"):
         if args.do_train:
@@ -457,10 +474,7 @@ def main(argv: list[str] | None = None) -> None:
         predict(trainer, data, task)
     pruned_alone = isinstance(callback, AdaPruneCallback) and masked is trainer.model
     if pruned_alone and trainer.is_world_process_zero():
-        unscored = ("loss", "runtime", "samples", "per_second")
-        scores = {name[5:]: value for name, value in evaluated.items() if not name.endswith((*unscored, "epoch"))}
-        of: dict[str, Any] = {"dataset": "nyu-mll/glue", "dataset_config": task.name, "dataset_split": "validation"}
-        write_model_card(args.output_dir, metrics=scores, **(of if data_args.task_name else {}))
+        write_card(args.output_dir, task, evaluated)
     if args.do_eval and model_args.ablate:
         trainer.save_metrics("ablations", ablate(trainer))
     if watching:
