@@ -19,7 +19,6 @@ CURVES = {
     "adaprune": ("tab:blue", "-"),
     "longer": ("tab:blue", "--"),
     "small_batches": ("tab:blue", ":"),
-    "longer_small_batches": ("tab:blue", "-."),
     "paper": ("tab:purple", "-"),
     "smp": ("tab:cyan", "-"),
     "no_recovery": ("tab:pink", "-"),
@@ -31,8 +30,7 @@ CURVES = {
     "imp": ("tab:red", ":"),
     "movement": ("tab:olive", ":"),
 }
-# Methods that do not prune.
-LINES = {"finetune": "-", "finetune_small_batches": ":", "lora": "-.", "feature_extraction": "--"}
+LINES = {"finetune": "-", "lora": "-.", "feature_extraction": "--"}  # methods that do not prune
 
 # The methods shown by module. A method that prunes all matrices equally has nothing to show there, and one that trains
 # weights has the same masks under either score.

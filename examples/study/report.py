@@ -101,7 +101,7 @@ def table(results: Path) -> str:
 
 def summary(cells: Cells) -> str:
     """Return the summary table: one row per method, and for each core task one column per main sparsity."""
-    compared = (*UNPRUNED, "adaprune", *CURVES, *NO_DROPOUT)
+    compared = (*UNPRUNED, "adaprune", "small_batches", *CURVES, *NO_DROPOUT)
     header = [f"{TITLES[task]}, {sparsity:.0%}" for task in CORE for sparsity in TELLING]
     lines = [f"| {' | '.join(['', *header])} |", "| --- " * (len(header) + 1) + "|"]
     for method in ORDER:
