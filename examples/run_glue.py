@@ -415,7 +415,9 @@ def check_combination(model_args: ModelArguments, args: TrainingArguments, callb
             "`--model_name_or_path`."
         )
     if model_args.compact_first and model_args.preset == "paper":
-        raise InputError("`--preset paper` replaces the model's head, as `--compact_first` cannot.")
+        raise InputError(
+            "`--preset paper` replaces the model's head, which `--compact_first` needs: leave one of the two out."
+        )
     if model_args.ablate and not (is_frozen and args.do_eval and not model_args.compact_first):
         raise InputError(
             "`--ablate` needs `--do_train`, `--do_eval` and a method that trains masks over frozen weights, without "

@@ -151,6 +151,7 @@ def run_checks(model: nn.Module) -> None:
 
     Raises:
         AdapterFileError: If a loaded adapter is not the one that was saved.
+        NotPrunedError: If an adapter has the configuration of a stored one, but not its masks.
     """
     for module in model.modules():
         for hook in list(module._forward_pre_hooks.values()):

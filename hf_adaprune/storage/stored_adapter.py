@@ -186,7 +186,7 @@ def read_config(name: str, **hub: Any) -> AdaPruneConfig:
     if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
         raise AdapterNotFoundError(f"There is no adapter in the folder '{folder}': it has no {CONFIG_NAME}.")
     if not folder.is_dir() and (Path(name).exists() or not _is_name_on_hub(name)):
-        raise AdapterNotFoundError(f"There is no folder '{folder}', and {name!r} is no name on the Hub.")
+        raise AdapterNotFoundError(f"There is no folder '{folder}', and {name!r} is no name on the Hub: correct it.")
     try:
         config = PeftConfig.from_pretrained(name, **hub)
     except ConfigError as error:
