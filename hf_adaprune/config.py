@@ -103,7 +103,9 @@ class AdaPruneConfig(PeftConfig):
 
         base_fingerprint (`str`, *optional*): Written when an adapter is created: fingerprint of the base's weights.
         adapter_fingerprint (`str`, *optional*): Written when an adapter is saved: fingerprint of its masks and head.
-        labels_fingerprint (`str`, *optional*): Written when an adapter is saved: fingerprint of its labels.
+        labels_fingerprint (`str`, *optional*):
+            Written when an adapter is saved: fingerprint of its labels. It is compared when the file is read, and is
+            `None` in memory, where labels may be changed.
         model_config (`dict`, *optional*): Written when an adapter is created: the model's configuration.
         num_parameters (`int`, *optional*): Written when an adapter is created: number of parameters of the model.
         module_counts (`dict[str, list[int]]`, *optional*):
@@ -297,6 +299,9 @@ class AdaPruneConfig(PeftConfig):
         """Write `adapter_config.json`, atomically and with sorted keys, and the adapter's model card.
 
         Every way of saving an adapter calls this method.
+
+        Raises:
+            ConfigError: If the adapter's weights have just been saved as a pickle.
         """
         auto_mapping = kwargs.pop("auto_mapping_dict", None)
         output = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
@@ -331,7 +336,8 @@ class AdaPruneConfig(PeftConfig):
     ) -> AdaPruneConfig:
         """Read the configuration of a stored adapter, and check that its weights are complete and not a pickle.
 
-        `PeftConfig.from_pretrained` reads the same configuration without checking the weights.
+        Weights on the Hub are downloaded for that; if there are none, or they cannot be fetched, nothing is checked.
+        `PeftConfig.from_pretrained` reads the same configuration without looking at the weights.
 
         Raises:
             AdapterFileError: If the weights are a pickle, are truncated, or lack masks or the head.

@@ -2,8 +2,8 @@
 
 from importlib.metadata import version
 
-from packaging.version import Version
 from peft.utils import PeftType, register_peft_method
+from transformers.utils.versions import require_version
 
 
 MIN_PEFT_VERSION = "0.21.0"
@@ -15,11 +15,7 @@ def register() -> None:
     Raises:
         ImportError: If the installed PEFT is too old, or its registries have changed.
     """
-    installed = version("peft")
-    if Version(installed) < Version(MIN_PEFT_VERSION):
-        raise ImportError(
-            f"hf_adaprune needs peft >= {MIN_PEFT_VERSION}, found {installed}: run `pip install -U peft`."
-        )
+    require_version(f"peft>={MIN_PEFT_VERSION}", "hf_adaprune needs it: run `pip install -U peft`.")
     if "ADAPRUNE" in PeftType.__members__:
         return
 
@@ -31,7 +27,7 @@ def register() -> None:
         register_peft_method(name="adaprune", config_cls=AdaPruneConfig, model_cls=AdaPruneModel)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ImportError(
-            f"hf_adaprune cannot register its method with peft {installed}: peft has changed since "
+            f"hf_adaprune cannot register its method with peft {version('peft')}: peft has changed since "
             f"{MIN_PEFT_VERSION}, which works. Please report this with both versions."
         ) from error
 

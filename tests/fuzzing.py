@@ -18,10 +18,10 @@ import torch
 from mutations import CONFIG, WEIGHTS, Files, mutate
 from peft import PeftModel, get_peft_model
 from tiny import logits_of, make_model, train_masks
-from torch import nn
 
 from hf_adaprune import AdaPruneConfig
 from hf_adaprune.analysis import load_masks
+from hf_adaprune.choices import MaskCodec
 from hf_adaprune.errors import AdaPruneError
 from hf_adaprune.storage.checks import run_checks
 from hf_adaprune.storage.stored_adapter import read_adapter
@@ -99,6 +99,7 @@ def _by_transformers(base: Any, folder: str) -> Any:
     return base
 
 
+CODECS: tuple[MaskCodec, ...] = ("packed-bits-lsb", "auto")
 DOORS: tuple[Callable[[Any, str], Any], ...] = (_by_peft, _by_peft, _by_peft, _by_transformers)
 
 
@@ -128,23 +129,27 @@ class Fuzzer:
         for base in bases:
             base.bert.load_state_dict(trained.bert.state_dict())
         self.pickled = [pickle.dumps(base) for base in bases]  # several times as fast as `copy.deepcopy`
-        self.fresh: list[Any] = [None, None]
-        model = get_peft_model(trained, AdaPruneConfig())
+        model: Any = get_peft_model(trained, AdaPruneConfig())
         train_masks(model, steps=2)
-        model.save_pretrained(str(self.folder))
+        self.intact: list[Files] = []
+        for codec in CODECS:
+            model.peft_config["default"].mask_codec = codec
+            model.save_pretrained(str(self.folder))
+            self.intact.append({name: (self.folder / name).read_bytes() for name in (CONFIG, WEIGHTS)})
         self.logits, self.labels = logits_of(model), names
-        self.intact: Files = {name: (self.folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
-        self.on_disk: Files = dict(self.intact)
+        self.on_disk: Files = {}
         self.max_peak = HARD_LIMIT
         peaks = []
-        for number in range(2 * len(DOORS)):
-            assert self._judge(number) == "equal", "the intact adapter does not open"
+        for number in range(2 * len(DOORS) * len(CODECS)):
+            self._write(self.intact[number % len(CODECS)])
+            outcome = self._judge(number)
+            assert outcome == "equal", f"the intact adapter does not open: {outcome}"
             peaks.append(self.guard.peak)
         self.max_peak = 2 * max(peaks) + SLACK
 
     def run(self, number: int) -> str:
         """Open the copy of a number; return what came of it."""
-        kind, files = mutate(self.intact, self.seed, number)
+        kind, files = mutate(self.intact[number % len(CODECS)], self.seed, number)
         self._write(files)
         outcome = self._judge(number)
         self.outcomes[kind, outcome.partition(":")[0]] += 1
@@ -169,19 +174,25 @@ class Fuzzer:
         self.on_disk = files
 
     def _judge(self, number: int) -> str:
-        door, which = DOORS[number % len(DOORS)], number // len(DOORS) % 2
-        # Most cases leave it unused.
-        base = self.fresh[which] = self.fresh[which] or pickle.loads(self.pickled[which])
+        """Return what came of reading the adapter or, if nothing was wrong with it then, of opening it.
+
+        What cannot be read is opened all the same. Loaders may meet it before any code of the package does: then it
+        is enough that they fail, with an error of their own.
+        """
+        read = self._outcome(lambda: self._read(number))
+        door, which = DOORS[number // len(CODECS) % len(DOORS)], number // len(CODECS) // len(DOORS) % 2
+        base = pickle.loads(self.pickled[which])
+        opened = self._outcome(lambda: self._open(door, base))
+        if read == "equal" or ":" in read:
+            return opened if read == "equal" else read
+        kind, _, _ = opened.partition(":")
+        return read if kind in ("crash", "equal") or ":" not in opened else opened
+
+    def _outcome(self, action: Callable[[], str]) -> str:
         try:
             with warnings.catch_warnings(), self.guard():
                 warnings.simplefilter("ignore")
-                read_adapter(self.folder)
-                if number % 4 == 0:
-                    load_masks(self.folder)
-                self.fresh[which] = None
-                model = door(base, str(self.folder))
-                run_checks(base)
-            outcome = "equal" if self._is_equal(model) else "other model: it opens"
+                outcome = action()
         except AdaPruneError as error:
             outcome = type(error).__name__
         except EscapeError as error:
@@ -194,7 +205,17 @@ class Fuzzer:
             outcome = f"memory: {self.guard.peak} bytes"
         return outcome
 
-    def _is_equal(self, model: nn.Module) -> bool:
-        same = torch.equal(logits_of(model), self.logits)
+    def _read(self, number: int) -> str:
+        read_adapter(self.folder)
+        if number % 4 == 0 and number % len(CODECS) == 0:
+            load_masks(self.folder)
+        return "equal"
+
+    def _open(self, door: Callable[[Any, str], Any], base: Any) -> str:
+        model = door(base, str(self.folder))
+        run_checks(base)
+        if not isinstance(base.peft_config["default"], AdaPruneConfig):
+            return "of another method"
         config: Any = model.config
-        return same and config.id2label == self.labels
+        same = torch.equal(logits_of(model), self.logits) and config.id2label == self.labels
+        return "equal" if same else "other model: it opens"

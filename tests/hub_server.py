@@ -82,7 +82,7 @@ class Repo:
     """Hold a model repository: its commits, and the branches and pull requests that name them."""
 
     def __init__(self, name: str, private: bool = False) -> None:
-        self.name, self.private, self.gated = name, private, False
+        self.name, self.private = name, private
         first = Commit("initial commit", {".gitattributes": File(GIT_ATTRIBUTES.encode())})
         self.commits, self.refs = {first.oid: first}, {"refs/heads/main": first.oid}
 
@@ -232,7 +232,7 @@ class HubServer:
         return repo
 
     def _own(self, request: _HttpHandler) -> str:
-        """Return the name of a repository to create or delete, if that is the request's to do."""
+        """Return the name of a repository to create, if that is the request's to do."""
         account, wanted = self.tokens.get(request.token), request.json()
         if account is None:
             raise HubError(401, "Invalid username or password.")
@@ -257,10 +257,6 @@ class HubServer:
         self.repos[name] = Repo(name, private=wanted.get("visibility") == "private" or wanted.get("private") is True)
         return {"name": name, "url": f"{self.url}/{name}"}
 
-    @route("DELETE", "/api/repos/delete")
-    def _delete_repo(self, request: _HttpHandler) -> Any:
-        return {"deleted": self.repos.pop(self._open(request, self._own(request), write=True).name).name}
-
     @route("POST", "/api/validate-yaml")
     def _validate_card(self, request: _HttpHandler) -> Any:
         files = {"README.md": File(request.json()["content"].encode())}
@@ -282,7 +278,6 @@ class HubServer:
         info = {"id": repo, "author": repo.split("/")[0], "sha": commit.oid, "lastModified": commit.date}
         return info | {
             "private": opened.private,
-            "gated": opened.gated,
             "cardData": card,
             "library_name": library,
             "pipeline_tag": task,
@@ -308,20 +303,6 @@ class HubServer:
         if path and not entries:
             raise HubError(404, f'{path} does not exist on "{revision}"', "EntryNotFound")
         return list(entries.values())
-
-    @route("GET", "/api/models/{repo}/refs")
-    def _refs(self, request: _HttpHandler, repo: str) -> Any:
-        refs: dict[str, Any] = {"branches": [], "converts": [], "tags": [], "pullRequests": []}
-        for ref, oid in self._open(request, repo).refs.items():
-            kind = "branches" if ref.startswith("refs/heads/") else "pullRequests"
-            refs[kind].append({"name": ref.removeprefix("refs/heads/"), "ref": ref, "targetCommit": oid})
-        return refs
-
-    @route("GET", "/api/models/{repo}/commits/{revision}")
-    def _commits(self, request: _HttpHandler, repo: str, revision: str) -> Any:
-        commit = self._open(request, repo).at(revision)
-        about = {"message": "", "authors": [{"user": repo.split("/")[0]}]}
-        return [{"id": it.oid, "title": it.title, "date": it.date, **about} for it in (commit, *commit.history)]
 
     @route("POST", "/api/models/{repo}/branch/{branch}")
     def _create_branch(self, request: _HttpHandler, repo: str, branch: str) -> Any:
@@ -376,8 +357,6 @@ class HubServer:
         elif ref not in opened.refs:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         header, *operations = map(json.loads, request.body.splitlines())
-        if not base.oid.startswith(header["value"].get("parentCommit", "")):
-            raise HubError(412, "A commit has happened since. Please refresh and try again.")
         files = dict(base.files)
         for operation in operations:
             key, value = operation["key"], operation["value"]
@@ -401,10 +380,7 @@ class HubServer:
 
     @route("GET", "/{repo}/resolve/{revision}/{path}")
     def _resolve(self, request: _HttpHandler, repo: str, revision: str, path: str) -> Any:
-        opened, account = self._open(request, repo), self.tokens.get(request.token)
-        if opened.gated and (account is None or account.user != repo.split("/")[0]):
-            raise HubError(403 if account else 401, f"Access to model {repo} is restricted.", "GatedRepo")
-        commit = opened.at(revision)
+        commit = self._open(request, repo).at(revision)
         headers = {"X-Repo-Commit": commit.oid}
         if path not in commit.files:
             error = HubError(404, "Entry not found", "EntryNotFound")

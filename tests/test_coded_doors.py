@@ -197,3 +197,16 @@ def test_a_mask_that_declares_more_bytes_than_a_bit_a_weight_or_none_is_refused(
     path.write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="`mask_bytes` must map masks to sizes below one bit per weight"):
         load_base(base).load_adapter(str(folder))
+
+
+def test_no_more_memory_is_taken_for_a_mask_than_the_base_itself_justifies(
+    adapters: dict[str, Path], base: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(adapters["coded"], tmp_path / "copy"))
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["module_counts"] = {name: [0, 2**47] for name in config["module_counts"]}
+    config["mask_bytes"] = dict.fromkeys(config["mask_bytes"], 2**43)
+    path.write_text(json.dumps(config))
+    with pytest.raises(AdapterFileError, match="must take less than one bit for each of its"):
+        load_base(base).load_adapter(str(folder))

@@ -1,3 +1,4 @@
+import importlib.metadata
 import subprocess
 import sys
 
@@ -35,8 +36,8 @@ def test_registering_twice_does_nothing() -> None:
 
 
 def test_an_old_peft_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registration, "version", lambda package: "0.20.0")
-    with pytest.raises(ImportError, match=r"needs peft >= 0.21.0, found 0.20.0: run `pip install -U peft`"):
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.20.0")
+    with pytest.raises(ImportError, match=r"peft>=0.21.0 is required.*found peft==0.20.0.\n.*`pip install -U peft`"):
         registration.register()
 
 

@@ -67,14 +67,6 @@ def test_threads_are_set_for_the_time_of_the_measurement() -> None:
         assert torch.get_num_threads() == before
 
 
-def test_the_base_is_timed_without_masks_and_the_model_keeps_its_own() -> None:
-    model = pruned("weight")
-    before = logits_of(model)
-    assert torch.equal(logits_of(unmasked(model)), logits_of(make_model()))
-    assert torch.equal(logits_of(model), before)
-    assert not torch.equal(before, logits_of(make_model()))
-
-
 @pytest.mark.parametrize("is_merged", [False, True])
 def test_the_base_has_its_own_weights_and_head(is_merged: bool) -> None:
     model = make_model()

@@ -3,11 +3,13 @@
     python examples/benchmarks/fuzz.py --cases 200000
     python examples/benchmarks/fuzz.py --only 1234        # repeat one case, and print its outcome
 
-Each case takes an intact adapter of a tiny BERT, changes its folder in one way (`tests/mutations.py`), and opens it
-with `read_adapter` and then with PEFT or transformers. The outcome must be one of the package's own errors, or a model
-with the logits and labels of the intact one. Prints the number of cases by outcome, as a JSON line per kind of change
-and one for all; exits with an error if there was a fault: another model, another error, code run, a file written, more
-than five seconds of computing, or more than twice the memory of the intact adapter.
+Each case takes an intact adapter of a tiny BERT, with packed or coded masks, changes its folder in one way
+(`tests/mutations.py`), reads it with `read_adapter`, and opens it with PEFT or transformers, whether or not it could
+be read. The outcome must be one of the package's own errors, or a model with the logits and labels of the intact one;
+PEFT and transformers may fail with errors of their own on what `read_adapter` refuses. Prints the number of cases by
+outcome, as a JSON line per kind of change and one for all; exits with an error if there was a fault: another model,
+another error, code run, a file written, more than five seconds of computing, or more than twice the memory of the
+intact adapter.
 """
 
 import json

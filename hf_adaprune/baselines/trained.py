@@ -14,7 +14,7 @@ from ..config import AdaPruneConfig
 from ..errors import NotPrunedError
 from ..training.callback import AdaPruneCallback
 from ..tuner.head import head_modules
-from ..tuner.maskable import wrap
+from ..tuner.layer_types import wrap
 from ..tuner.masked_layers import adaprune_layers, has_masks
 from ..tuner.targets import resolve_targets
 

@@ -28,7 +28,7 @@ EXIT_CODES = {
 EXIT_CODES_HELP = (
     "Exit codes: 0 success; 1 refused, for the reason given; 2 wrong usage; 3 adapter, base, task or data not found, "
     "or the task does not fit; 4 damaged adapter, or one of another method; 5 wrong base; 6 the Hub refused the push "
-    "or the connection broke, and nothing was changed there. Errors go to stderr; with --json, all but those of code "
+    "or the connection broke, and no file was changed there. Errors go to stderr; with --json, all but those of code "
     "2 as a JSON object."
 )
 

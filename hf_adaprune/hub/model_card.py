@@ -15,6 +15,7 @@ from transformers.models.auto import modeling_auto
 from ..analysis import plot_sparsity, sparsity_report
 from ..config import AdaPruneConfig
 from ..errors import NotPrunedError
+from ..storage.stored_adapter import is_name_on_hub
 from .advice import speed_advice
 
 
@@ -25,7 +26,6 @@ CARD, PICTURE = "README.md", "sparsity.png"
 _UNFILLED = "[More Information Needed]"
 
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
-_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _PIPELINES = {
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
@@ -221,7 +221,7 @@ def _update(written: Any, card: Any) -> ModelCard:
 
 
 def _on_hub(name: Any) -> bool:
-    return isinstance(name, str) and not Path(name).exists() and _REPOSITORY.fullmatch(name) is not None
+    return isinstance(name, str) and is_name_on_hub(name) and not Path(name).exists()
 
 
 def _render(

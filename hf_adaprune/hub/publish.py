@@ -17,7 +17,6 @@ from transformers.utils import SAFE_WEIGHTS_NAME, PushToHubMixin, logging
 
 from ..errors import PushError
 from ..storage.stored_adapter import read_adapter
-from ..training.checkpoints import STATE_NAME
 from .model_card import CARD, describe_base, write_model_card, written_by_hand
 
 
@@ -28,7 +27,7 @@ PUSH_OPTIONS = ("commit_message", "create_pr", "private", "repo_id", "revision")
 
 # Files of a Trainer beside an adapter: pickles, results, and the state that it resumes from.
 _PICKLES = ("*.bin", "*.pt", "*.pth")
-_LEFT_OUT = (*_PICKLES, "*/*", ".*", "*.tmp", "*_results.json", TRAINER_STATE_NAME, SAFE_WEIGHTS_NAME, STATE_NAME)
+_LEFT_OUT = (*_PICKLES, "*/*", ".*", "*.tmp", "*_results.json", TRAINER_STATE_NAME, SAFE_WEIGHTS_NAME, "training_*")
 
 
 def push_adapter(

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, BaseMismatchError, ConfigError, NotPrunedError
 from ..tuner.head import PEFT_HEADS, body_name, head_modules, head_wrappers
+from ..tuner.hooks import pre_hooks
 from ..tuner.masked_layers import adaprune_layers, added_parameters, module_counts
+from ..tuner.masks import packed_size
 from ..tuner.sharding import is_sharded
 from .fingerprint import fingerprint, fingerprints_are_checked, matches
 
@@ -61,6 +63,22 @@ def check_base(model: nn.Module, adapter_name: str, config: AdaPruneConfig) -> N
             "before adding masks, and use the saved model as the base.) To open the adapter on this model anyway, "
             "use `hf_adaprune.skip_fingerprint_check()`."
         )
+
+
+def check_coded_sizes(model: nn.Module, config: AdaPruneConfig) -> None:
+    """Raise if a stored configuration declares a larger mask than the model's own layers justify: it is allocated.
+
+    Raises:
+        AdapterFileError: If a coded mask does not take less than one bit per weight of its layer.
+    """
+    modules = dict(model.named_modules())
+    for name, size in (config.mask_bytes or {}).items():
+        weight = getattr(getattr(modules.get(name), "base_layer", modules.get(name)), "weight", None)
+        if weight is not None and size >= packed_size(weight.numel()):
+            raise AdapterFileError(
+                f"The mask of {name!r} must take less than one bit for each of its {weight.numel()} weights, the "
+                f"stored configuration declares {size} bytes. Fetch the adapter again."
+            )
 
 
 def check_vocabulary(model: nn.Module, config: AdaPruneConfig) -> None:
@@ -154,9 +172,8 @@ def run_checks(model: nn.Module) -> None:
         NotPrunedError: If an adapter has the configuration of a stored one, but not its masks.
     """
     for module in model.modules():
-        for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, CheckOnce):
-                hook(module, ())
+        for check in pre_hooks(module, CheckOnce):
+            check(module, ())
 
 
 def head_keys(model: nn.Module, adapter_name: str) -> list[str]:

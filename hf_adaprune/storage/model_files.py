@@ -67,7 +67,7 @@ def load_checked(
     `PreTrainedModel.load_adapter` injects the adapter and then calls this method of the model. No other step gives
     access to the file, and so to its format, before it is loaded.
     """
-    forget_check(model)
+    restore_loading(model)
     for path in checkpoint_files or ():
         check_no_pickle(path)
         shapes = read_shapes(Path(path))
@@ -93,7 +93,7 @@ def _align_head(model: Any) -> None:
             parameter.data = parameter.data.clone()
 
 
-def forget_check(model: Any) -> None:
+def restore_loading(model: Any) -> None:
     """Restore a model's own way of loading weights."""
     for module in model.modules():
         vars(module).pop("_load_pretrained_model", None)

@@ -12,7 +12,7 @@ import transformers
 from huggingface_hub import EvalResult, HfApi, ModelCard, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, SafetensorsParsingError
-from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
@@ -185,7 +185,7 @@ def read_config(name: str, **hub: Any) -> AdaPruneConfig:
     folder = Path(name, hub.get("subfolder") or "")
     if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
         raise AdapterNotFoundError(f"There is no adapter in the folder '{folder}': it has no {CONFIG_NAME}.")
-    if not folder.is_dir() and (Path(name).exists() or not _is_name_on_hub(name)):
+    if not folder.is_dir() and (Path(name).exists() or not is_name_on_hub(name)):
         raise AdapterNotFoundError(f"There is no folder '{folder}', and {name!r} is no name on the Hub: correct it.")
     try:
         config = PeftConfig.from_pretrained(name, **hub)
@@ -207,7 +207,8 @@ def read_config(name: str, **hub: Any) -> AdaPruneConfig:
     return config
 
 
-def _is_name_on_hub(name: str) -> bool:
+def is_name_on_hub(name: str) -> bool:
+    """Return whether a text could be the name of a repository on the Hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:

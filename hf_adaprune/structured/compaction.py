@@ -22,7 +22,7 @@ from ..tuner.layer_average import LayerAverageHead
 from ..tuner.masked_layers import adaprune_layers, has_foreign_layers
 from ..tuner.merging import merged
 from ..tuner.structure import Block, features, find_blocks
-from ..tuner.targets import maskable
+from ..tuner.targets import linear_layers
 from .compact_model import MODEL_TYPE, config_class, model_class, plain_class
 from .shrink import compose_heads, keep_heads, keep_inputs, keep_outputs
 
@@ -63,9 +63,9 @@ def compact(model: Any) -> PreTrainedModel:
     config = active_config(base)
     kept, dense = kept_groups(base), merged(model)
     expected, before = hidden_states(dense), dense.num_parameters()
-    shapes = {name: features(module) for name, module in maskable(dense)}
+    shapes = {name: features(module) for name, module in linear_layers(dense)}
     heads = _remove_groups(dense, kept)
-    widths = {name: features(module) for name, module in maskable(dense) if features(module) != shapes[name]}
+    widths = {name: features(module) for name, module in linear_layers(dense) if features(module) != shapes[name]}
     is_stock = not heads and _try_stock_config(dense, shapes, widths)
     if not is_stock:
         _use_compact_class(dense, widths, heads)

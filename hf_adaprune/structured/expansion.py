@@ -37,7 +37,7 @@ def expand(small: Any, whole: Any) -> PreTrainedModel:
         head of `small`.
 
     Raises:
-        NotPrunedError: If `small` does not have exactly one active AdaPrune adapter.
+        NotPrunedError: If `small` does not have exactly one active AdaPrune adapter, or `whole` has none.
         CompactionError: If the active masks of `whole` prune no neuron or head as a whole, or one of the models is not
             a transformers model or has an adapter of another method.
         BaseMismatchError: If `small` is not `whole` compacted under its active masks.

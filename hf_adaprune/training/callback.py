@@ -51,6 +51,9 @@ class AdaPruneCallback(TrainerCallback):
             The configuration of an adapter to add; for a plain model `AdaPruneConfig()` by default.
         adapter_name (`str`): The adapter's name in the model.
 
+    Raises:
+        ConfigError: If the configuration is none for a new adapter.
+
     Example:
 
         >>> Trainer(model, args, train_dataset=data, callbacks=[AdaPruneCallback]).train()

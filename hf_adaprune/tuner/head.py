@@ -82,7 +82,7 @@ def plan_head(model: nn.Module, config: AdaPruneConfig) -> None:
     """Set `modules_to_save` to include the head and, for a new adapter, `model_config` and the task type.
 
     Args:
-        model (`torch.nn.Module`): The model that the adapter will be added to; an outdated `problem_type` is reset.
+        model (`torch.nn.Module`): The model that the adapter will be added to; not changed.
         config (`AdaPruneConfig`): The adapter's configuration; changed in place.
 
     Raises:
@@ -148,23 +148,25 @@ def _swap(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
 
 def _record(model: PreTrainedModel, config: AdaPruneConfig) -> None:
     name = type(model).__name__
-    if _is_of_another_head(model.config.problem_type, getattr(model, "num_labels", None), model.config.num_labels):
-        model.config.problem_type = None
     config.model_config = model.config.to_diff_dict() | {
         "architectures": [name],
         "model_type": model.config.model_type,
     }
+    if has_outdated_problem_type(model):
+        config.model_config.pop("problem_type")
     if config.task_type is None:
         config.task_type = _task_type(model)
     if config.task_type is None:
         config.auto_mapping = {"base_model_class": name, "parent_library": type(model).__module__}
 
 
-def _is_of_another_head(problem_type: str | None, former: int | None, num_labels: int) -> bool:
-    """Return whether `problem_type` was set by a forward pass while the model had another head."""
-    if problem_type == "regression":
-        return former == 1 and num_labels > 1
-    return problem_type == "single_label_classification" and num_labels == 1
+def has_outdated_problem_type(model: nn.Module) -> bool:
+    """Return whether `config.problem_type` was set by a forward pass while the model had another head."""
+    if not isinstance(model, PreTrainedModel):
+        return False
+    if model.config.problem_type == "regression":
+        return getattr(model, "num_labels", None) == 1 and model.config.num_labels > 1
+    return model.config.problem_type == "single_label_classification" and model.config.num_labels == 1
 
 
 def _task_type(model: PreTrainedModel) -> TaskType | None:

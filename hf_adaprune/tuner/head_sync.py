@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..config import AdaPruneConfig
 from ..labels import LABEL_FIELDS, default_labels, stored_labels
 from .head import head_wrappers
+from .hooks import pre_hooks
 from .layer import AdaPruneLayer
 from .masked_layers import adaprune_layers
 
@@ -96,7 +97,7 @@ def _labels(config: AdaPruneConfig | None) -> dict[str, Any] | None:
 
 def head_sync_of(model: nn.Module) -> HeadSync | None:
     """Return the `HeadSync` of a model; `None` if it has no masks, or is not a transformers model."""
-    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, HeadSync)), None)
+    return next(iter(pre_hooks(model, HeadSync)), None)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -21,17 +20,18 @@ from ..config import AdaPruneConfig
 from ..errors import ConfigError, MergeError, NoMatchingModuleError
 from ..hub.publish import push_with_card
 from ..storage.adapter_state import check_loaded, head_shapes, masks_to_store
-from ..storage.checks import CheckOnce, check_base, run_checks, vocabulary_size
+from ..storage.checks import CheckOnce, check_base, check_coded_sizes, run_checks, vocabulary_size
 from ..storage.fingerprint import fingerprints_are_checked
-from ..storage.model_files import forget_check, load_checked, save_weights_first
+from ..storage.model_files import load_checked, restore_loading, save_weights_first
 from .combine import How, combine_adapters
 from .dropout import restore_dropout
 from .groups import Groups
-from .head import check_architecture, check_modules_to_save, fitting_head, plan_head
+from .head import check_architecture, check_modules_to_save, fitting_head, has_outdated_problem_type, plan_head
 from .head_sync import SWITCH_METHODS, HeadSync, attach, check_one_head, detached_labels, head_sync_of
+from .hooks import pre_hooks
 from .layer import AdaPruneLayer
 from .layer_average import refuse_to_save
-from .maskable import wrap
+from .layer_types import wrap
 from .masked_layers import adaprune_layers, added_parameters, has_foreign_layers
 from .mixed_batch import mixed_batch
 from .pruner_reminder import remind_of_pruner, remove_reminder
@@ -91,7 +91,7 @@ class AdaPruneModel(BaseTuner):
 
     def _inject(
         self,
-        model: nn.Module,
+        model: Any,
         adapter_name: str,
         config: AdaPruneConfig,
         autocast_adapter_dtype: bool,
@@ -107,14 +107,18 @@ class AdaPruneModel(BaseTuner):
                 "call `unmerge_adapter()` first."
             )
         check_architecture(model, config)
+        outdated = config.model_config is None and has_outdated_problem_type(model)
         plan_head(model, config)
         check_modules_to_save(model, config)
         check_base(model, adapter_name, config)
+        check_coded_sizes(model, config)
         if config.num_parameters is None:
             config.num_parameters = _count_parameters(model)
         if state_dict is not None:
             config.target_modules = {key.rpartition(f".{self.prefix}")[0] for key in state_dict if self.prefix in key}
         self._plan(model, config)
+        if outdated:
+            model.config.problem_type = None
         targets = config.target_modules
         head_sync = (head_sync_of(model) or HeadSync(model)) if isinstance(model, PreTrainedModel) else None
         num_labels = None if head_sync is None else head_sync.base_num_labels
@@ -141,8 +145,7 @@ class AdaPruneModel(BaseTuner):
 
     def _plan(self, model: nn.Module, config: AdaPruneConfig) -> None:
         """Resolve which modules are masked, and find their groups if the granularity is structured."""
-        everywhere = config.target_modules in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND)
-        resolve_targets(model, config)
+        everywhere = resolve_targets(model, config)
         blocks = plan_blocks(model, config, everywhere)
         self._groups = {name: Groups.of(block, model) for name, block in blocks.items()}
         if not config.inference_mode:
@@ -233,9 +236,9 @@ class AdaPruneModel(BaseTuner):
                 self.set_adapter(kwargs["adapter_names"])
             self._check_merge_allowed()  # before anything is zeroed
             self._zero_producers(kwargs.get("adapter_names"))
-        for hook in list(self.model._forward_pre_hooks.values()):
-            if isinstance(hook, (HeadSync, CheckOnce)):
-                hook.handle.remove()
+        hooks: list[Any] = [*pre_hooks(self.model, HeadSync), *pre_hooks(self.model, CheckOnce)]
+        for hook in hooks:
+            hook.handle.remove()
         remove_reminder(self.model)
         plain = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         restore_dropout(plain)
@@ -283,7 +286,7 @@ class AdaPruneModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: AdaPruneConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        forget_check(model)  # it is for loading by transformers; PEFT has loaded this file itself
+        restore_loading(model)  # it is for loading by transformers; PEFT has loaded this file itself
         if config.masks_loaded and config.inference_mode:
             # In training this is allowed: the Trainer loads its best checkpoint in the same way.
             raise ConfigError(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .hooks import pre_hooks
 from .masked_layers import adaprune_layers
 
 
@@ -50,6 +51,6 @@ def remind_of_pruner(model: nn.Module, adapter_name: str) -> None:
 def remove_reminder(model: nn.Module, adapter_name: str | None = None) -> None:
     """Stop counting the training passes of an adapter; without a name, of all adapters."""
     for module in model.modules():
-        for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, PrunerReminder) and adapter_name in (None, hook.adapter_name):
-                hook.handle.remove()
+        for reminder in pre_hooks(module, PrunerReminder):
+            if adapter_name in (None, reminder.adapter_name):
+                reminder.handle.remove()

@@ -19,7 +19,7 @@ from ..config import AdaPruneConfig
 from ..errors import NoMatchingModuleError, StructureError
 from .example_inputs import dummy_inputs, tensor_sharing_copy
 from .head import body_name
-from .targets import maskable
+from .targets import linear_layers
 
 
 # (number of producer layers, total producer width / hidden width) -> kind of group: query, key and value in three
@@ -108,7 +108,7 @@ def check_patterns(model: nn.Module, config: AdaPruneConfig) -> None:
     if config.n_of_m is None:
         return
     chosen = {name: module for name, module in model.named_modules() if check_target_module_exists(config, name)}
-    offenders = {name: features(module)[0] for name, module in maskable(model) if name in chosen}
+    offenders = {name: features(module)[0] for name, module in linear_layers(model) if name in chosen}
     offenders = {name: inputs for name, inputs in offenders.items() if inputs % config.n_of_m[1]}
     embeddings = [
         name for name, module in chosen.items() if isinstance(getattr(module, "base_layer", module), nn.Embedding)
@@ -137,7 +137,7 @@ def find_blocks(model: Any, kinds: Collection[str]) -> dict[str, list[Block]]:
         StructureError: If the model has no numbered layers, or its configuration does not give the number of heads.
     """
     layers: dict[str, list[tuple[str, tuple[int, int]]]] = defaultdict(list)
-    for name, module in maskable(model):
+    for name, module in linear_layers(model):
         numbered = re.match(r"(.*\.\d+)\.", name)
         if numbered and name.startswith(body_name(model)):
             layers[numbered[1]].append((name, features(module)))
@@ -211,7 +211,7 @@ def _is_chosen(block: Block, config: AdaPruneConfig) -> bool:
 def _not_found(model: Any, layer: str, config: AdaPruneConfig, missing: set[str]) -> str:
     linears = {
         name.removeprefix(f"{layer}."): "{} -> {}".format(*features(module))
-        for name, module in maskable(model)
+        for name, module in linear_layers(model)
         if name.startswith(f"{layer}.")
     }
     return (

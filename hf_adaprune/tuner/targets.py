@@ -16,16 +16,19 @@ from ..config import AdaPruneConfig
 from ..errors import ConfigError, NoMatchingModuleError
 from .head import PEFT_HEADS, body_name, head_modules, output_embeddings
 from .layer import AdaPruneLayer
-from .maskable import Conv1DLinear, Linear, masked_class
+from .layer_types import Conv1DLinear, Linear, masked_class
 from .masked_layers import added_parameters, is_foreign
 
 
-def resolve_targets(model: Any, config: AdaPruneConfig) -> None:
+def resolve_targets(model: Any, config: AdaPruneConfig) -> bool:
     """Check the module names in the configuration, and set `target_modules` where the user left it open.
 
     Args:
         model (`torch.nn.Module`): The model.
         config (`AdaPruneConfig`): The configuration; `target_modules` is changed in place.
+
+    Returns:
+        `bool`: Whether `target_modules` asked for every linear layer of the body, by default or as `"all-linear"`.
 
     Raises:
         NoMatchingModuleError: If there is nothing to mask, or one of the names in `target_modules`, `exclude_modules`
@@ -34,9 +37,10 @@ def resolve_targets(model: Any, config: AdaPruneConfig) -> None:
     _check_names(model, "exclude_modules", config.exclude_modules)
     _check_names(model, "modules_to_save", set(config.modules_to_save or ()) - PEFT_HEADS)
     names = config.target_modules
-    if names is None or (isinstance(names, str) and names.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND):
+    everywhere = names is None or (isinstance(names, str) and names.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND)
+    if everywhere:
         trained = [*(config.modules_to_save or []), *head_modules(model)]
-        found = {name for name, module in maskable(model) if not _is_under(name, trained)}
+        found = {name for name, module in linear_layers(model) if not _is_under(name, trained)}
         names = {name for name in found if name.startswith(body_name(model))} - _headless_pooler(model)
     if config.mask_embeddings:
         embeddings = _input_embeddings(model)
@@ -51,6 +55,7 @@ def resolve_targets(model: Any, config: AdaPruneConfig) -> None:
                 "`target_modules`: `torch.nn.Linear`, `torch.nn.Embedding` and transformers' `Conv1D` can be masked."
             )
     config.target_modules = names
+    return everywhere
 
 
 def _input_embeddings(model: Any) -> str:
@@ -173,10 +178,10 @@ def no_match(names: object, endings: list[str]) -> str:
 def linear_endings(model: nn.Module) -> list[str]:
     """Return the last parts of the names of all modules that can be masked by default."""
     head = head_modules(model)
-    return sorted({name.rpartition(".")[2] for name, _ in maskable(model) if not _is_under(name, head)})
+    return sorted({name.rpartition(".")[2] for name, _ in linear_layers(model) if not _is_under(name, head)})
 
 
-def maskable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the names and modules of all maskable linear layers except a language model's output layer."""
     head = output_embeddings(model)
     wrapped: tuple[str, ...] = ()
@@ -197,7 +202,7 @@ def _headless_pooler(model: nn.Module) -> set[str]:
     # The pooler of a model without a head gets no gradient from most losses: it is not masked.
     if body_name(model):
         return set()
-    return {name for name, _ in maskable(model) if name == "pooler" or name.startswith("pooler.")}
+    return {name for name, _ in linear_layers(model) if name == "pooler" or name.startswith("pooler.")}
 
 
 def _ends_with(module: str, name: str) -> bool:
