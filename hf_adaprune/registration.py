@@ -6,16 +6,18 @@ from peft.utils import PeftType, register_peft_method
 from transformers.utils.versions import require_version
 
 
-MIN_PEFT_VERSION = "0.21.0"
+_MIN_PEFT = "0.21.0"
+_MIN_TRANSFORMERS = "5.18.0"  # older ones do not load the heads of adapters
 
 
 def register() -> None:
     """Register `AdaPruneConfig` and `AdaPruneModel` under the name `"ADAPRUNE"`, unless this was done before.
 
     Raises:
-        ImportError: If the installed PEFT is too old, or its registries have changed.
+        ImportError: If the installed PEFT or transformers is too old, or PEFT's registries have changed.
     """
-    require_version(f"peft>={MIN_PEFT_VERSION}", "hf_adaprune needs it: run `pip install -U peft`.")
+    for requirement in (f"peft>={_MIN_PEFT}", f"transformers>={_MIN_TRANSFORMERS}"):
+        require_version(requirement, f"hf_adaprune needs it: run `pip install '{requirement}'`.")
     if "ADAPRUNE" in PeftType.__members__:
         return
 
@@ -28,7 +30,7 @@ def register() -> None:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ImportError(
             f"hf_adaprune cannot register its method with peft {version('peft')}: peft has changed since "
-            f"{MIN_PEFT_VERSION}, which works. Please report this with both versions."
+            f"{_MIN_PEFT}, which works. Please report this with both versions."
         ) from error
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import dispatch_model
+from accelerate import cpu_offload, dispatch_model
 from doors import DOORS, load_base, logits_of, make_trainer, rows, save_base, train
 from peft import PeftModel, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
@@ -609,3 +609,15 @@ def test_a_base_that_accelerate_has_dispatched_is_refused() -> None:
     dispatch_model(model, {"": "cpu"}, force_hooks=True)
     with pytest.raises(ConfigError, match="must be on one device: accelerate has dispatched or offloaded it"):
         model.add_adapter(AdaPruneConfig())
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_a_model_with_masks_that_accelerate_offloads_is_refused(
+    used_before: bool, base_path: Path, adapter_path: Path
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(adapter_path).eval()
+    if used_before:
+        logits_of(model)
+    cpu_offload(model)
+    with pytest.raises(ConfigError, match="accelerate has offloaded them"):
+        logits_of(model)

@@ -266,7 +266,44 @@ def test_training_an_adapter_that_nothing_prunes_is_warned_of(tmp_path: Path, mo
     assert said == []
     for _ in range(2):
         trainer(fresh(wrapped=True), tmp_path / "d", max_steps=12).train()
-    assert [message.split(":")[0] for message in said] == ["Adapter 'default' is being trained without a `Pruner`"] * 2
+    # A second run of an adapter whose first had the callback.
+    again = fresh(wrapped=True)
+    trainer(again, tmp_path / "e", AdaPruneCallback, max_steps=2).train()
+    trainer(again, tmp_path / "f", max_steps=12).train()
+    assert [message.split(":")[0] for message in said] == ["Adapter 'default' is being trained without a `Pruner`"] * 3
+
+
+def test_the_best_of_a_second_adapter_is_its_own(tmp_path: Path) -> None:
+    model = fresh(wrapped=True)
+    model.config.num_labels = 4  # the second has another head
+    callback = AdaPruneCallback(AdaPruneConfig(final_sparsity=0.25), adapter_name="second")
+    options = {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 4, "load_best_model_at_end": True}
+    run = trainer(model, tmp_path, callback, **options)
+    run.train()
+    assert run.state.best_metric is not None
+    assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric)
+    assert sparsity_report(model, "second").sparsity == pytest.approx(0.25, abs=1e-3)
+    assert "load_adapter" not in vars(model)
+
+
+def test_a_run_that_is_resumed_at_its_last_step_is_pruned_to_its_target(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trainer(fresh(), tmp_path, AdaPruneCallback, Kill(9), save_steps=8).train()
+    model = fresh()
+    with pytest.warns(UserWarning, match=r"Training ended at a sparsity of 0\.\d+, below `final_sparsity=0.5`"):
+        trainer(model, tmp_path, AdaPruneCallback, num_train_epochs=1).train(resume_from_checkpoint=True)
+    assert sparsity_report(model).sparsity == 0.5
+
+
+def test_what_others_do_to_the_head_is_not_scaled(tmp_path: Path) -> None:
+    class Fill(TrainerCallback):
+        def on_step_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+            nn.init.constant_(model.classifier.modules_to_save["default"].bias, 0.5)
+
+    model = fresh()
+    trainer(model, tmp_path, AdaPruneCallback, Fill(), max_steps=1, learning_rate=1e-9).train()
+    head: Any = model.classifier.modules_to_save["default"]
+    torch.testing.assert_close(head.bias.detach(), torch.full_like(head.bias, 0.5))
 
 
 def test_an_adapter_that_no_run_has_pruned_is_told_of_as_it_is_saved(

@@ -234,6 +234,17 @@ def test_a_model_of_ones_own_is_mixed() -> None:
         torch.testing.assert_close(mixed[row], wanted[0])
 
 
+def test_only_the_models_own_forward_pass_is_mixed() -> None:
+    model, batch = make_mixed(), make_batch(size=len(NAMES))
+    plain = model.get_base_model()
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    with mixed_batch(plain, NAMES):
+        with pytest.raises(MixedBatchError, match="only the model's own forward pass"):
+            plain.bert(**inputs)
+        plain(**batch)
+    plain.bert(**inputs)
+
+
 def test_adapters_in_training_are_mixed_as_they_stand() -> None:
     model = get_peft_model(make_model(head="none"), AdaPruneConfig(), "x")
     train_masks(model, head="none", adapter_name="x")

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from peft import (
     PeftModel,
+    PeftModelForSeq2SeqLM,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -24,7 +25,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from tiny import HEADS, logits_of, make_batch, make_model, save_model, train_masks
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, BartConfig, BartForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from hf_adaprune import AdaPruneConfig, Pruner, sparsity_report
@@ -1049,3 +1050,11 @@ def test_merging_an_adapter_that_there_is_not_is_refused() -> None:
     with pytest.raises(MergeError, match=r"no adapter \['defualt'\] to merge; it has \['default'\]"):
         model.merge_and_unload(adapter_names=["defualt"])
     assert sparsity_report(model).sparsity > 0
+
+
+def test_the_task_type_of_an_encoder_and_a_decoder_is_accepted() -> None:
+    config = BartConfig(vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2)
+    config.decoder_attention_heads, config.encoder_ffn_dim, config.decoder_ffn_dim = 2, 16, 16
+    model = get_peft_model(BartForConditionalGeneration(config), AdaPruneConfig(task_type="SEQ_2_SEQ_LM"))
+    assert isinstance(model, PeftModelForSeq2SeqLM)
+    assert model.generate(input_ids=torch.ones(1, 4, dtype=torch.long), max_new_tokens=2).shape[0] == 1

@@ -35,9 +35,11 @@ def test_registering_twice_does_nothing() -> None:
     assert list(PeftType) == members
 
 
-def test_an_old_peft_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.20.0")
-    with pytest.raises(ImportError, match=r"peft>=0.21.0 is required.*found peft==0.20.0.\n.*`pip install -U peft`"):
+@pytest.mark.parametrize(("package", "old"), [("peft", "0.20.0"), ("transformers", "5.17.0")])
+def test_an_old_library_is_refused_with_a_sentence(package: str, old: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: old if name == package else version(name))
+    with pytest.raises(ImportError, match=rf"(?s)but found {package}=={old}.*pip install '{package}>="):
         registration.register()
 
 

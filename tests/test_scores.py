@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from hf_adaprune import AdaPruneConfig
+from hf_adaprune.choices import ScoreInit
 from hf_adaprune.tuner.scores import (
     elimination_ranks,
     initial_scores,
@@ -22,6 +23,19 @@ def test_weights_of_one_output_are_ranked_by_what_they_pass_on() -> None:
     expected = torch.tensor([[2.0, 0.0, 1.0], [2.0, 1.0, 0.0]])
     torch.testing.assert_close(wanda_ranks(weight, norm, input_dim=1), expected)
     torch.testing.assert_close(wanda_ranks(weight.T, norm, input_dim=0), expected.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_scores_are_float32_whatever_the_default(dtype: torch.dtype) -> None:
+    weight = torch.randn(4, 8)
+    kinds: tuple[ScoreInit, ...] = ("magnitude", "constant", "normal")
+    torch.set_default_dtype(dtype)
+    try:
+        scores = [initial_scores(weight, AdaPruneConfig(score_init=kind)) for kind in kinds]
+        scores += [wanda_ranks(weight, weight[0].abs(), input_dim=1), elimination_ranks(weight @ weight.T)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {score.dtype for score in scores} == {torch.float32}
 
 
 def test_groups_that_make_up_for_each_other_leave_together() -> None:

@@ -27,7 +27,7 @@ class InputMoments:
         hooks: list[RemovableHandle] = []
         for name, layer in self._layers.items():
             shape = [layer.in_features] * (1 if layer.groups(adapter_name) is None else 2)
-            self._totals[name] = torch.zeros(shape, device=layer.base_weight.device)
+            self._totals[name] = torch.zeros(shape, dtype=torch.float32, device=layer.base_weight.device)
             hooks.append(layer.register_forward_pre_hook(self._watch(layer, self._totals[name])))
         # No hooks remain even if a run is interrupted in its first step.
         self.close = weakref.finalize(self, _remove, hooks)

@@ -189,8 +189,10 @@ class AdaPruneCallback(TrainerCallback):
         """Raise before an optimizer step with NaN or infinite gradients; skip the updates of a finished run."""
         if self._running.finished:
             kwargs["optimizer"].zero_grad()  # a run resumed at its end changes nothing
-        # A gradient scaler expects overflows, and skips such steps by itself.
-        if not args.fp16:
+        if args.fp16:
+            # A gradient scaler expects overflows, and skips such steps by itself.
+            self._running.remember_head()
+        else:
             self._running.check_gradients()
 
     def on_step_end(

@@ -42,6 +42,9 @@ _OTHER_FILES = (ADAPTER_CONFIG, SAFETENSORS_WEIGHTS_NAME, REPOCARD_NAME, "tokeni
 def save_state_with_checkpoints(model: Any, num_processes: int, resumable: bool) -> None:
     """Make a model's `save_pretrained` also save, in a checkpoint, the training state that its adapter lacks.
 
+    The `load_adapter` of a `PeftModel` then finds in a checkpoint the adapter that it is asked for: the Trainer always
+    names the checkpoint's own folder, where PEFT saves the adapter "default".
+
     `on_save` would be too late: the Trainer calls it after it has deleted older checkpoints.
 
     Args:
@@ -53,13 +56,18 @@ def save_state_with_checkpoints(model: Any, num_processes: int, resumable: bool)
     if not hasattr(model, "save_pretrained"):
         return  # a custom class: the Trainer saves its whole state, with masks and scores
     model.save_pretrained = functools.partial(_save, model.save_pretrained, model, num_processes, resumable)
+    if isinstance(model, PeftModel):
+        model.load_adapter = functools.partial(_load_own, model.load_adapter)
 
 
 def stop_saving_state(model: Any) -> None:
-    """Restore a model's original `save_pretrained`."""
-    save = vars(model).get("save_pretrained")
-    if isinstance(save, functools.partial) and save.func is _save:
-        model.save_pretrained = save.args[0]
+    """Restore a model's original `save_pretrained` and `load_adapter`."""
+    for name, own in (("save_pretrained", _save), ("load_adapter", _load_own)):
+        method = vars(model).get(name)
+        if isinstance(method, functools.partial) and method.func is own:
+            delattr(model, name)
+            if method.args[0] != getattr(model, name):  # not that of its class
+                setattr(model, name, method.args[0])
 
 
 def _save(
@@ -89,6 +97,13 @@ def _save(
     (checkpoint / STATE_NAME).write_bytes(b"")
     save(save_directory, *args, **kwargs)
     _save_state(model, checkpoint / STATE_NAME, num_processes, resumable)
+
+
+def _load_own(
+    load: Callable[..., Any], /, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
+    own = Path(model_id, adapter_name)
+    return load(own if (own / ADAPTER_CONFIG).is_file() else model_id, adapter_name, *args, **kwargs)
 
 
 def _save_state(model: nn.Module, path: Path, num_processes: int, resumable: bool) -> None:

@@ -37,11 +37,13 @@ class HeadLearningRate:
                 "computes in half precision.",
                 stacklevel=3,
             )
-        self.remember()
+        self._previous = [parameter.detach().clone() for parameter in self.parameters]
 
+    @torch.no_grad()
     def remember(self) -> None:
         """Record the current head as the starting point of the next step."""
-        self._previous = [parameter.detach().clone() for parameter in self.parameters]
+        for parameter, previous in zip(self.parameters, self._previous, strict=True):
+            previous.copy_(parameter)
 
     def close(self) -> None:
         """Remove the hooks from the head."""

@@ -15,7 +15,6 @@ from ..storage.checks import check_statistics, check_vocabulary, run_checks
 from ..tuner.dropout import restore_dropout, set_dropout
 from ..tuner.masked_layers import adaprune_layers
 from ..tuner.masks import pack_mask, unpack_mask
-from ..tuner.pruner_reminder import remove_reminder
 from ..tuner.score_state import calibrate_scores, remake_scores, scale_scores
 from ..tuner.sharding import check_sharding, full_tensor, is_sharded
 from .calibration import InputMoments
@@ -36,6 +35,8 @@ class Pruner:
 
     Create it when the model is on its device and any adapter is loaded, and call `step` after each
     `optimizer.step()`. With Accelerate, pass it to `accelerator.register_for_checkpointing`.
+
+    In training, masks are not among the model's buffers: a running average of the model (`AveragedModel`) has none.
 
     Args:
         model (`torch.nn.Module`): A model with a trainable AdaPrune adapter, wrapped for training or not.
@@ -69,6 +70,7 @@ class Pruner:
             raise ValueError(f"`total_steps` must be at least 1, got {total_steps}.")
         self.model, self.layers = model, dict(adaprune_layers(model, adapter_name))
         self.adapter_name, self.total_steps, self.num_steps = adapter_name, total_steps, 0
+        self._has_stepped = False  # in this run; `num_steps` counts those of a resumed run too
         self._check_adapter()
         run_checks(model)  # before the masks change
         self.config: AdaPruneConfig = next(iter(self.layers.values())).config(adapter_name)
@@ -83,7 +85,6 @@ class Pruner:
         check_sharding(self._selector.scores(), self.config.granularity)
 
         self.config.pruner_token = self._token = object()
-        remove_reminder(model, adapter_name)
         self._prepare_scores()
         restore_dropout(model)  # an earlier run may have been interrupted
         if self.config.training_dropout is not None:
@@ -166,13 +167,14 @@ class Pruner:
         return any(scores.requires_grad for scores in self._selector.scores().values())
 
     def check_gradients(self) -> None:
-        """Raise before an optimizer step with NaN or infinite gradients.
+        """Raise before an optimizer step with NaN or infinite gradients; also does what `remember_head` does.
 
         Do not call it under a gradient scaler (float16), which expects overflows and skips such steps by itself.
 
         Raises:
             NonFiniteError: If a gradient of the scores or of the head is NaN or infinite.
         """
+        self.remember_head()
         gradients = [p.grad for p in (*self._selector.scores().values(), *self._head.parameters) if p.grad is not None]
         if gradients and not torch.isfinite(full_tensor(nn.utils.get_total_norm(gradients))):
             raise NonFiniteError(
@@ -180,20 +182,25 @@ class Pruner:
                 "was after that step and can be saved. Lower the learning rate, or look for bad values in the data."
             )
 
+    def remember_head(self) -> None:
+        """Record the head before an optimizer step: `step` scales only what has changed in it since."""
+        self._head.remember()
+
     @torch.no_grad()
     def step(self) -> None:
         """Update the masks from the scores, after an optimizer step.
 
         Raises:
-            ConfigError: If another `Pruner` was created for the adapter since.
+            ConfigError: If this `Pruner` was closed, or another was created for the adapter since.
             NotPrunedError: If, under `"threshold"`, more than `final_sparsity` is pruned before the first step.
             NonFiniteError: If a score is NaN or infinite; the masks of the previous step are kept.
             DivergenceError: If the processes have different masks (checked every 100 steps).
         """
         if self.config.pruner_token is not self._token:
             raise ConfigError(
-                f"Adapter {self.adapter_name!r} must be trained by one `Pruner`, but another was created for it "
-                "since: remove the second `AdaPruneCallback`, or the `Pruner` beside a callback."
+                f"Adapter {self.adapter_name!r} must be trained by one `Pruner`, but this one was finalized or "
+                "closed, or another was created since: remove the second `AdaPruneCallback`, or the `Pruner` beside a "
+                "callback; for another run, create a new `Pruner`."
             )
         if self.finished:
             if not self.num_steps:
@@ -209,6 +216,7 @@ class Pruner:
                 "step of the optimizer; with gradient accumulation that is not once per batch."
             )
         self.num_steps += 1
+        self._has_stepped = True
         self.config.has_pruner = True
         self._head.scale_last_step()
         self._calibrate()
@@ -256,12 +264,18 @@ class Pruner:
         self.close()
         for layer in self.layers.values():
             scale_scores(layer, self.adapter_name, 1.0)  # another run may follow
-        if not self.at_target:
+        # A run that was resumed at its end, as a shorter one, has taken no step at its target.
+        if not (self.at_target and self._has_stepped):
             self._prune_to_target()
         self.check_masks()
 
     def close(self) -> None:
-        """Remove the hooks from the model and restore its own dropout; the masks stay as they are."""
+        """Remove the hooks from the model and restore its own dropout; the masks stay as they are.
+
+        No `step` may follow.
+        """
+        if self.config.pruner_token is self._token:
+            self.config.pruner_token = None
         self._close_inputs()
         self._head.close()
         restore_dropout(self.model)

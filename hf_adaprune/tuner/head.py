@@ -32,11 +32,8 @@ _TASK_TYPES = {
 # Names that PEFT itself adds to `modules_to_save`, whether the model has such modules or not.
 PEFT_HEADS = {"classifier", "score", "qa_outputs"}
 
-# Methods that PEFT reads from the model for these task types.
-_GENERATES = {
-    "CAUSAL_LM": "prepare_inputs_for_generation",
-    "SEQ_2_SEQ_LM": "_prepare_encoder_decoder_kwargs_for_generation",
-}
+# For these task types PEFT needs a model that generates.
+_GENERATES = {TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM}
 
 
 def head_modules(model: nn.Module) -> list[str]:
@@ -190,7 +187,7 @@ def check_architecture(model: nn.Module, config: AdaPruneConfig) -> None:
         BaseMismatchError: If a stored adapter was made for a model of another class.
         ConfigError: If the task type is one of generating text, and the model cannot generate.
     """
-    if config.task_type in _GENERATES and not hasattr(model, _GENERATES[config.task_type]):
+    if config.task_type in _GENERATES and not hasattr(model, "prepare_inputs_for_generation"):
         raise ConfigError(
             f"`task_type={str(config.task_type)!r}` needs a model that generates text, got a {type(model).__name__}: "
             "omit `task_type`, or give that of the model."

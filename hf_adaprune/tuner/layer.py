@@ -12,6 +12,7 @@ from torch import nn
 
 from ..codec import decode_mask, encode_mask, is_coded
 from ..config import AdaPruneConfig
+from ..errors import ConfigError
 from .cached_weight import CachedWeight
 from .groups import Groups
 from .masks import SHORTEST, apply_mask, pack_mask, packed_ones, packed_size, unpack_mask
@@ -241,6 +242,11 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         if self.merged and self.disable_adapters:
             self.unmerge()
         weight = self.base_weight
+        if weight.is_meta and hasattr(self.get_base_layer(), "_hf_hook"):
+            raise ConfigError(
+                "A masked layer needs its weights in memory, but accelerate has offloaded them: do not offload or "
+                "dispatch a model with masks. `hf_adaprune.merged(model)` gives a plain model, which can be."
+            )
         if self.merged or self.disable_adapters:
             return weight
         names = self._active_masks()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 from transformers.pytorch_utils import Conv1D
 
 from ..config import AdaPruneConfig
@@ -23,8 +24,9 @@ class Linear(AdaPruneLayer):
     input_dim = 1
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_tracing()):
             # A short path, taken first: it is most of an adapter's overhead in the forward pass of a single sentence.
+            # The tracer compares a trace with gradients to one without, so it must not see two paths.
             built: CachedWeight | None = self._cached
             if built is not None and built.is_valid(self):
                 weight, base = built.product, self._modules["base_layer"]

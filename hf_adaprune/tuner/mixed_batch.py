@@ -29,7 +29,9 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
     the result is that of a separate batch per adapter. `peft_model(**batch, adapter_names=[...])` does the same. The
     masked weights of one adapter at a time are built, in each forward pass.
 
-    A loss is the mean over all labels of the batch. There is no cache, so `generate` is not supported.
+    A loss is the mean over all labels of the batch. Only the model's own forward pass knows the names: in the context,
+    its parts and other methods refuse to compute, and so does `generate`, as there is no cache. The names are those of
+    the rows that the model gets (`SentenceTransformer.encode` sorts texts by their length first).
 
     Args:
         model (`torch.nn.Module`): A transformers model with AdaPrune adapters, in evaluation mode.
@@ -37,7 +39,8 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
 
     Raises:
         MixedBatchError: If a name is unknown, heads have different sizes, or the model is in training mode or merged;
-            in the forward pass, if the number of names is not that of samples, or a cache is given.
+            in the forward pass, if the number of names is not that of samples, or a cache is given; and in any
+            computation with masked weights that is not the model's own forward pass.
 
     Example:
 
@@ -45,15 +48,31 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
         ...     logits = model(**batch).logits
     """
     _check(model, adapter_names)
-    own = vars(model).get("forward")
-    model.forward = functools.partial(_forward, model, model.forward, list(adapter_names))
+    own, gate = vars(model).get("forward"), _Gate()
+    handles = [layer.register_forward_pre_hook(gate) for _, layer in adaprune_layers(model)]
+    model.forward = functools.partial(_forward, model, model.forward, list(adapter_names), gate)
     try:
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         if own is None:
             del model.forward
         else:
             model.forward = own
+
+
+class _Gate:
+    """Forward pre-hook of masked layers that lets them compute only within the model's own forward pass."""
+
+    is_open = False
+
+    def __call__(self, layer: nn.Module, args: Any) -> None:
+        if not self.is_open:
+            raise MixedBatchError(
+                "In a mixed batch only the model's own forward pass computes each sample with its adapter: call the "
+                "model itself, not a part or another method of it, or use a separate batch for each adapter."
+            )
 
 
 def _check(model: nn.Module, adapter_names: Sequence[str]) -> None:
@@ -88,7 +107,7 @@ def _check(model: nn.Module, adapter_names: Sequence[str]) -> None:
 
 
 def _forward(
-    model: nn.Module, forward: Callable[..., Any], adapter_names: list[str], *args: Any, **kwargs: Any
+    model: nn.Module, forward: Callable[..., Any], adapter_names: list[str], gate: _Gate, *args: Any, **kwargs: Any
 ) -> Any:
     if kwargs.get("past_key_values") is not None:
         raise MixedBatchError("A mixed batch has no cache and cannot generate: generate for each adapter separately.")
@@ -105,7 +124,11 @@ def _forward(
     for name, rows in groups.items():
         part_args, part_kwargs = _take((args, kwargs), rows, size)
         with active_only(model, None if name == BASE else name):
-            parts.append(forward(*part_args, **part_kwargs))
+            gate.is_open = True
+            try:
+                parts.append(forward(*part_args, **part_kwargs))
+            finally:
+                gate.is_open = False
         weights.append(_num_scored(model, part_kwargs.get("labels"), len(rows)))
     order = torch.cat(list(groups.values())).argsort()
     return _put_together(parts, weights, order)

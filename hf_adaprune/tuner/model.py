@@ -34,7 +34,7 @@ from .layer_average import refuse_to_save
 from .layer_types import wrap
 from .masked_layers import adaprune_layers, added_parameters, has_foreign_layers
 from .mixed_batch import mixed_batch
-from .pruner_reminder import remind_of_pruner, remove_reminder
+from .pruner_reminder import remind_of_pruner, remove_reminders
 from .selection import check_reachable
 from .structure import check_patterns, plan_blocks
 from .targets import (
@@ -239,7 +239,7 @@ class AdaPruneModel(BaseTuner):
         hooks: list[Any] = [*pre_hooks(self.model, HeadSync), *pre_hooks(self.model, CheckOnce)]
         for hook in hooks:
             hook.handle.remove()
-        remove_reminder(self.model)
+        remove_reminders(self.model)
         plain = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         restore_dropout(plain)
         for module in plain.modules():

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .hooks import pre_hooks
+from .layer import AdaPruneLayer
 from .masked_layers import adaprune_layers
 
 
@@ -19,7 +20,7 @@ _PATIENCE = 10
 
 
 class PrunerReminder:
-    """Count the training passes of an adapter, and log a warning if no `Pruner` is created for it."""
+    """Count the training passes of an adapter, and log a warning if they are made without a `Pruner`."""
 
     def __init__(self, adapter_name: str) -> None:
         self.adapter_name = adapter_name
@@ -32,14 +33,19 @@ class PrunerReminder:
         self.num_passes += 1
         if self.num_passes < _PATIENCE:
             return
+        self.num_passes = 0
         layers = [layer for _, layer in adaprune_layers(model, self.adapter_name)]
-        if any(self.adapter_name in layer.active_adapters and not layer.disable_adapters for layer in layers):
+        if any(_is_trained_alone(layer, self.adapter_name) for layer in layers):
             logger.warning(
                 f"Adapter {self.adapter_name!r} is being trained without a `Pruner`: its masks do not change. Pass "
                 "`callbacks=[AdaPruneCallback]` to the Trainer, or use a `Pruner` in your own training loop."
             )
             self.handle.remove()
-        self.num_passes = 0  # another adapter was trained
+
+
+def _is_trained_alone(layer: AdaPruneLayer, adapter_name: str) -> bool:
+    is_active = adapter_name in layer.active_adapters and not layer.disable_adapters
+    return is_active and layer.config(adapter_name).pruner_token is None
 
 
 def remind_of_pruner(model: nn.Module, adapter_name: str) -> None:
@@ -48,9 +54,8 @@ def remind_of_pruner(model: nn.Module, adapter_name: str) -> None:
     reminder.handle = model.register_forward_pre_hook(reminder)
 
 
-def remove_reminder(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Stop counting the training passes of an adapter; without a name, of all adapters."""
+def remove_reminders(model: nn.Module) -> None:
+    """Stop counting the training passes of a model's adapters."""
     for module in model.modules():
         for reminder in pre_hooks(module, PrunerReminder):
-            if adapter_name in (None, reminder.adapter_name):
-                reminder.handle.remove()
+            reminder.handle.remove()

@@ -9,7 +9,7 @@ def magnitude_ranks(weight: torch.Tensor) -> torch.Tensor:
     """Return the ranks of |w|, ties in order of position, spread evenly over [0, 2] (float32, the weight's shape)."""
     flat = weight.detach().reshape(-1).abs()
     ranks = torch.empty(flat.numel(), dtype=torch.float32, device=flat.device)
-    ranks[flat.argsort(stable=True)] = torch.linspace(0, 2, flat.numel(), device=flat.device)
+    ranks[flat.argsort(stable=True)] = torch.linspace(0, 2, flat.numel(), dtype=torch.float32, device=flat.device)
     return ranks.view(weight.shape)
 
 
@@ -29,7 +29,7 @@ def wanda_ranks(weight: torch.Tensor, input_norm: torch.Tensor, input_dim: int) 
     """
     importance = weight.detach().float().abs().movedim(input_dim, -1) * input_norm
     num_inputs = importance.shape[-1]
-    spread = torch.linspace(0, 2, num_inputs, device=weight.device).expand_as(importance)
+    spread = torch.linspace(0, 2, num_inputs, dtype=torch.float32, device=weight.device).expand_as(importance)
     ranks = torch.empty_like(importance).scatter_(-1, importance.argsort(dim=-1, stable=True), spread)
     return ranks.movedim(-1, input_dim).contiguous()
 
@@ -55,8 +55,8 @@ def elimination_ranks(interactions: torch.Tensor) -> torch.Tensor:
         order[place] = group = added.argmin()
         added += 2 * interactions[group]
         added[group] = torch.inf
-    ranks = torch.empty(num_groups, device=interactions.device)
-    ranks[order] = torch.linspace(0, 2, num_groups, device=interactions.device)
+    ranks = torch.empty(num_groups, dtype=torch.float32, device=interactions.device)
+    ranks[order] = torch.linspace(0, 2, num_groups, dtype=torch.float32, device=interactions.device)
     return ranks
 
 
@@ -79,9 +79,9 @@ def initial_scores(weight: torch.Tensor, config: AdaPruneConfig) -> torch.Tensor
         # Replaced by Wanda's ranks when inputs are known (`Pruner.step`).
         scores = magnitude_ranks(weight)
     elif config.score_init == "constant":
-        scores = torch.full(weight.shape, 0.01, device=weight.device)
+        scores = torch.full(weight.shape, 0.01, dtype=torch.float32, device=weight.device)
     else:
-        scores = torch.normal(0.01, 0.001, weight.shape, device=weight.device)
+        scores = torch.normal(0.01, 0.001, weight.shape, dtype=torch.float32, device=weight.device)
     return scores / config.score_lr_ratio
 
 
