@@ -33,6 +33,16 @@ _WRITTEN_FOR_MASKS = (
 
 
 @dataclass
+class InMemory:
+    """What has become of an adapter in memory: never stored, and new for each model that the adapter is added to."""
+
+    masks_loaded: bool = False  # into its layers
+    has_pruner: bool = False  # a `Pruner` has computed its masks
+    pruner_token: object = None  # of the latest `Pruner`, until that is closed: only that one may train
+    vocab_size: int | None = None  # of the model when masks were added
+
+
+@dataclass
 class AdaPruneConfig(PeftConfig):
     """Configure how a frozen model is adapted to a task by pruning alone.
 
@@ -176,10 +186,7 @@ class AdaPruneConfig(PeftConfig):
         self.peft_type = PeftType("ADAPRUNE")
         # Whether this was read from a stored adapter. Decided here: saving sets `module_counts` in memory too.
         self.is_stored = self.module_counts is not None
-        self.masks_loaded = False  # whether masks have been loaded into the layers
-        self.has_pruner = False  # whether a `Pruner` has computed masks
-        self.pruner_token: object = None  # of the latest `Pruner`: only that one may train
-        self.vocab_size: int | None = None  # of the model that the masks are on
+        self.in_memory = InMemory()
         problems = mistyped(self) or problems_of_storage(self) or problems_of_values(self)
         if problems:
             raise ConfigError("\n".join(problems))

@@ -87,12 +87,12 @@ def check_vocabulary(model: nn.Module, config: AdaPruneConfig) -> None:
     Raises:
         ConfigError: If the vocabulary size has changed.
     """
-    sizes = {vocabulary_size(module) for module in model.modules()} - {None}
-    if sizes and config.vocab_size is not None and config.vocab_size not in sizes:
+    sizes, before = {vocabulary_size(module) for module in model.modules()} - {None}, config.in_memory.vocab_size
+    if sizes and before is not None and before not in sizes:
         raise ConfigError(
-            f"The model has {sizes.pop()} tokens, but had {config.vocab_size} when masks were added: an adapter "
-            "stores no embeddings, so no base would fit it. Call `resize_token_embeddings` before adding masks, save "
-            "the model, and use the saved model as the base."
+            f"The model has {sizes.pop()} tokens, but had {before} when masks were added: an adapter stores no "
+            "embeddings, so no base would fit it. Call `resize_token_embeddings` before adding masks, save the model, "
+            "and use the saved model as the base."
         )
 
 

@@ -65,7 +65,7 @@ def expand(small: Any, whole: Any) -> PreTrainedModel:
     base.add_adapter(config)
     for module, layer in adaprune_layers(base):
         layer.adaprune_mask["default"].copy_(pack_mask(masks[module]))
-    base.peft_config["default"].masks_loaded = True
+    base.peft_config["default"].in_memory.masks_loaded = True
     for module, state in (_trained_whole(whole) | _trained_whole(small)).items():
         trained: Any = base.get_submodule(module)
         trained.modules_to_save["default"].load_state_dict(state)

@@ -118,7 +118,7 @@ class AdaPruneCallback(TrainerCallback):
         if self.adapter_name in names:
             for _, layer in adaprune_layers(model, self.adapter_name):
                 # Set again when a checkpoint is loaded: see `_check_resumed`.
-                layer.config(self.adapter_name).masks_loaded = False
+                layer.config(self.adapter_name).in_memory.masks_loaded = False
             return
         if self.config is None:
             raise ConfigError(
@@ -274,7 +274,7 @@ class AdaPruneCallback(TrainerCallback):
 
 def _check_resumed(pruner: Pruner, num_steps: int) -> None:
     """Raise if a run resumes within its schedule, but its masks were not loaded from the checkpoint."""
-    if num_steps and pruner.trains_scores and not pruner.config.masks_loaded:
+    if num_steps and pruner.trains_scores and not pruner.config.in_memory.masks_loaded:
         raise NotPrunedError(
             f"The run resumes after {num_steps} of {pruner.total_steps} steps, but its checkpoint has no masks "
             "under the names of this model. Resume with the same form of model (wrapped by `get_peft_model` or not) "

@@ -84,7 +84,7 @@ class Pruner:
         self._selector = MaskSelector(self.layers, adapter_name, self.config)
         check_sharding(self._selector.scores(), self.config.granularity)
 
-        self.config.pruner_token = self._token = object()
+        self.config.in_memory.pruner_token = self._token = object()
         self._prepare_scores()
         restore_dropout(model)  # an earlier run may have been interrupted
         if self.config.training_dropout is not None:
@@ -196,7 +196,7 @@ class Pruner:
             NonFiniteError: If a score is NaN or infinite; the masks of the previous step are kept.
             DivergenceError: If the processes have different masks (checked every 100 steps).
         """
-        if self.config.pruner_token is not self._token:
+        if self.config.in_memory.pruner_token is not self._token:
             raise ConfigError(
                 f"Adapter {self.adapter_name!r} must be trained by one `Pruner`, but this one was finalized or "
                 "closed, or another was created since: remove the second `AdaPruneCallback`, or the `Pruner` beside a "
@@ -217,7 +217,7 @@ class Pruner:
             )
         self.num_steps += 1
         self._has_stepped = True
-        self.config.has_pruner = True
+        self.config.in_memory.has_pruner = True
         self._head.scale_last_step()
         self._calibrate()
         self._settle()
@@ -274,8 +274,8 @@ class Pruner:
 
         No `step` may follow.
         """
-        if self.config.pruner_token is self._token:
-            self.config.pruner_token = None
+        if self.config.in_memory.pruner_token is self._token:
+            self.config.in_memory.pruner_token = None
         self._close_inputs()
         self._head.close()
         restore_dropout(self.model)
@@ -299,7 +299,7 @@ class Pruner:
 
         Whole groups are pruned to the nearest number possible.
         """
-        self.config.has_pruner = True
+        self.config.in_memory.has_pruner = True
         self._set(self._selector.at_sparsity(sparsity))
 
     def pop_flip_rate(self) -> float:

@@ -66,7 +66,7 @@ def combine_adapters(
         layer.adaprune_mask[new_name].copy_(pack_mask(masks[name]))
     pruned, total = zip(*(layer.pruned_and_total(new_name) for layer in layers.values()), strict=True)
     stored = base.peft_config[new_name]
-    stored.final_sparsity, stored.masks_loaded = sum(pruned) / sum(total), True
+    stored.final_sparsity, stored.in_memory.masks_loaded = sum(pruned) / sum(total), True
     for wrapper in wrappers:
         if head in wrapper.modules_to_save:
             wrapper.modules_to_save[new_name].load_state_dict(wrapper.modules_to_save[head].state_dict())

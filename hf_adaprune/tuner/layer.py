@@ -329,7 +329,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
                 self.adaprune_mask[name] = torch.empty_like(stored, device=self.adaprune_mask[name].device)
             self._unpacked.pop(name, None)
             self._cached = None
-            self._configs[name].masks_loaded = True
+            self._configs[name].in_memory.masks_loaded = True
             scores_key = f"{prefix}adaprune_scores.{name}"
             if scores_key in state_dict:
                 # A training checkpoint: the adapter no longer has to match what was saved.

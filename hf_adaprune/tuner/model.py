@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..config import AdaPruneConfig
+from ..config import AdaPruneConfig, InMemory
 from ..errors import ConfigError, MergeError, NoMatchingModuleError
 from ..hub.publish import push_with_card
 from ..storage.adapter_state import check_loaded, head_shapes, masks_to_store
@@ -79,8 +79,7 @@ class AdaPruneModel(BaseTuner):
         # Copied, as fields are filled in for this adapter, and the caller may use the original again.
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         # The configuration may be that of another adapter, used again.
-        config.masks_loaded = config.has_pruner = False
-        config.pruner_token, config.vocab_size = None, vocabulary_size(model)
+        config.in_memory = InMemory(vocab_size=vocabulary_size(model))
         try:
             self._inject(model, adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
@@ -287,7 +286,7 @@ class AdaPruneModel(BaseTuner):
         cls, model: nn.Module, config: AdaPruneConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         restore_loading(model)  # it is for loading by transformers; PEFT has loaded this file itself
-        if config.masks_loaded and config.inference_mode:
+        if config.in_memory.masks_loaded and config.inference_mode:
             # In training this is allowed: the Trainer loads its best checkpoint in the same way.
             raise ConfigError(
                 f"There is an adapter {adapter_name!r} on the model already. Load this one under another name, or "

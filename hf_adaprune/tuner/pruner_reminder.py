@@ -45,7 +45,7 @@ class PrunerReminder:
 
 def _is_trained_alone(layer: AdaPruneLayer, adapter_name: str) -> bool:
     is_active = adapter_name in layer.active_adapters and not layer.disable_adapters
-    return is_active and layer.config(adapter_name).pruner_token is None
+    return is_active and layer.config(adapter_name).in_memory.pruner_token is None
 
 
 def remind_of_pruner(model: nn.Module, adapter_name: str) -> None:
