@@ -194,6 +194,7 @@ class AdaPruneConfig(PeftConfig):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
         # Compared above, and only once: from here on the labels may be changed.
+        self.has_checked_labels = self.labels_fingerprint is not None or self.model_config is None
         self.labels_fingerprint = None
 
     @property

@@ -363,6 +363,10 @@ def with_half_the_targets(folder: Path) -> None:
     edit_config(folder, target_modules=["query", "key"])
 
 
+def without_the_labels_fingerprint(folder: Path) -> None:
+    edit_config(folder, labels_fingerprint=None)
+
+
 def only_pickled(folder: Path) -> None:
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
     (folder / WEIGHTS).unlink()
@@ -386,6 +390,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     with_a_head_of_another_size: "does not fit the head.*classifier.weight.*Fetch",
     with_more_to_save: "require the tensors .*embeddings.*does not list.*Fetch",
     without_fingerprints: "must have the fingerprints.*lacks one.*Fetch.*skip_fingerprint_check",
+    without_the_labels_fingerprint: "must have the fingerprints.*lacks one.*Fetch.*skip_fingerprint_check",
     with_another_fingerprint: "not those that were saved.*Fetch",
     with_half_the_targets: "not those that were saved.*Fetch",
     only_pickled: "adapter_model.bin is a pickle, and pickles are not read.*safe_serialization",

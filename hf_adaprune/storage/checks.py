@@ -32,11 +32,11 @@ def check_base(model: nn.Module, adapter_name: str, config: AdaPruneConfig) -> N
         AdapterFileError: If a stored configuration lacks one of its fingerprints.
         BaseMismatchError: If the base has other weights than those that the adapter was made for.
     """
-    unchecked = config.is_stored and not (config.base_fingerprint and config.adapter_fingerprint)
-    if unchecked and fingerprints_are_checked():
+    complete = config.base_fingerprint and config.adapter_fingerprint and config.has_checked_labels
+    if config.is_stored and not complete and fingerprints_are_checked():
         raise AdapterFileError(
-            f"The configuration of adapter {adapter_name!r} must have the fingerprints of its base and of its masks "
-            "that it was saved with, and lacks one. Fetch the adapter again, or open it unchecked inside "
+            f"The configuration of adapter {adapter_name!r} must have the fingerprints of its base, its masks and its "
+            "labels that it was saved with, and lacks one. Fetch the adapter again, or open it unchecked inside "
             "`hf_adaprune.skip_fingerprint_check()`."
         )
     weights = _body_weights(model, config)
