@@ -52,7 +52,7 @@ class AdaPruneCallback(TrainerCallback):
         adapter_name (`str`): The adapter's name in the model.
 
     Raises:
-        ConfigError: If the configuration is none for a new adapter.
+        ConfigError: If `config` is not an `AdaPruneConfig`, or is that of a stored adapter.
 
     Example:
 
