@@ -51,16 +51,17 @@ class HeadSync:
     def follow(self, model: Any, configs: Mapping[str, Any]) -> None:
         """Set head and labels to those of the active masks."""
         enabled = not self.layers[0].disable_adapters
-        names = [name for name in self.layers[0].active_adapters if enabled and _is_ours(configs.get(name))]
+        names = [name for name in self.layers[0].active_adapters if _is_ours(configs.get(name))]
         for head in self.heads:
             if any(name in configs and not _is_ours(configs[name]) for name in head.active_adapters):
                 continue  # an adapter of another method controls this head
             if head.disable_adapters == enabled:
                 head.enable_adapters(enabled)
             active = [name for name in names if name in head.modules_to_save]
-            if enabled and head.active_adapters != active:
-                head.set_adapter(active, inference_mode=all(configs[name].inference_mode for name in active))
-        config = configs[names[0]] if names else None
+            if head.active_adapters != active:
+                frozen = not enabled or all(configs[name].inference_mode for name in active)
+                head.set_adapter(active, inference_mode=frozen)
+        config = configs[names[0]] if enabled and names else None
         if config is not self.shown:
             self.record(model)
             self.show(model, config)
@@ -180,15 +181,25 @@ def check_one_head(heads: Iterable[ModulesToSaveWrapper], names: str | Sequence[
         )
 
 
+def still_active(active: Sequence[str], configs: Mapping[str, Any]) -> list[str]:
+    """Return the adapters to activate in all layers after a deletion: those left, or the one that PEFT would choose.
+
+    PEFT leaves the choice to each layer, but layers do not all have the same adapters.
+    """
+    if not active:
+        return []
+    return [name for name in active if name in configs] or sorted(configs)[:1]
+
+
 def _switch(name: str, model: Any, head_sync: HeadSync, *args: Any, **kwargs: Any) -> None:
     """Call transformers' method, and update head and labels at once.
 
     They cannot wait for the next forward pass: the backward pass of an earlier loss may come first.
     """
+    active = [*head_sync.layers[0].active_adapters]
     getattr(type(model), name)(model, *args, **kwargs)
-    left = [adapter for adapter in head_sync.layers[0].active_adapters if adapter in getattr(model, "peft_config", {})]
-    if name == "delete_adapter" and left:
-        _set_adapter(model, head_sync, left)  # each layer has chosen a replacement independently
+    if name == "delete_adapter" and (left := still_active(active, getattr(model, "peft_config", {}))):
+        _set_adapter(model, head_sync, left)
     head_sync(model)
     if not getattr(model, "peft_config", {}):
         head_sync.on_last_adapter_deleted(model)

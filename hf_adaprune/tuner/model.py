@@ -27,7 +27,15 @@ from .combine import How, combine_adapters
 from .dropout import restore_dropout
 from .groups import Groups
 from .head import check_architecture, check_modules_to_save, fitting_head, has_outdated_problem_type, plan_head
-from .head_sync import SWITCH_METHODS, HeadSync, attach, check_one_head, detached_labels, head_sync_of
+from .head_sync import (
+    SWITCH_METHODS,
+    HeadSync,
+    attach,
+    check_one_head,
+    detached_labels,
+    head_sync_of,
+    still_active,
+)
 from .hooks import pre_hooks
 from .layer import AdaPruneLayer
 from .layer_average import refuse_to_save
@@ -210,11 +218,11 @@ class AdaPruneModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, also from layers whose names contain `prefix`, which PEFT skips."""
+        active = [*self.active_adapters]
         super().delete_adapter(adapter_name)
         for _, layer in adaprune_layers(self.model, adapter_name):
             layer.delete_adapter(adapter_name)
-        if names := [name for name in self.active_adapters if name in self.peft_config]:
-            # Each layer has chosen a replacement independently.
+        if names := still_active(active, self.peft_config):
             self.set_adapter(names, all(self.peft_config[name].inference_mode for name in names))
         self._follow()
 
