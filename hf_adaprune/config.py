@@ -37,6 +37,7 @@ class InMemory:
     """What has become of an adapter in memory: never stored, and new for each model that the adapter is added to."""
 
     masks_loaded: bool = False  # into its layers
+    scores_loaded: bool = False  # from a checkpoint, at the latest loading
     has_pruner: bool = False  # a `Pruner` has computed its masks
     pruner_token: object = None  # of the latest `Pruner`, until that is closed: only that one may train
     vocab_size: int | None = None  # of the model when masks were added

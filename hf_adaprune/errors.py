@@ -63,6 +63,10 @@ class PushError(AdaPruneError, ConnectionError):
     """The Hub refused a push, or the connection failed: no file was changed there."""
 
 
+class CardError(AdaPruneError, ValueError):
+    """A model card cannot be read, or a score for it is not a number."""
+
+
 class TaskError(AdaPruneError, ValueError):
     """The task is unknown, its data cannot be read, or the model's head does not fit it."""
 

@@ -171,7 +171,7 @@ def _is_list_of(kind: type, value: Any) -> bool:
 
 
 def _are_counts(value: Any) -> bool:
-    return _is_list_of(int, value) and len(value) == 2 and 0 <= value[0] <= value[1] < _MAX_WEIGHTS
+    return _is_list_of(int, value) and len(value) == 2 and 0 <= value[0] <= value[1] and 0 < value[1] < _MAX_WEIGHTS
 
 
 _KINDS: dict[str, Callable[[Any], bool]] = {

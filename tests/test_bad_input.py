@@ -428,6 +428,7 @@ def test_a_damaged_adapter_never_computes(
         ({"model_config": None}, "labels in `model_config` are not those that were saved"),
         ({"labels_fingerprint": "0" * 32}, "labels in `model_config` are not those that were saved"),
         ({"module_counts": {"bert": [2, 1]}}, r"`module_counts` must map names to .* got 'bert': \[2, 1\]"),
+        ({"module_counts": {"bert": [0, 0]}}, r"`module_counts` must map names to .* got 'bert': \[0, 0\]"),
         ({"modules_to_save": [1]}, r"`modules_to_save` must be of type list\[str\], got \[1\]"),
         ({"target_modules": r"(\w+\.?)+ "}, "regular expressions are not read"),
         ({"task_type": "CAUSAL_LM"}, "needs a model that generates text, got a BertForSequenceClassification"),

@@ -363,6 +363,12 @@ def test_a_damaged_adapter_is_not_pushed(adapter: Path, online: HubServer) -> No
     assert not online.repos
 
 
+def test_before_anything_is_created_on_the_hub_the_card_is_read(adapter: Path, online: HubServer) -> None:
+    (adapter / "README.md").write_text("---\nlicense: [mit\n---\nMine.\n", encoding="utf-8")
+    assert "must be valid YAML" in refusal(1, "CardError", "push", adapter, "me/sst2")
+    assert not online.repos
+
+
 def test_eval_scores_as_a_plain_loop_does(adapter: Path, base_path: Path, tmp_path: Path) -> None:
     rows = [{"premise": text, "hypothesis": TEXTS[0], "label": number % 3} for number, text in enumerate(TEXTS * 3)]
     (tmp_path / "mnli").mkdir()

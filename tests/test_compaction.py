@@ -283,14 +283,27 @@ def test_the_card_tells_what_is_left_and_how_to_open_it(tmp_path: Path) -> None:
     assert "Mine." in (tmp_path / "special" / "README.md").read_text()
 
 
+def _numbers(files: dict[str, bytes]) -> list[bytes]:
+    """Return the rows of a card's table: how many groups each block has kept."""
+    return [line for line in files["README.md"].splitlines() if b" of " in line and line.startswith(b"|")]
+
+
 def test_a_push_takes_the_card_along(tmp_path: Path) -> None:
     script = f"""
 import sys
 import warnings
 sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]!r}
+from huggingface_hub import HfApi, ModelCard
 from test_compaction import AdaPruneConfig, compact, trained
 small = compact(trained())
 small.push_to_hub("me/small")
+HfApi().upload_file(repo_id="me/small", path_in_repo="README.md", path_or_fileobj=(
+    "Mine.\\n" + ModelCard.load("me/small").text
+).encode())
+other = compact(trained(final_sparsity=0.25))
+other.push_to_hub("me/small")
+other.push_to_hub("me/small", revision="next")
+other.push_to_hub("me/suggested", create_pr=True)
 small.save_pretrained("{tmp_path}/saved", push_to_hub=True, repo_id="me/saved")
 small.add_adapter(AdaPruneConfig())
 small.push_to_hub("me/adapter")
@@ -301,6 +314,13 @@ small.push_to_hub("me/adapter")
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         files, saved, adapter = (hub.files(f"me/{name}") for name in ("small", "saved", "adapter"))
+        branch, main, pull_request = (
+            hub.files(*where) for where in (("me/small", "next"), ("me/suggested",), ("me/suggested", "refs/pr/1"))
+        )
+    # What people wrote stays, what we wrote tells of the latest push.
+    assert b"Mine." in files["README.md"]
+    assert _numbers(files) == _numbers(branch) == _numbers(pull_request) != _numbers(saved)
+    assert "README.md" not in main
     assert b"without the neurons and attention heads" in files["README.md"]
     assert json.loads(files["config.json"])["model_type"] == "adaprune_compact"
     assert len(files["model.safetensors"]) < 4 * make_model().num_parameters()

@@ -17,7 +17,7 @@ from tiny import make_batch, make_model, train_masks
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from hf_adaprune import AdaPruneConfig, merged
+from hf_adaprune import AdaPruneConfig, Pruner, merged
 from hf_adaprune.errors import ConfigError, MergeError
 from hf_adaprune.tuner.head_sync import head_sync_of
 from hf_adaprune.tuner.masked_layers import adaprune_layers
@@ -458,6 +458,29 @@ def test_masks_inside_of_another_adapters_layers_are_not_merged() -> None:
     model.delete_adapter("lora")
     with pytest.raises(MergeError, match="There are, or were, layers of another method"):
         merged(model)
+
+
+def test_masks_of_groups_keep_their_names_under_a_lora(base: Path, tmp_path: Path) -> None:
+    model: Any = load_base(base, 5)
+    model.add_adapter(AdaPruneConfig(granularity="neuron"))
+    train_masks(model)
+    model.save_pretrained(tmp_path / "alone")
+    model.add_adapter(LoraConfig(r=2, target_modules=["output.dense"]), "lora")
+    model.set_adapter("default")
+    model.save_pretrained(tmp_path / "under")
+    alone, under = (AdaPruneConfig.from_pretrained(str(tmp_path / name)) for name in ("alone", "under"))
+    assert under.module_counts == alone.module_counts
+
+
+def test_labels_of_which_only_the_names_were_given_have_their_numbers_too(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", num_labels=2)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(base, id2label={0: "bad", 1: "good"})
+    model.add_adapter(AdaPruneConfig())
+    Pruner(model, total_steps=1).step()
+    model.save_pretrained(tmp_path / "adapter")
+    opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    for config in (model.config, opened.config):
+        assert config.label2id == {"bad": 0, "good": 1}
 
 
 def test_masks_that_were_just_trained_stay_as_they_are_under_a_lora_and_each_is_saved_by_itself(

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftConfig, get_peft_model
 from tiny import logits_of, make_model, save_model, train_masks
 from transformers import AutoModelForSequenceClassification
 
 from hf_adaprune import AdaPruneConfig, sparsity_report
-from hf_adaprune.errors import NotPrunedError
+from hf_adaprune.errors import CardError, NotPrunedError
 from hf_adaprune.hub.model_card import describe_base, write_model_card
 
 
@@ -79,6 +79,21 @@ def test_what_a_person_wrote_around_our_part_survives(adapter: tuple[Path, torch
     assert written.text.count("## What was pruned") == 1
     assert "| accuracy | 0.5000 |" in written.text
     assert written.data.license == "mit"
+
+
+def test_only_a_blank_template_is_replaced(adapter: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapter[0], tmp_path / "adapter"))
+    card, blank = folder / "README.md", ModelCard.from_template(ModelCardData())
+    for text, survives in (
+        (f"{card.read_text(encoding='utf-8')}\n## Limits\n\n[More Information Needed]\n", "## Limits"),
+        (str(blank).replace("[More Information Needed]", "Not for medical use.", 1), "Not for medical use."),
+        (str(blank), ""),
+    ):
+        card.write_text(text, encoding="utf-8")
+        written = str(write_model_card(folder))
+        assert "## What was pruned" in written
+        assert survives in written
+    assert "[More Information Needed]" not in written
 
 
 def test_a_second_save_adds_nothing_of_pefts_own(adapter: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
@@ -156,7 +171,7 @@ def test_a_card_of_an_adapter_that_names_no_base_says_how_to_open_it(tmp_path: P
 
 def test_a_metric_that_is_no_number_is_refused(adapter: tuple[Path, torch.Tensor]) -> None:
     metrics: Any = {"accuracy": None, "f1": 0.5}
-    with pytest.raises(ValueError, match=r"`metrics` must be numbers, got \{'accuracy': None\}"):
+    with pytest.raises(CardError, match=r"`metrics` must be numbers, got \{'accuracy': None\}"):
         write_model_card(adapter[0], metrics=metrics)
 
 
@@ -166,6 +181,6 @@ def test_metadata_that_cannot_be_read_is_named_and_the_card_stays(
     folder = Path(shutil.copytree(adapter[0], tmp_path / "adapter"))
     text = "---\nlicense: [mit\nlanguage: en: de\n---\nMine.\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"README.md' must be valid YAML: correct it"):
+    with pytest.raises(CardError, match=r"README.md' must be valid YAML: correct it"):
         write_model_card(folder)
     assert (folder / "README.md").read_text(encoding="utf-8") == text

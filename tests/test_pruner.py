@@ -8,8 +8,9 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model
-from tiny import make_batch, make_model, train_masks
+from tiny import make_batch, make_model, save_model, train_masks
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from hf_adaprune import AdaPruneConfig, Pruner, sparsity_report
 from hf_adaprune.errors import ConfigError, MergeError, NonFiniteError, NotPrunedError, UnsupportedShardingError
@@ -295,6 +296,28 @@ def test_scores_that_are_lost_settle_as_far_as_the_run_has_come() -> None:
     for name, score in second._selector.scores().items():
         # Half of what comes after the ramp is done: steps are half as long, scores twice as large.
         assert score.max().item() == pytest.approx(before[name].max().item(), rel=0.1)
+
+
+def test_scores_that_a_checkpoint_restores_are_not_reported_as_lost(tmp_path: Path) -> None:
+    def continued() -> tuple[Any, Pruner]:
+        base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+        model: Any = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+        return model, Pruner(model, total_steps=4)
+
+    model = AutoModelForSequenceClassification.from_pretrained(save_model(tmp_path / "base"))
+    model.add_adapter(AdaPruneConfig())
+    train_masks(model)
+    model.save_pretrained(tmp_path / "adapter")
+    trained, pruner = continued()
+    for layer in pruner.layers.values():
+        layer.adaprune_scores["default"].data.neg_()  # the scores of a run whose masks have changed since
+    pruner.step()
+    model, resumed = continued()
+    model.load_state_dict(trained.state_dict())
+    resumed.load_state_dict(pruner.state_dict())
+    model, resumed = continued()
+    with pytest.warns(UserWarning, match="scores behind the masks are lost"):
+        resumed.load_state_dict(pruner.state_dict())
 
 
 def test_a_run_that_was_broken_off_leaves_the_next_one_scores_in_their_unit() -> None:

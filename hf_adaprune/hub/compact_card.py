@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from ..config import AdaPruneConfig
 from .advice import COMPACT_ADVICE
 from .model_card import BEGIN, CARD, END, auto_class, describe_base, pipeline_of, put_card
-from .publish import PUSH_OPTIONS
+from .publish import PUSH_OPTIONS, fetch_card
 
 
 _TEMPLATE = Path(__file__).parent / "templates" / "compact_card.md"
@@ -67,7 +67,7 @@ class CompactCard:
     def attach(self, model: Any) -> None:
         """Make a model write this card whenever it is saved, and push it whenever it is pushed."""
         model.save_pretrained = functools.partial(_save, self, model)
-        model.push_to_hub = functools.partial(_push, self, model)
+        model._upload_modified_files = functools.partial(_upload, self, model)
 
 
 def _save(
@@ -79,14 +79,14 @@ def _save(
     if is_main_process:
         put_card(Path(save_directory, CARD), card.render(name))
     if pushed:
-        _push(card, model, name, token=kwargs.get("token"), **hub)
+        model.push_to_hub(name, token=kwargs.get("token"), **hub)
 
 
-def _push(card: CompactCard, model: Any, repo_id: str, **kwargs: Any) -> Any:
-    # transformers keeps a repository's card, but writes an empty template if there is none.
-    api = HfApi(token=kwargs.get("token"))
-    repo = api.create_repo(repo_id, private=kwargs.get("private"), exist_ok=True).repo_id
-    if not api.file_exists(repo, "README.md"):
-        text = str(card.render(repo)).encode()
-        api.upload_file(path_or_fileobj=text, path_in_repo="README.md", repo_id=repo, commit_message="Card")
-    return type(model).push_to_hub(model, repo_id, **kwargs)
+def _upload(card: CompactCard, model: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    """Put the card into the folder, beside what people wrote in the one on the Hub, then push the folder."""
+    path, revision = Path(working_dir, CARD), kwargs.get("revision")
+    if revision is not None:
+        path.unlink()  # transformers has fetched it from the main branch
+        fetch_card(path, repo_id, revision=revision, token=kwargs.get("token"))
+    put_card(path, card.render(repo_id))
+    return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)

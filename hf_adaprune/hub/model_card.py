@@ -14,7 +14,7 @@ from transformers.models.auto import modeling_auto
 
 from ..analysis import plot_sparsity, sparsity_report
 from ..config import AdaPruneConfig
-from ..errors import NotPrunedError
+from ..errors import CardError, NotPrunedError
 from ..storage.stored_adapter import is_name_on_hub
 from .advice import speed_advice
 
@@ -22,8 +22,8 @@ from .advice import speed_advice
 BEGIN, END = "<!-- hf_adaprune: generated text, overwritten at every save -->", "<!-- hf_adaprune: end -->"
 CARD, PICTURE = "README.md", "sparsity.png"
 
-# The placeholder in the templates of transformers and PEFT.
-_UNFILLED = "[More Information Needed]"
+# In the sentence that transformers adds to the template.
+_GENERATED = "This model card has been automatically generated."
 
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 _PIPELINES = {
@@ -99,7 +99,7 @@ def write_model_card(
     given: Mapping[str, Any] = metrics or {}
     not_numbers = {key: value for key, value in given.items() if not isinstance(value, Real)}
     if not_numbers:
-        raise ValueError(f"`metrics` must be numbers, got {not_numbers}: leave out what has not been measured.")
+        raise CardError(f"`metrics` must be numbers, got {not_numbers}: leave out what has not been measured.")
     folder = Path(folder)
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, AdaPruneConfig):
@@ -110,7 +110,7 @@ def write_model_card(
         plot_sparsity(sparsity_report(config)).savefig(folder / PICTURE, dpi=150)
     drawn = PICTURE if (folder / PICTURE).is_file() else None
     path = Path(card or folder / CARD)
-    written = _written(path)
+    written = read_card(path)
     kept: list[EvalResult] = []
     if written is not None:
         name = name or _title(written.text)
@@ -134,8 +134,8 @@ def write_model_card(
 
 def put_card(path: Path, made: ModelCard) -> ModelCard:
     """Write a card; keep the text and metadata that people wrote in an existing one."""
-    written = _written(path)
-    if written is not None and _UNFILLED not in written.text:
+    written = read_card(path)
+    if written is not None and not _is_template(written.text):
         made = _update(written, made)
     aside = path.with_suffix(".tmp")
     made.save(aside)
@@ -145,12 +145,9 @@ def put_card(path: Path, made: ModelCard) -> ModelCard:
 
 def written_by_hand(text: str) -> str:
     """Return the text that people wrote in a card: all except metadata and the parts between our comment lines."""
-    if _UNFILLED in text:
-        return ""
     body = re.sub(r"\A---\r?\n.*?\n---\s*\n", "", text, flags=re.DOTALL)
-    return _without_peft_version(
-        re.sub(r"<!-- hf_adaprune: .*?<!-- hf_adaprune: end -->", "", body, flags=re.DOTALL)
-    ).strip()
+    body = re.sub(r"<!-- hf_adaprune: .*?<!-- hf_adaprune: end -->", "", body, flags=re.DOTALL)
+    return "" if _is_template(body) else _without_peft_version(body).strip()
 
 
 def replace_block(text: str, begin: str, end: str, block: str) -> str:
@@ -158,6 +155,13 @@ def replace_block(text: str, begin: str, end: str, block: str) -> str:
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     return before + block + after if found and closed else f"{text.rstrip()}\n\n{block}\n".lstrip()
+
+
+def _is_template(text: str) -> bool:
+    """Return whether a card is the blank template that PEFT and transformers write, so that nothing in it is lost."""
+    blank = {*ModelCard.from_template(ModelCardData()).text.splitlines(), ""}
+    lines = _without_peft_version(text).splitlines()
+    return all(line in blank or line.endswith(_GENERATED) for line in lines)
 
 
 def _title(text: str) -> str | None:
@@ -193,13 +197,18 @@ def auto_class(architecture: str | None) -> str | None:
     return max(fitting, key=len, default=None)
 
 
-def _written(path: Path) -> Any:
+def read_card(path: Path) -> Any:
+    """Return a card, or `None` if there is none.
+
+    Raises:
+        CardError: If its metadata is not valid YAML.
+    """
     if not path.exists():
         return None
     try:
         return ModelCard.load(path, ignore_metadata_errors=True)
     except Exception as error:  # whatever the YAML parser raises
-        raise ValueError(
+        raise CardError(
             f"The metadata at the beginning of '{path}' must be valid YAML: correct it, or delete the file. {error}"
         ) from None
 

@@ -17,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, PushToHubMixin, logging
 
 from ..errors import PushError
 from ..storage.stored_adapter import read_adapter
-from .model_card import CARD, describe_base, write_model_card, written_by_hand
+from .model_card import CARD, describe_base, read_card, write_model_card, written_by_hand
 
 
 logger = logging.get_logger(__name__)
@@ -60,10 +60,12 @@ def push_adapter(
     Raises:
         AdapterNotFoundError: If the folder has no adapter.
         AdapterFileError: If the adapter is of another method, or damaged.
+        CardError: If the metadata of the card in the folder cannot be read.
         PushError: If the Hub refuses, or the connection breaks.
     """
     folder = Path(folder)
     read_adapter(folder)
+    read_card(folder / CARD)  # before anything is created on the Hub
     api = HfApi(token=token)
     if not create_pr:
         with _hub_errors(name):

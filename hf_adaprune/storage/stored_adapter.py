@@ -49,9 +49,12 @@ class StoredAdapter:
         """The size of the masks in bytes: one bit per entry, rounded up for each module, or less."""
         return sum(math.prod(shape) for key, shape in self.shapes.items() if key.endswith(".adaprune_mask"))
 
-    @property
-    def _hub_of_base(self) -> dict[str, Any]:
-        return {key: value for key, value in self.hub.items() if key not in ("subfolder", "revision")}
+    def _base(self, base: str | None) -> tuple[str | None, dict[str, Any]]:
+        """Return the name of the base to use, and the arguments to open it with."""
+        hub = {key: value for key, value in self.hub.items() if key not in ("subfolder", "revision")}
+        if base:
+            return base, hub
+        return self.config.base_model_name_or_path, {**hub, "revision": self.config.revision}
 
     def open(self, base: str | None = None) -> PeftModel:
         """Open the adapter on its base, and run all checks now rather than at the first forward pass.
@@ -68,7 +71,7 @@ class StoredAdapter:
             BaseMismatchError: If the base is not the one that the adapter was made for.
         """
         architecture = self.config.architecture or "AutoModel"
-        name, revision = base or self.config.base_model_name_or_path, None if base else self.config.revision
+        name, hub = self._base(base)
         cls = _model_class(architecture)
         if cls is None:
             raise AdapterNotFoundError(
@@ -80,11 +83,10 @@ class StoredAdapter:
                 f"The configuration of {self.name!r} names no base: pass its name or folder as `base`."
             )
         try:
-            kwargs = {**self._hub_of_base, "revision": revision}
-            config = AutoConfig.from_pretrained(name, **kwargs)
+            config = AutoConfig.from_pretrained(name, **hub)
             if config.model_type == MODEL_TYPE:
                 cls = model_class(cls, config_class(config.base_model_type))
-            model = cls.from_pretrained(name, **kwargs)
+            model = cls.from_pretrained(name, **hub)
         except OSError as error:
             raise AdapterNotFoundError(f"The adapter's base {name!r} cannot be opened: {error}") from None
         except (RuntimeError, ValueError) as error:
@@ -99,8 +101,8 @@ class StoredAdapter:
         Raises:
             AdapterNotFoundError: If neither has a tokenizer.
         """
-        name = base or self.config.base_model_name_or_path
-        for place, hub in ((self.name, self.hub), (name, self._hub_of_base)):
+        name, hub_of_base = self._base(base)
+        for place, hub in ((self.name, self.hub), (name, hub_of_base)):
             try:
                 return AutoTokenizer.from_pretrained(place, **hub)
             except (OSError, ValueError):

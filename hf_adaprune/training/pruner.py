@@ -320,7 +320,7 @@ class Pruner:
         self._settle()
         if self.num_steps:
             self._close_inputs()
-            if self._has_new_scores:
+            if self._has_new_scores and not self.config.in_memory.scores_loaded:
                 warnings.warn(
                     "The scores behind the masks are lost: an adapter is stored without them, a checkpoint has them "
                     "in `model.safetensors`. Training continues from the masks, and its result will differ.",

@@ -93,7 +93,12 @@ def _is_ours(config: Any) -> bool:
 
 def _labels(config: AdaPruneConfig | None) -> dict[str, Any] | None:
     stored = getattr(config, "model_config", None)
-    return None if stored is None else stored_labels(stored)
+    if stored is None:
+        return None
+    labels = stored_labels(stored)
+    # transformers does not derive it if `id2label` alone is given.
+    labels["label2id"] = labels["label2id"] or {name: number for number, name in labels["id2label"].items()}
+    return labels
 
 
 def head_sync_of(model: nn.Module) -> HeadSync | None:

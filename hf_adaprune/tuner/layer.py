@@ -331,6 +331,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             self._cached = None
             self._configs[name].in_memory.masks_loaded = True
             scores_key = f"{prefix}adaprune_scores.{name}"
+            self._configs[name].in_memory.scores_loaded = scores_key in state_dict
             if scores_key in state_dict:
                 # A training checkpoint: the adapter no longer has to match what was saved.
                 self._configs[name].adapter_fingerprint = None

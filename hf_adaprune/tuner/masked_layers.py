@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..storage.tensor_names import unwrapped_name
 from .layer import AdaPruneLayer
 
 
@@ -22,7 +23,7 @@ def module_counts(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, i
         if groups is None:
             counts[name] = layer.pruned_and_total(adapter_name)
             continue
-        prefix = name.removesuffix(groups.block.consumer)
+        prefix = unwrapped_name(name).removesuffix(groups.block.consumer)
         num_pruned = int((~layer.scored_mask(adapter_name)).count_nonzero())
         counts |= {f"{prefix}{key}": count for key, count in groups.counts(num_pruned).items()}
     return counts

@@ -140,7 +140,6 @@ class AdaPruneModel(BaseTuner):
         if isinstance(model, PreTrainedModel) and head_sync is not None:
             attach(model, head_sync, self.peft_config, _unwrap_layers)
             model.save_pretrained = functools.partial(save_weights_first, model)
-            vars(model).pop("push_to_hub", None)  # set on a compacted model, to push its card
             if config.is_stored:
                 shapes = head_shapes(model, adapter_name)
                 model._load_pretrained_model = functools.partial(load_checked, config, shapes)
