@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any, ClassVar
@@ -23,7 +23,6 @@ from ..storage.adapter_state import check_loaded, head_shapes, masks_to_store
 from ..storage.checks import CheckOnce, check_base, check_coded_sizes, run_checks, vocabulary_size
 from ..storage.fingerprint import fingerprints_are_checked
 from ..storage.model_files import load_checked, restore_loading, save_weights_first
-from .combine import How, combine_adapters
 from .dropout import restore_dropout
 from .groups import Groups
 from .head import check_architecture, check_modules_to_save, fitting_head, has_outdated_problem_type, plan_head
@@ -194,12 +193,6 @@ class AdaPruneModel(BaseTuner):
             check_one_head(head_sync.heads, adapter_name)
         super().set_adapter(adapter_name, inference_mode)
         self._follow()
-
-    def combine_adapters(
-        self, adapter_names: Sequence[str], how: How, new_name: str, *, head: str | None = None
-    ) -> None:
-        """Create a new adapter from the masks of several: see `hf_adaprune.combine_adapters`."""
-        combine_adapters(self, adapter_names, how, new_name, head=head)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
