@@ -83,7 +83,8 @@ class AdaPruneConfig(PeftConfig):
         scope (`str`):
             Which modules share one threshold under `"topk"`: each `"module"` has its own, the matrices of each
             `"kind"` share one across layers, or all modules share one (`"global"`).
-        pruning_start (`float`): The fraction of training after which the ramp begins, in [0, 1).
+        pruning_start (`float`):
+            The fraction of training after which the ramp begins, in [0, 1). Like `pruning_end`, only for `"topk"`.
         pruning_end (`float`): The fraction of training after which the target is reached, in (`pruning_start`, 1].
         score_init (`str`):
             `"wanda"`: the rank of |w| times the norm of its input in the first step, among the weights of the same

@@ -209,7 +209,7 @@ def compare(
 ) -> Answer:
     """Show how much the masks of adapters overlap, and how much they would by chance.
 
-    The base is needed only if masks are entropy-coded.
+    The base is needed only if masks are compressed (`mask_codec="auto"`).
     """
     if len(set(names)) < 2:
         raise typer.BadParameter(f"A comparison takes at least two adapters, got {names}.", param_hint="NAMES")
