@@ -7,6 +7,8 @@ from .deploy.speed import measure_speed
 from .errors import AdaPruneError
 from .hub.model_card import write_model_card
 from .hub.publish import push_adapter
+from .merging import merged
+from .model import AdaPruneModel
 from .registration import register
 from .storage.fingerprint import skip_fingerprint_check
 from .storage.stored_adapter import read_adapter
@@ -16,9 +18,7 @@ from .structured.semi_structured import to_semi_structured
 from .training.callback import AdaPruneCallback
 from .training.pruner import Pruner
 from .tuner.combine import combine_adapters
-from .tuner.merging import merged
 from .tuner.mixed_batch import mixed_batch
-from .tuner.model import AdaPruneModel
 
 
 register()

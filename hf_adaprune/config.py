@@ -18,9 +18,9 @@ from peft.utils import CONFIG_NAME, PeftType
 from .choices import AUTO, FORMAT_VERSION, PRESETS, Estimator, Head, MaskCodec, Scope, ScoreInit, Selection
 from .errors import ConfigError
 from .labels import is_regression, labels_fingerprint
+from .masks import PACKED_BITS, packed_size, sparsity_of
 from .storage.weights_file import check_not_pickled, check_weights_file
 from .storage.write_order import put_in_place
-from .tuner.masks import PACKED_BITS, packed_size, sparsity_of
 from .validation import mistyped, problems_of_storage, problems_of_values
 
 

@@ -22,7 +22,7 @@ def register() -> None:
         return
 
     from .config import AdaPruneConfig
-    from .tuner.model import AdaPruneModel
+    from .model import AdaPruneModel
 
     try:
         _add_member(PeftType, "ADAPRUNE")

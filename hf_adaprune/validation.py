@@ -20,8 +20,8 @@ from .choices import (
     Selection,
 )
 from .labels import labels_fingerprint, problems_of_labels
+from .masks import packed_size
 from .storage.fingerprint import fingerprints_are_checked
-from .tuner.masks import packed_size
 
 
 if TYPE_CHECKING:

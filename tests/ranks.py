@@ -32,9 +32,9 @@ from transformers import BertTokenizer, DataCollatorWithPadding, Trainer, Traini
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner
 from hf_adaprune.demo.reviews import make_reviews
 from hf_adaprune.errors import DivergenceError, UnsupportedShardingError
+from hf_adaprune.masks import pack_mask
 from hf_adaprune.training.calibration import InputMoments
 from hf_adaprune.tuner.masked_layers import adaprune_layers
-from hf_adaprune.tuner.masks import pack_mask
 from hf_adaprune.tuner.selection import topk_masks
 
 

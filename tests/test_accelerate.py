@@ -15,7 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from hf_adaprune.tuner.masks import unpack_mask
+from hf_adaprune.masks import unpack_mask
 
 
 CONFIG = ranks.EXAMPLES / "accelerate_configs" / "ddp.yaml"

@@ -176,7 +176,7 @@ def test_a_checkpoint_is_marked_as_torn_before_anything_is_saved_in_it(
     def die(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_adaprune.storage.model_files.weights_first", die)
+    monkeypatch.setattr("hf_adaprune.model_files.weights_first", die)
     with pytest.raises(KeyboardInterrupt):
         trainer(fresh(), tmp_path, AdaPruneCallback).train()
     trainer(fresh(), tmp_path, AdaPruneCallback)

@@ -10,7 +10,7 @@ import torch
 from hf_adaprune.codec import decode_mask, encode_mask
 from hf_adaprune.codec.rans import MAX_ODDS, decode_bits, encode_bits
 from hf_adaprune.errors import AdapterFileError
-from hf_adaprune.tuner.masks import pack_mask
+from hf_adaprune.masks import pack_mask
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

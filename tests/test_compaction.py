@@ -22,9 +22,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from hf_adaprune import AdaPruneConfig, Pruner, compact, sparsity_report
 from hf_adaprune.errors import BaseMismatchError, CompactionError, NotPrunedError
+from hf_adaprune.masks import pack_mask
+from hf_adaprune.merging import merged
 from hf_adaprune.tuner.masked_layers import adaprune_layers
-from hf_adaprune.tuner.masks import pack_mask
-from hf_adaprune.tuner.merging import merged
 
 
 ARCHITECTURES = ("bert", "roberta", "distilbert", "electra", "mpnet", "modernbert")

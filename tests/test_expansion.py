@@ -15,8 +15,8 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner, compact, expand, sparsity_report
 from hf_adaprune.deploy.speed import measure_speed
 from hf_adaprune.errors import BaseMismatchError, CompactionError, ConfigError, NotPrunedError
+from hf_adaprune.merging import unmasked
 from hf_adaprune.tuner.masked_layers import adaprune_layers
-from hf_adaprune.tuner.merging import unmasked
 
 
 def over_smaller(whole: Any, head: str = "sequence", **options: Any) -> Any:

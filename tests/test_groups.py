@@ -17,8 +17,8 @@ from tiny import HEADS, logits_of, loss_of, make_batch, make_model, train_masks
 from hf_adaprune import AdaPruneConfig, Pruner, sparsity_report
 from hf_adaprune.analysis import load_masks, model_masks
 from hf_adaprune.choices import Estimator, Scope
+from hf_adaprune.masks import topk_mask
 from hf_adaprune.tuner.masked_layers import adaprune_layers
-from hf_adaprune.tuner.masks import topk_mask
 from hf_adaprune.tuner.selection import protect_best, prune_groups
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_adaprune.tuner.masks import apply_mask, pack_mask, packed_ones, sparsity_of, topk_mask, unpack_mask
+from hf_adaprune.masks import apply_mask, pack_mask, packed_ones, sparsity_of, topk_mask, unpack_mask
 
 
 def naive_topk(scores: torch.Tensor, num_kept: int, weight: torch.Tensor) -> torch.Tensor:
@@ -90,7 +90,7 @@ def test_bits_are_packed_from_the_least_significant() -> None:
 def test_an_accelerator_packs_and_unpacks_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = torch.rand(3, 7, generator=torch.Generator().manual_seed(2)) < 0.5
     expected = np.packbits(mask.numpy().ravel(), bitorder="little").tolist()
-    monkeypatch.setattr("hf_adaprune.tuner.masks._on_cpu", lambda tensor: False)
+    monkeypatch.setattr("hf_adaprune.masks._on_cpu", lambda tensor: False)
     assert pack_mask(mask).tolist() == expected
     assert torch.equal(unpack_mask(pack_mask(mask), mask.shape), mask)
     scores = torch.randn(40, generator=torch.Generator().manual_seed(3))

@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_adaprune import AdaPruneConfig, Pruner, sparsity_report
 from hf_adaprune.errors import ConfigError, MergeError, NonFiniteError, NotPrunedError, UnsupportedShardingError
+from hf_adaprune.masks import topk_mask
 from hf_adaprune.tuner.masked_layers import adaprune_layers
-from hf_adaprune.tuner.masks import topk_mask
 from hf_adaprune.tuner.scores import wanda_ranks
 
 

@@ -15,7 +15,7 @@ from hf_adaprune.deploy import speed
 from hf_adaprune.deploy.speed import SpeedReport, Timing, measure_speed
 from hf_adaprune.errors import ExportError, HardwareError, NotPrunedError, SizeError
 from hf_adaprune.hub.advice import speed_advice
-from hf_adaprune.tuner.merging import unmasked
+from hf_adaprune.merging import unmasked
 
 
 def pruned(granularity: str = "neuron+head") -> Any:

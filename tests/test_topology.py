@@ -34,8 +34,8 @@ from hf_adaprune.analysis import (
     sparsity_report,
 )
 from hf_adaprune.analysis.names import layer_of
+from hf_adaprune.masks import pack_mask
 from hf_adaprune.tuner.masked_layers import adaprune_layers
-from hf_adaprune.tuner.masks import pack_mask
 
 
 QUERY, DENSE = "encoder.layer.{}.attention.self.query", "encoder.layer.{}.output.dense"

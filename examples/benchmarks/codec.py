@@ -28,8 +28,8 @@ from hf_adaprune import read_adapter
 from hf_adaprune.codec import decode_mask, encode_mask
 from hf_adaprune.codec.magnitudes import Magnitudes
 from hf_adaprune.codec.mask_odds import fit_context
+from hf_adaprune.masks import pack_mask
 from hf_adaprune.tuner.masked_layers import adaprune_layers
-from hf_adaprune.tuner.masks import pack_mask
 
 
 BINS = 64

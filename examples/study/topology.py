@@ -36,7 +36,7 @@ from hf_adaprune.analysis import (
     plot_spectrum,
 )
 from hf_adaprune.demo.base import packaged_base
-from hf_adaprune.tuner.masks import sparsity_of
+from hf_adaprune.masks import sparsity_of
 
 
 def short_names(names: list[str]) -> list[str]:

@@ -15,14 +15,14 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, NoMatchingModuleError, NotPrunedError
+from ..masks import unpack_mask
 from ..storage.stored_adapter import read_adapter, read_config
-from ..storage.tensor_names import plain_name
 from ..storage.weights_file import read_masks
 from ..structured.compact_model import MODEL_TYPE, config_class, model_class
+from ..tensor_names import plain_name
 from ..tuner.groups import Groups
 from ..tuner.layer import AdaPruneLayer
 from ..tuner.masked_layers import adaprune_layers
-from ..tuner.masks import unpack_mask
 from ..tuner.structure import stored_blocks
 from .names import in_order
 

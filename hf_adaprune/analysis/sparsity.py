@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import AdaPruneConfig
 from ..errors import NotPrunedError
-from ..storage.tensor_names import plain_name
+from ..tensor_names import plain_name
 from ..tuner.masked_layers import adaprune_layers, masking_adapters, module_counts
 from .heat_map import draw_heat_map
 from .names import component_of, in_order, layer_of

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import AdapterFileError
-from ..tuner.masks import PACKED_BITS, pack_mask, packed_size
+from ..masks import PACKED_BITS, pack_mask, packed_size
 from .magnitudes import Magnitudes
 from .mask_odds import Context, fit_context
 from .rans import decode_bits, encode_bits

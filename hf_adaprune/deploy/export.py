@@ -16,9 +16,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ExportError
+from ..merging import merged
 from ..tuner.example_inputs import example_inputs, input_names, longest_input
 from ..tuner.masked_layers import has_masks
-from ..tuner.merging import merged
 
 
 ONNX_FILE = "model.onnx"

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from ..errors import AdapterNotFoundError
 from ..hub.model_card import CARD
+from ..merging import merged
 from ..storage.stored_adapter import StoredAdapter
 from ..structured.compaction import compact
-from ..tuner.merging import merged
 from .export import export_onnx
 
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import HardwareError, NotPrunedError, SizeError
+from ..merging import merged, unmasked
 from ..structured.compaction import active_config, compact
 from ..structured.semi_structured import to_semi_structured
 from ..tuner.example_inputs import example_inputs
-from ..tuner.merging import merged, unmasked
 from .export import OnnxModel, export_onnx
 
 

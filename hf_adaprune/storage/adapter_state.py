@@ -11,13 +11,13 @@ from transformers.utils import logging
 
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError
+from ..masks import SHORTEST
+from ..tensor_names import PREFIX, plain_name, stored_name, unwrapped_name
 from ..tuner.head_sync import head_sync_of
 from ..tuner.layer import AdaPruneLayer
 from ..tuner.masked_layers import adaprune_layers, module_counts
-from ..tuner.masks import SHORTEST
 from .checks import head_keys
 from .fingerprint import fingerprint
-from .tensor_names import PREFIX, plain_name, stored_name, unwrapped_name
 from .weights_file import check_head
 
 

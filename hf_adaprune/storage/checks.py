@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, BaseMismatchError, ConfigError, NotPrunedError
+from ..masks import packed_size
 from ..tuner.head import PEFT_HEADS, body_name, head_modules, head_wrappers
 from ..tuner.hooks import pre_hooks
 from ..tuner.masked_layers import adaprune_layers, added_parameters, module_counts
-from ..tuner.masks import packed_size
 from ..tuner.sharding import is_sharded
 from .fingerprint import fingerprint, fingerprints_are_checked, matches
 

@@ -12,7 +12,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterFileError, ConfigError
-from .tensor_names import PREFIX, plain_name
+from ..tensor_names import PREFIX, plain_name
 
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from ..config import AdaPruneConfig
 from ..errors import CompactionError, NotPrunedError, StructureError
 from ..hub.compact_card import CompactCard
+from ..merging import merged
 from ..tuner.example_inputs import dummy_inputs, tensor_sharing_copy
 from ..tuner.groups import Groups
 from ..tuner.layer import AdaPruneLayer
 from ..tuner.layer_average import LayerAverageHead
 from ..tuner.masked_layers import adaprune_layers, has_foreign_layers
-from ..tuner.merging import merged
 from ..tuner.structure import Block, features, find_blocks
 from ..tuner.targets import linear_layers
 from .compact_model import MODEL_TYPE, config_class, model_class, plain_class

@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 from ..config import AdaPruneConfig
 from ..errors import BaseMismatchError, NotPrunedError
 from ..labels import LABEL_FIELDS
+from ..masks import pack_mask
+from ..merging import merged, unmasked
 from ..tuner.groups import Groups, join_kinds
 from ..tuner.head import head_wrappers
 from ..tuner.layer import AdaPruneLayer
 from ..tuner.masked_layers import adaprune_layers
-from ..tuner.masks import pack_mask
-from ..tuner.merging import merged, unmasked
 from .compaction import active_config, active_masks, base_of, differ, hidden_states, kept_groups
 
 

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import HardwareError, NotPrunedError
-from ..storage.tensor_names import plain_name
+from ..merging import merged
+from ..tensor_names import plain_name
 from ..tuner.masked_layers import adaprune_layers
-from ..tuner.merging import merged
 
 
 logger = logging.get_logger(__name__)

@@ -11,10 +11,10 @@ from transformers.utils import logging
 
 from ..config import AdaPruneConfig
 from ..errors import ConfigError, MergeError, NonFiniteError, NotPrunedError
+from ..masks import pack_mask, unpack_mask
 from ..storage.checks import check_statistics, check_vocabulary, run_checks
 from ..tuner.dropout import restore_dropout, set_dropout
 from ..tuner.masked_layers import adaprune_layers
-from ..tuner.masks import pack_mask, unpack_mask
 from ..tuner.score_state import calibrate_scores, remake_scores, scale_scores
 from ..tuner.sharding import check_sharding, full_tensor, is_sharded
 from .calibration import InputMoments

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .masks import apply_mask
+from ..masks import apply_mask
 
 
 class _MaskWeight(torch.autograd.Function):

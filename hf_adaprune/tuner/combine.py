@@ -12,11 +12,11 @@ from peft.utils import ModulesToSaveWrapper
 
 from ..config import AdaPruneConfig
 from ..errors import CombineError
+from ..masks import pack_mask
 from .groups import join_kinds
 from .head import head_wrappers
 from .layer import AdaPruneLayer
 from .masked_layers import adaprune_layers, masking_adapters
-from .masks import pack_mask
 
 
 How = Literal["intersection", "union", "majority"]

@@ -13,9 +13,9 @@ from torch import nn
 from ..codec import decode_mask, encode_mask, is_coded
 from ..config import AdaPruneConfig
 from ..errors import ConfigError
+from ..masks import SHORTEST, apply_mask, pack_mask, packed_ones, packed_size, unpack_mask
 from .cached_weight import CachedWeight
 from .groups import Groups
-from .masks import SHORTEST, apply_mask, pack_mask, packed_ones, packed_size, unpack_mask
 from .score_state import remake_scores
 from .scores import initial_scores
 from .sharding import full_tensor, is_sharded

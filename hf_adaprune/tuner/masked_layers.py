@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..storage.tensor_names import unwrapped_name
+from ..tensor_names import unwrapped_name
 from .layer import AdaPruneLayer
 
 

@@ -13,8 +13,8 @@ import torch
 from ..choices import Scope
 from ..config import AdaPruneConfig
 from ..errors import ConfigError
+from ..masks import topk_mask
 from .groups import Groups
-from .masks import topk_mask
 from .sharding import is_sharded, sharded_topk_masks
 
 

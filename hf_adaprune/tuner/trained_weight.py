@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..masks import apply_mask
 from .binarize import sigmoid_relaxation, straight_through
-from .masks import apply_mask
 
 
 if TYPE_CHECKING:

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..config import AdaPruneConfig
-from ..hub.publish import PUSH_OPTIONS, push_adapter
-from ..tuner.layer import decode_loaded
-from ..tuner.masked_layers import adaprune_layers
-from .weights_file import check_head, check_no_pickle, check_shapes, read_shapes
-from .write_order import weights_first
+from .config import AdaPruneConfig
+from .hub.publish import PUSH_OPTIONS, push_adapter
+from .storage.weights_file import check_head, check_no_pickle, check_shapes, read_shapes
+from .storage.write_order import weights_first
+from .tuner.layer import decode_loaded
+from .tuner.masked_layers import adaprune_layers
 
 
 # In bytes: PyTorch aligns CPU memory to multiples of this.

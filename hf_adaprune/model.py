@@ -16,17 +16,17 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..config import AdaPruneConfig, InMemory
-from ..errors import ConfigError, MergeError, NoMatchingModuleError
-from ..hub.publish import push_with_card
-from ..storage.adapter_state import check_loaded, head_shapes, masks_to_store
-from ..storage.checks import CheckOnce, check_base, check_coded_sizes, run_checks, vocabulary_size
-from ..storage.fingerprint import fingerprints_are_checked
-from ..storage.model_files import load_checked, restore_loading, save_weights_first
-from .dropout import restore_dropout
-from .groups import Groups
-from .head import check_architecture, check_modules_to_save, fitting_head, has_outdated_problem_type, plan_head
-from .head_sync import (
+from .config import AdaPruneConfig, InMemory
+from .errors import ConfigError, MergeError, NoMatchingModuleError
+from .hub.publish import push_with_card
+from .model_files import load_checked, restore_loading, save_weights_first
+from .storage.adapter_state import check_loaded, head_shapes, masks_to_store
+from .storage.checks import CheckOnce, check_base, check_coded_sizes, run_checks, vocabulary_size
+from .storage.fingerprint import fingerprints_are_checked
+from .tuner.dropout import restore_dropout
+from .tuner.groups import Groups
+from .tuner.head import check_architecture, check_modules_to_save, fitting_head, has_outdated_problem_type, plan_head
+from .tuner.head_sync import (
     SWITCH_METHODS,
     HeadSync,
     attach,
@@ -35,16 +35,16 @@ from .head_sync import (
     head_sync_of,
     still_active,
 )
-from .hooks import pre_hooks
-from .layer import AdaPruneLayer
-from .layer_average import refuse_to_save
-from .layer_types import wrap
-from .masked_layers import adaprune_layers, added_parameters, has_foreign_layers
-from .mixed_batch import mixed_batch
-from .pruner_reminder import remind_of_pruner, remove_reminders
-from .selection import check_reachable
-from .structure import check_patterns, plan_blocks
-from .targets import (
+from .tuner.hooks import pre_hooks
+from .tuner.layer import AdaPruneLayer
+from .tuner.layer_average import refuse_to_save
+from .tuner.layer_types import wrap
+from .tuner.masked_layers import adaprune_layers, added_parameters, has_foreign_layers
+from .tuner.mixed_batch import mixed_batch
+from .tuner.pruner_reminder import remind_of_pruner, remove_reminders
+from .tuner.selection import check_reachable
+from .tuner.structure import check_patterns, plan_blocks
+from .tuner.targets import (
     check_adapter_name,
     check_on_one_device,
     check_targets,

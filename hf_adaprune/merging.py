@@ -8,10 +8,10 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..errors import NotPrunedError
-from .head import head_wrappers
-from .masked_layers import adaprune_layers, has_masks
+from .errors import NotPrunedError
 from .model import AdaPruneModel
+from .tuner.head import head_wrappers
+from .tuner.masked_layers import adaprune_layers, has_masks
 
 
 def merged(model: Any) -> PreTrainedModel:
