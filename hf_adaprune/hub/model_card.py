@@ -88,8 +88,8 @@ def write_model_card(
 
     Raises:
         NotPrunedError: If the folder's adapter has no masks.
-        ValueError: If the folder has no adapter, a metric is not a number, or the metadata of the existing card is not
-            valid YAML.
+        ValueError: If the folder has no adapter.
+        CardError: If a metric is not a number, or the metadata of the existing card is not valid YAML.
 
     Example:
 
