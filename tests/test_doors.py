@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,8 @@ from tiny import HEADS, make_model, save_model, train_masks
 from tiny import logits_of as outputs_of
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, pipeline
 
-from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner, sparsity_report
+from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner, read_adapter, sparsity_report
+from hf_adaprune.errors import AdapterNotFoundError
 from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
@@ -281,3 +283,23 @@ def test_a_model_that_has_just_been_opened_is_traced(adapter_path: Path) -> None
     ids = torch.arange(5, 15)[None]
     traced: Any = torch.jit.trace(model, ids, strict=False)
     assert torch.equal(traced(ids)[0], model(ids)[0])
+
+
+def test_the_tokenizer_of_a_base_is_that_of_its_pinned_revision(
+    adapter_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(adapter_path, tmp_path / "adapter"))
+    path = folder / "adapter_config.json"
+    pinned = json.loads(path.read_text()) | {"base_model_name_or_path": "me/base", "revision": "v1"}
+    path.write_text(json.dumps(pinned))
+    asked: list[tuple[str, str | None]] = []
+
+    def not_there(name: str, **hub: Any) -> None:
+        asked.append((name, hub.get("revision")))
+        raise OSError
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", not_there)
+    for base in (None, "me/copy"):
+        with pytest.raises(AdapterNotFoundError, match="has a tokenizer"):
+            read_adapter(folder).tokenizer(base)
+    assert asked[1::2] == [("me/base", "v1"), ("me/copy", None)]
