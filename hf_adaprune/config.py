@@ -38,7 +38,7 @@ class InMemory:
 
     masks_loaded: bool = False  # into its layers
     scores_loaded: bool = False  # from a checkpoint, at the latest loading
-    has_pruner: bool = False  # a `Pruner` has computed its masks
+    was_pruned: bool = False  # a `Pruner` has computed its masks
     pruner_token: object = None  # of the latest `Pruner`, until that is closed: only that one may train
     vocab_size: int | None = None  # of the model when masks were added
 

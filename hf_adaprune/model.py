@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -20,6 +19,7 @@ from .config import AdaPruneConfig, InMemory
 from .errors import ConfigError, MergeError, NoMatchingModuleError
 from .hub.publish import push_with_card
 from .model_files import load_checked, restore_loading, save_weights_first
+from .overrides import override, restore
 from .storage.adapter_state import check_loaded, head_shapes, masks_to_store
 from .storage.checks import CheckOnce, check_base, check_coded_sizes, run_checks, vocabulary_size
 from .storage.fingerprint import fingerprints_are_checked
@@ -27,7 +27,6 @@ from .tuner.dropout import restore_dropout
 from .tuner.groups import Groups
 from .tuner.head import check_architecture, check_modules_to_save, fitting_head, has_outdated_problem_type, plan_head
 from .tuner.head_sync import (
-    SWITCH_METHODS,
     HeadSync,
     attach,
     check_one_head,
@@ -35,13 +34,13 @@ from .tuner.head_sync import (
     head_sync_of,
     still_active,
 )
-from .tuner.hooks import pre_hooks
+from .tuner.hooks import remove_pre_hooks
 from .tuner.layer import AdaPruneLayer
-from .tuner.layer_average import refuse_to_save
+from .tuner.layer_average import refuse_to_save, remove_couriers
 from .tuner.layer_types import wrap
 from .tuner.masked_layers import adaprune_layers, added_parameters, has_foreign_layers
 from .tuner.mixed_batch import mixed_batch
-from .tuner.pruner_reminder import remind_of_pruner, remove_reminders
+from .tuner.pruner_reminder import PrunerReminder
 from .tuner.selection import check_reachable
 from .tuner.structure import check_patterns, plan_blocks
 from .tuner.targets import (
@@ -53,10 +52,6 @@ from .tuner.targets import (
     resolve_targets,
     unmaskable,
 )
-
-
-# Methods overridden on the model instance while it has an AdaPrune adapter.
-_OVERRIDES = ("save_pretrained", "set_adapter", *SWITCH_METHODS, "_load_pretrained_model", "_upload_modified_files")
 
 
 class AdaPruneModel(BaseTuner):
@@ -138,15 +133,14 @@ class AdaPruneModel(BaseTuner):
         config.target_modules = targets
         if isinstance(model, PreTrainedModel) and head_sync is not None:
             attach(model, head_sync, self.peft_config, _unwrap_layers)
-            model.save_pretrained = functools.partial(save_weights_first, model)
+            override(model, "save_pretrained", save_weights_first, model)
             if config.is_stored:
                 shapes = head_shapes(model, adapter_name)
-                model._load_pretrained_model = functools.partial(load_checked, config, shapes)
+                override(model, "_load_pretrained_model", load_checked, config, shapes)
         if not config.inference_mode:
-            remind_of_pruner(model, adapter_name)
+            PrunerReminder(adapter_name).attach(model)
         if config.is_stored and fingerprints_are_checked():
-            check = CheckOnce(adapter_name, config)
-            check.handle = model.register_forward_pre_hook(check)
+            CheckOnce(adapter_name, config).attach(model)
 
     def _plan(self, model: nn.Module, config: AdaPruneConfig) -> None:
         """Resolve which modules are masked, and find their groups if the granularity is structured."""
@@ -235,16 +229,14 @@ class AdaPruneModel(BaseTuner):
                 self.set_adapter(kwargs["adapter_names"])
             self._check_merge_allowed()  # before anything is zeroed
             self._zero_producers(kwargs.get("adapter_names"))
-        hooks: list[Any] = [*pre_hooks(self.model, HeadSync), *pre_hooks(self.model, CheckOnce)]
-        for hook in hooks:
-            hook.handle.remove()
-        remove_reminders(self.model)
+        remove_pre_hooks(self.model)
         plain = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         restore_dropout(plain)
         for module in plain.modules():
-            for name in _OVERRIDES if isinstance(module, PreTrainedModel) else ():
-                vars(module).pop(name, None)
+            for name in list(vars(module)):
+                restore(module, name)
         refuse_to_save(plain)
+        remove_couriers(plain)
         return plain
 
     def _zero_producers(self, adapter_names: list[str] | None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from .config import AdaPruneConfig
 from .hub.publish import PUSH_OPTIONS, push_adapter
+from .overrides import restore
 from .storage.weights_file import check_head, check_no_pickle, check_shapes, read_shapes
 from .storage.write_order import weights_first
 from .tuner.layer import decode_loaded
@@ -96,4 +97,4 @@ def _align_head(model: Any) -> None:
 def restore_loading(model: Any) -> None:
     """Restore a model's own way of loading weights."""
     for module in model.modules():
-        vars(module).pop("_load_pretrained_model", None)
+        restore(module, "_load_pretrained_model")

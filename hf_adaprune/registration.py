@@ -5,6 +5,9 @@ from importlib.metadata import version
 from peft.utils import PeftType, register_peft_method
 from transformers.utils.versions import require_version
 
+from .config import AdaPruneConfig
+from .model import AdaPruneModel
+
 
 _MIN_PEFT = "0.21.0"
 _MIN_TRANSFORMERS = "5.18.0"  # older ones do not load the heads of adapters
@@ -20,9 +23,6 @@ def register() -> None:
         require_version(requirement, f"hf_adaprune needs it: run `pip install '{requirement}'`.")
     if "ADAPRUNE" in PeftType.__members__:
         return
-
-    from .config import AdaPruneConfig
-    from .model import AdaPruneModel
 
     try:
         _add_member(PeftType, "ADAPRUNE")

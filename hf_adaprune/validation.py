@@ -5,20 +5,9 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Callable
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from .choices import (
-    AUTO,
-    FORMAT_VERSION,
-    GRANULARITIES,
-    MAX_PATTERN,
-    Estimator,
-    Head,
-    MaskCodec,
-    Scope,
-    ScoreInit,
-    Selection,
-)
+from .choices import AUTO, FORMAT_VERSION, GRANULARITIES, MAX_PATTERN
 from .labels import labels_fingerprint, problems_of_labels
 from .masks import packed_size
 from .storage.fingerprint import fingerprints_are_checked
@@ -112,15 +101,9 @@ def problems_of_values(config: AdaPruneConfig) -> list[str]:
         problems.append(
             f"`drift` needs `selection='threshold'`, got {config.selection!r}: it does not change the order of scores."
         )
-    choices: dict[str, tuple[str | None, ...]] = {
-        "estimator": get_args(Estimator),
-        "score_init": get_args(ScoreInit),
-        "scope": get_args(Scope),
-        "selection": get_args(Selection),
-        "head": get_args(Head),
-        "mask_codec": get_args(MaskCodec),
-        "whole_groups": (None, *GRANULARITIES[1:]),
-    }
+    hints = get_type_hints(type(config))
+    choices = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+    choices["whole_groups"] = (None, *GRANULARITIES[1:])
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             problems.append(f"`{name}` must be one of {list(allowed)}, got {getattr(config, name)!r}.")

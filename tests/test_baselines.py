@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from doors import load_base, logits_of, make_trainer
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import HEADS, make_batch, make_model, save_model
 from torch import nn
 from transformers import (
@@ -529,6 +529,17 @@ def test_an_adapter_that_was_opened_is_ablated_and_saved_again(tmp_path: Path) -
     ablate(trainer)
     assert not changed(masks, masks_of(opened))
     opened.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+def test_masks_under_a_lora_are_ablated(tmp_path: Path) -> None:
+    model = make_model()
+    make_trainer(model, tmp_path, AdaPruneCallback).train()
+    model.add_adapter(LoraConfig(target_modules=["query"]), "other")
+    model.set_adapter(["default", "other"])
+    trainer = make_trainer(model, tmp_path)
+    trainer.eval_dataset = trainer.train_dataset
+    assert ablate(trainer).keys() >= {f"eval_{name}_loss" for name in ABLATIONS}
 
 
 @pytest.mark.parametrize("callback", [SMPCallback, MovementCallback])

@@ -137,6 +137,21 @@ def test_saving_again_and_combining(base: Path, adapters: dict[str, Path], tmp_p
         assert torch.equal(mask, expected[name])
 
 
+def test_a_merged_adapter_is_saved_after_the_model_was_cast(
+    base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    model = DOORS["PeftModel.from_pretrained"](str(base), str(adapters["coded"]))
+    logits_of(model)
+    model.merge_adapter()
+    model.half().save_pretrained(tmp_path)
+    with skip_fingerprint_check():
+        reopened = DOORS["PeftModel.from_pretrained"](str(base), str(tmp_path))
+    for (_, layer), (_, former) in zip(
+        adaprune_layers(reopened.base_model.model), adaprune_layers(model.base_model.model), strict=True
+    ):
+        assert torch.equal(layer.mask("default"), former.mask("default"))
+
+
 def test_an_adapter_that_is_merged_hides_nothing_from_one_that_is_not_decoded(
     base: Path, adapters: dict[str, Path]
 ) -> None:

@@ -283,6 +283,14 @@ def test_the_card_tells_what_is_left_and_how_to_open_it(tmp_path: Path) -> None:
     assert "Mine." in (tmp_path / "special" / "README.md").read_text()
 
 
+def test_the_card_outlives_an_adapter_on_the_smaller_model(tmp_path: Path) -> None:
+    small = compact(trained())
+    small.add_adapter(AdaPruneConfig())
+    small.delete_adapter("default")
+    small.save_pretrained(tmp_path, True, small.state_dict())
+    assert "without the neurons and attention heads" in (tmp_path / "README.md").read_text()
+
+
 def _numbers(files: dict[str, bytes]) -> list[bytes]:
     """Return the rows of a card's table: how many groups each block has kept."""
     return [line for line in files["README.md"].splitlines() if b" of " in line and line.startswith(b"|")]

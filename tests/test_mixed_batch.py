@@ -126,6 +126,12 @@ def test_the_loss_is_the_mean_over_the_whole_batch(head: str) -> None:
     torch.testing.assert_close(output.loss, wanted)
 
 
+def test_without_any_label_the_loss_is_that_of_a_plain_batch() -> None:
+    model, batch = make_mixed(head="token"), make_batch("token", size=8)
+    batch["labels"].fill_(-100)
+    assert model(**batch, adapter_names=NAMES).loss.isnan()
+
+
 def test_the_loss_of_a_language_model_counts_the_tokens_that_are_predicted() -> None:
     model, batch = make_mixed("gpt2", "causal_lm"), make_batch("causal_lm", size=8)
     batch["labels"][1, 3:] = -100

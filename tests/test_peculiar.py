@@ -141,6 +141,25 @@ def test_a_merged_model_with_the_papers_head_is_not_saved_as_what_it_is_not(tmp_
     get_peft_model(make_model(), AdaPruneConfig()).merge_and_unload().save_pretrained(tmp_path / "merged")
 
 
+def test_the_papers_head_leaves_nothing_on_the_body_when_it_is_deleted() -> None:
+    model = make_model()
+    model.add_adapter(AdaPruneConfig(head="layer_average"))
+    model.delete_adapter("default")
+    body = model.base_model
+    assert not any([body._forward_hooks, body._forward_pre_hooks, body._forward_pre_hooks_with_kwargs])
+    assert type(body(make_batch()["input_ids"], return_dict=False)) is tuple
+
+
+def test_what_a_user_has_put_on_a_model_is_there_again_after_the_adapter(tmp_path: Path) -> None:
+    model = make_model()
+    saved: list[Path] = []
+    model.save_pretrained = saved.append
+    model.add_adapter(AdaPruneConfig())
+    model.delete_adapter("default")
+    model.save_pretrained(tmp_path)
+    assert saved == [tmp_path]
+
+
 @pytest.mark.parametrize(
     "name", ["T5EncoderModel", "XLNetForSequenceClassification", "FunnelForSequenceClassification"]
 )

@@ -424,7 +424,7 @@ def test_a_safe_merge_refuses_nan(saved: Saved) -> None:
     model = saved.open()
     with torch.no_grad():
         layers_of(model)[0].base_weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+    with pytest.raises(MergeError, match="The base has weights that are NaN"):
         model.merge_and_unload(safe_merge=True)
 
 

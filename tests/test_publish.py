@@ -231,9 +231,9 @@ def test_an_adapter_is_opened_by_revision_subfolder_and_token_and_from_the_cache
 
 
 def test_a_stranger_is_told_that_there_is_no_such_adapter(
-    base_path: Path, adapter_path: Path, online: HubServer, monkeypatch: pytest.MonkeyPatch
+    base_path: Path, adapter_path: Path, tmp_path: Path, online: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    push_adapter(adapter_path, NAME, private=True)
+    push_adapter(shutil.copytree(adapter_path, tmp_path / "adapter"), NAME, private=True)
     online.tokens["hf_other"] = Account("other", "write")
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     for opened in hub_doors(base_path).values():

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModel, GPTNeoXConfig, GPTNeoXForSequenc
 
 from hf_adaprune import AdaPruneConfig
 from hf_adaprune.errors import ConfigError, NoMatchingModuleError, StructureError
+from hf_adaprune.tuner.groups import Block
 from hf_adaprune.tuner.masked_layers import adaprune_layers
-from hf_adaprune.tuner.structure import Block, plan_blocks, verified
+from hf_adaprune.tuner.structure import plan_blocks, verified
 
 
 # The hidden layers of each kind: who produces them, who reads them.

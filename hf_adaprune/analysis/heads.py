@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig
+from transformers import PreTrainedConfig
 
 from ..config import AdaPruneConfig
 from .heat_map import draw_heat_map
@@ -62,12 +62,12 @@ class Heads:
         return np.flatnonzero(np.any(paths, axis=0)) if paths else np.array([], dtype=np.int64)
 
 
-def attention_heads(masks: Masks, config: PretrainedConfig | AdaPruneConfig) -> list[Heads]:
+def attention_heads(masks: Masks, config: PreTrainedConfig | AdaPruneConfig) -> list[Heads]:
     """Return how much of each attention head is kept.
 
     Args:
         masks (`Masks`): Masks as returned by `load_masks` or `model_masks`.
-        config (`PretrainedConfig` or `AdaPruneConfig`): `model.config`, or the configuration of a stored adapter.
+        config (`PreTrainedConfig` or `AdaPruneConfig`): `model.config`, or the configuration of a stored adapter.
 
     Returns:
         `list[Heads]`: One entry per layer, and one more for its cross-attention if it has any.

@@ -20,4 +20,4 @@ def component_of(name: str) -> str:
 
 def in_order(names: list[str]) -> list[str]:
     """Sort names in natural order: layer 10 comes after layer 9."""
-    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+    return sorted(names, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(9), name))

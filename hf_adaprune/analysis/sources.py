@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..config import AdaPruneConfig
@@ -18,7 +17,7 @@ from ..errors import AdapterFileError, NoMatchingModuleError, NotPrunedError
 from ..masks import unpack_mask
 from ..storage.stored_adapter import read_adapter, read_config
 from ..storage.weights_file import read_masks
-from ..structured.compact_model import MODEL_TYPE, config_class, model_class
+from ..structured.compact_model import MODEL_TYPE, class_for, config_class, stock_class
 from ..tensor_names import plain_name
 from ..tuner.groups import Groups
 from ..tuner.layer import AdaPruneLayer
@@ -136,20 +135,20 @@ def model_weights(model: nn.Module, masks: Masks) -> dict[str, torch.Tensor]:
     return weights
 
 
-def transformers_config(config: AdaPruneConfig | PretrainedConfig) -> PretrainedConfig:
+def transformers_config(config: AdaPruneConfig | PreTrainedConfig) -> PreTrainedConfig:
     """Return the configuration of the model that a stored adapter was made for.
 
     Args:
-        config (`AdaPruneConfig` or `PretrainedConfig`): The adapter's; that of a model is returned unchanged.
+        config (`AdaPruneConfig` or `PreTrainedConfig`): The adapter's; that of a model is returned unchanged.
 
     Returns:
-        `PretrainedConfig`: The configuration of the model.
+        `PreTrainedConfig`: The configuration of the model.
 
     Raises:
         NotPrunedError: If the adapter was made for a model that is not a transformers model.
         AdapterFileError: If the stored `model_config` is not a valid model configuration.
     """
-    if isinstance(config, PretrainedConfig):
+    if isinstance(config, PreTrainedConfig):
         return config
     if config.model_config is None:
         raise NotPrunedError(
@@ -177,16 +176,13 @@ def _no_model(reason: object) -> AdapterFileError:
 
 def _skeleton(config: AdaPruneConfig) -> nn.Module | None:
     """Return the adapter's model on the meta device, or `None` if transformers has no such class."""
-    cls = getattr(transformers, config.architecture or "", None)
-    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+    cls = stock_class(config.architecture)
+    if cls is None:
         return None
     told: Any = transformers_config(config)
-    if told.model_type == MODEL_TYPE:
-        special: Any = type(told)
-        cls = model_class(cls, special)
     try:
         with torch.device("meta"):
-            skeleton: nn.Module = cls(told)
+            skeleton: nn.Module = class_for(cls, told)(told)
     except Exception as error:
         raise _no_model(error) from None
     sizes = {

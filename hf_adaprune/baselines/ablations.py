@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from ..config import AdaPruneConfig
 from ..errors import NotPrunedError
 from ..storage.checks import run_checks
 from ..tuner.layer import AdaPruneLayer
@@ -112,15 +113,16 @@ def _head_trainer(trainer: Trainer, learning_rate: float, adapter_name: str) -> 
 def _restored(model: Any) -> Iterator[None]:
     """Restore a model's state, card and trainable parameters at the end of the block."""
     state = copy.deepcopy(model.state_dict())
-    told = {name: copy.copy(config.training) for name, config in model.peft_config.items()}
+    configs = [config for config in model.peft_config.values() if isinstance(config, AdaPruneConfig)]
+    told = [copy.copy(config.training) for config in configs]
     complete_card = vars(model).get("create_or_update_model_card")
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         yield
     finally:
         model.load_state_dict(state)
-        for name, training in told.items():
-            model.peft_config[name].training = training
+        for config, training in zip(configs, told, strict=True):
+            config.training = training
         vars(model).pop("create_or_update_model_card", None)
         if complete_card is not None:
             model.create_or_update_model_card = complete_card

@@ -71,11 +71,11 @@ class CompactCard:
 
 
 def _save(
-    card: CompactCard, model: Any, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
+    card: CompactCard, model: Any, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
 ) -> None:
     pushed, name = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None) or Path(save_directory).resolve().name
     hub = {key: kwargs.pop(key) for key in PUSH_OPTIONS if pushed and key in kwargs}
-    type(model).save_pretrained(model, save_directory, is_main_process, **kwargs)
+    type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
     if is_main_process:
         put_card(Path(save_directory, CARD), card.render(name))
     if pushed:

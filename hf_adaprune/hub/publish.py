@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME, PushToHubMixin, logging
 
 from ..errors import PushError
+from ..overrides import override
 from ..storage.stored_adapter import read_adapter
 from .model_card import CARD, describe_base, read_card, write_model_card, written_by_hand
 
@@ -99,7 +99,7 @@ def _hub_errors(name: str) -> Iterator[None]:
 def push_with_card(model: Any) -> None:
     """Make a model's `push_to_hub` push the adapter's own card instead of an empty template."""
     if isinstance(model, PushToHubMixin):
-        model._upload_modified_files = functools.partial(_upload, model)
+        override(model, "_upload_modified_files", _upload, model)
 
 
 def _upload(model: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:

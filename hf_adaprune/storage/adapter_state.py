@@ -49,7 +49,7 @@ def masks_to_store(
         plain_name(name): list(count) for name, count in module_counts(model, adapter_name).items()
     }
     config.group_counts = _group_counts(layers, adapter_name)
-    if not config.in_memory.has_pruner and any(adapter_name in layer.adaprune_scores for layer in layers.values()):
+    if not config.in_memory.was_pruned and any(adapter_name in layer.adaprune_scores for layer in layers.values()):
         _report_unpruned(config)
     head = {stored_name(key, adapter_name): state_dict[key] for key in head_keys(model, adapter_name)}
     _leave_out_embeddings(model, state_dict)
@@ -62,11 +62,11 @@ def masks_to_store(
 def check_loaded(
     model: nn.Module, config: AdaPruneConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Check that a loaded adapter fits the model, return it by the model's names, and mark its masks as loaded.
+    """Check that a loaded adapter fits the model, and return it by the model's names.
 
     Args:
         model (`torch.nn.Module`): The model, with the adapter on it.
-        config (`AdaPruneConfig`): The adapter's configuration; changed in place.
+        config (`AdaPruneConfig`): The adapter's configuration.
         adapter_name (`str`): Its name.
         state_dict (`dict[str, torch.Tensor]`): Masks and head, by the names that PEFT derives from the file's.
 
@@ -95,7 +95,6 @@ def check_loaded(
     if config.is_stored:
         shapes = {f"{PREFIX}{stored_name(key, adapter_name)}": tuple(tensor.shape) for key, tensor in state.items()}
         check_head("The adapter's file", shapes, head_shapes(model, adapter_name))
-    config.in_memory.masks_loaded = True
     return state
 
 

@@ -14,7 +14,7 @@ from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, BaseMismatchError, ConfigError, NotPrunedError
 from ..masks import packed_size
 from ..tuner.head import PEFT_HEADS, body_name, head_modules, head_wrappers
-from ..tuner.hooks import pre_hooks
+from ..tuner.hooks import PreHook, pre_hooks
 from ..tuner.masked_layers import adaprune_layers, added_parameters, module_counts
 from ..tuner.sharding import is_sharded
 from .fingerprint import fingerprint, fingerprints_are_checked, matches
@@ -120,7 +120,7 @@ def vocabulary_size(model: nn.Module) -> int | None:
     return getattr(model.config, "vocab_size", None) if isinstance(model, PreTrainedModel) else None
 
 
-class CheckOnce:
+class CheckOnce(PreHook):
     """Verify the fingerprint of a loaded adapter at its first forward pass.
 
     Not every loading path signals when it is done, but each is followed by a forward pass.
@@ -129,7 +129,6 @@ class CheckOnce:
     def __init__(self, adapter_name: str, config: AdaPruneConfig) -> None:
         self.adapter_name = adapter_name
         self.config = config
-        self.handle: Any = None
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]

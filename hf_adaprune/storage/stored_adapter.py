@@ -15,12 +15,12 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Safete
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils.hub import cached_file
 
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, AdapterNotFoundError, BaseMismatchError, ConfigError
-from ..structured.compact_model import MODEL_TYPE, config_class, model_class
+from ..structured.compact_model import class_for, stock_class
 from .checks import run_checks
 from .fingerprint import same_origin
 from .weights_file import check_shapes, read_shapes
@@ -70,9 +70,9 @@ class StoredAdapter:
             AdapterFileError: If the adapter's files are not what was saved.
             BaseMismatchError: If the base is not the one that the adapter was made for.
         """
-        architecture = self.config.architecture or "AutoModel"
+        architecture = self.config.architecture
         name, hub = self._base(base)
-        cls = _model_class(architecture)
+        cls = stock_class(architecture) if architecture else AutoModel
         if cls is None:
             raise AdapterNotFoundError(
                 f"The base of {self.name!r} is a {architecture}, which transformers {transformers.__version__} lacks. "
@@ -83,10 +83,7 @@ class StoredAdapter:
                 f"The configuration of {self.name!r} names no base: pass its name or folder as `base`."
             )
         try:
-            config = AutoConfig.from_pretrained(name, **hub)
-            if config.model_type == MODEL_TYPE:
-                cls = model_class(cls, config_class(config.base_model_type))
-            model = cls.from_pretrained(name, **hub)
+            model = class_for(cls, AutoConfig.from_pretrained(name, **hub)).from_pretrained(name, **hub)
         except OSError as error:
             raise AdapterNotFoundError(f"The adapter's base {name!r} cannot be opened: {error}") from None
         except (RuntimeError, ValueError) as error:
@@ -174,12 +171,6 @@ def check_same_base(adapters: Sequence[StoredAdapter]) -> None:
 
 def _sizes(adapter: StoredAdapter) -> dict[str, int]:
     return {module: total for module, (_, total) in (adapter.config.module_counts or {}).items()}
-
-
-def _model_class(name: str) -> Any:
-    found = getattr(transformers, name, None)
-    is_model = found is AutoModel or (isinstance(found, type) and issubclass(found, PreTrainedModel))
-    return found if is_model else None
 
 
 def read_config(name: str, **hub: Any) -> AdaPruneConfig:

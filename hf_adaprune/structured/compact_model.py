@@ -71,6 +71,18 @@ def plain_class(cls: Any) -> Any:
     return cls.__base__ if cls.__module__ == __name__ else cls
 
 
+def stock_class(name: str | None) -> Any:
+    """Return the class of transformers models of a name, or `None` if there is none."""
+    found = getattr(transformers, name or "", None)
+    return found if _is_subclass(found, PreTrainedModel) else None
+
+
+def class_for(stock: Any, config: Any) -> Any:
+    """Return the class that builds a configuration: the stock one, or its subclass for a compacted model."""
+    special: Any = type(config)
+    return model_class(stock, special) if config.model_type == MODEL_TYPE else stock
+
+
 def _is_subclass(found: Any, cls: type) -> bool:
     return isinstance(found, type) and issubclass(found, cls)
 

@@ -17,11 +17,12 @@ from ..errors import CompactionError, NotPrunedError, StructureError
 from ..hub.compact_card import CompactCard
 from ..merging import merged
 from ..tuner.example_inputs import dummy_inputs, tensor_sharing_copy
-from ..tuner.groups import Groups
+from ..tuner.groups import Block, Groups
+from ..tuner.head import body_name
 from ..tuner.layer import AdaPruneLayer
 from ..tuner.layer_average import LayerAverageHead
 from ..tuner.masked_layers import adaprune_layers, has_foreign_layers
-from ..tuner.structure import Block, features, find_blocks
+from ..tuner.structure import features, find_blocks
 from ..tuner.targets import linear_layers
 from .compact_model import MODEL_TYPE, config_class, model_class, plain_class
 from .shrink import compose_heads, keep_heads, keep_inputs, keep_outputs
@@ -191,7 +192,7 @@ def _try_stock_config(dense: Any, shapes: dict[str, tuple[int, int]], widths: di
 
 def _use_compact_class(dense: Any, widths: dict[str, tuple[int, int]], heads: dict[str, Any]) -> None:
     """Convert the model to a class whose configuration stores its layer shapes."""
-    body = "" if dense.base_model is dense else f"{dense.base_model_prefix}."
+    body = body_name(dense)
     old, cls = dense.config, plain_class(type(dense))
     base_model_type = getattr(old, "base_model_type", old.model_type)
     special = config_class(base_model_type)

@@ -10,12 +10,11 @@ from transformers import PreTrainedModel
 from ..config import AdaPruneConfig
 from ..errors import BaseMismatchError, NotPrunedError
 from ..labels import LABEL_FIELDS
-from ..masks import pack_mask
 from ..merging import merged, unmasked
 from ..tuner.groups import Groups, join_kinds
 from ..tuner.head import head_wrappers
 from ..tuner.layer import AdaPruneLayer
-from ..tuner.masked_layers import adaprune_layers
+from ..tuner.masked_layers import adaprune_layers, put_masks
 from .compaction import active_config, active_masks, base_of, differ, hidden_states, kept_groups
 
 
@@ -63,9 +62,7 @@ def expand(small: Any, whole: Any) -> PreTrainedModel:
     config = _config_over(active_config(whole), active_config(small).for_masks(masks))
     config.whole_groups = join_kinds({block.kind for block, kept in blocks if not kept.all()})
     base.add_adapter(config)
-    for module, layer in adaprune_layers(base):
-        layer.adaprune_mask["default"].copy_(pack_mask(masks[module]))
-    base.peft_config["default"].in_memory.masks_loaded = True
+    put_masks(base, "default", masks)
     for module, state in (_trained_whole(whole) | _trained_whole(small)).items():
         trained: Any = base.get_submodule(module)
         trained.modules_to_save["default"].load_state_dict(state)

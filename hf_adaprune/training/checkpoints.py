@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
+from ..overrides import override, restore
 from ..tuner.masked_layers import adaprune_layers
 from ..tuner.sharding import is_sharded
 
@@ -55,19 +55,15 @@ def save_state_with_checkpoints(model: Any, num_processes: int, resumable: bool)
     stop_saving_state(model)
     if not hasattr(model, "save_pretrained"):
         return  # a custom class: the Trainer saves its whole state, with masks and scores
-    model.save_pretrained = functools.partial(_save, model.save_pretrained, model, num_processes, resumable)
+    override(model, "save_pretrained", _save, model.save_pretrained, model, num_processes, resumable)
     if isinstance(model, PeftModel):
-        model.load_adapter = functools.partial(_load_own, model.load_adapter)
+        override(model, "load_adapter", _load_own, model.load_adapter)
 
 
 def stop_saving_state(model: Any) -> None:
     """Restore a model's original `save_pretrained` and `load_adapter`."""
-    for name, own in (("save_pretrained", _save), ("load_adapter", _load_own)):
-        method = vars(model).get(name)
-        if isinstance(method, functools.partial) and method.func is own:
-            delattr(model, name)
-            if method.args[0] != getattr(model, name):  # not that of its class
-                setattr(model, name, method.args[0])
+    restore(model, "save_pretrained", _save)
+    restore(model, "load_adapter", _load_own)
 
 
 def _save(

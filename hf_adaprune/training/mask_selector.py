@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..config import AdaPruneConfig
+from ..tuner.layer import AdaPruneLayer
 from ..tuner.selection import protect_best, prune_groups, threshold_mask, threshold_scopes, topk_masks
 from ..tuner.sharding import full_tensor
 
-
-if TYPE_CHECKING:
-    from ..tuner.layer import AdaPruneLayer
 
 Masks = dict[str, torch.Tensor]
 

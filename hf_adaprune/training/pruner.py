@@ -217,7 +217,7 @@ class Pruner:
             )
         self.num_steps += 1
         self._has_stepped = True
-        self.config.in_memory.has_pruner = True
+        self.config.in_memory.was_pruned = True
         self._head.scale_last_step()
         self._calibrate()
         self._settle()
@@ -299,7 +299,7 @@ class Pruner:
 
         Whole groups are pruned to the nearest number possible.
         """
-        self.config.in_memory.has_pruner = True
+        self.config.in_memory.was_pruned = True
         self._set(self._selector.at_sparsity(sparsity))
 
     def pop_flip_rate(self) -> float:

@@ -12,11 +12,10 @@ from peft.utils import ModulesToSaveWrapper
 
 from ..config import AdaPruneConfig
 from ..errors import CombineError
-from ..masks import pack_mask
 from .groups import join_kinds
 from .head import head_wrappers
 from .layer import AdaPruneLayer
-from .masked_layers import adaprune_layers, masking_adapters
+from .masked_layers import adaprune_layers, masking_adapters, put_masks
 
 
 How = Literal["intersection", "union", "majority"]
@@ -62,11 +61,9 @@ def combine_adapters(
         config.whole_groups = join_kinds(kinds)
     config.combination = f"{how} of {', '.join(adapter_names)}"
     _add(tuner, new_name, config)
-    for name, layer in layers.items():
-        layer.adaprune_mask[new_name].copy_(pack_mask(masks[name]))
+    put_masks(base, new_name, masks)
     pruned, total = zip(*(layer.pruned_and_total(new_name) for layer in layers.values()), strict=True)
-    stored = base.peft_config[new_name]
-    stored.final_sparsity, stored.in_memory.masks_loaded = sum(pruned) / sum(total), True
+    base.peft_config[new_name].final_sparsity = sum(pruned) / sum(total)
     for wrapper in wrappers:
         if head in wrapper.modules_to_save:
             wrapper.modules_to_save[new_name].load_state_dict(wrapper.modules_to_save[head].state_dict())

@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 
-if TYPE_CHECKING:
-    from .structure import Block
-
-
 def join_kinds(kinds: Collection[str]) -> str | None:
     """Return the granularity with the given kinds of groups: `"neuron"`, `"head"`, `"neuron+head"`, or `None`."""
     return "+".join(kind for kind in ("neuron", "head") if kind in kinds) or None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One feed-forward or attention block: the linear layers that produce a hidden vector, and the one that reads it.
+
+    A group is a slice of the vector: one entry (a neuron), or the entries of an attention head. It consists of the
+    consumer's columns that read the slice and the producers' rows that compute it; where the former are zero, the
+    latter have no effect.
+
+    Args:
+        kind (`str`): Kind of the groups, `"neuron"` or `"head"`.
+        consumer (`str`): Name of the layer that reads the vector.
+        producers (`tuple[str, ...]`): Names of the layers that produce it.
+        num_groups (`int`): Number of groups.
+        width (`int`): Number of entries of the vector per group.
+    """
+
+    kind: str
+    consumer: str
+    producers: tuple[str, ...]
+    num_groups: int
+    width: int
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The names of all linear layers of the block."""
+        return (*self.producers, self.consumer)
 
 
 class Groups:

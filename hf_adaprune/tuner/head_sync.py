@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,8 +14,9 @@ from transformers import PreTrainedModel
 
 from ..config import AdaPruneConfig
 from ..labels import LABEL_FIELDS, default_labels, stored_labels
+from ..overrides import override
 from .head import head_wrappers
-from .hooks import pre_hooks
+from .hooks import PreHook, pre_hooks
 from .layer import AdaPruneLayer
 from .masked_layers import adaprune_layers
 
@@ -25,7 +25,7 @@ from .masked_layers import adaprune_layers
 SWITCH_METHODS = ("enable_adapters", "disable_adapters", "delete_adapter")
 
 
-class HeadSync:
+class HeadSync(PreHook):
     """Forward pre-hook that sets a model's head, and the labels in its configuration, to those of the active masks.
 
     There are many ways to switch adapters. Not all of them switch the head with the masks, and none switches the
@@ -42,7 +42,6 @@ class HeadSync:
         self.heads: list[ModulesToSaveWrapper] = []
         self.shown: AdaPruneConfig | None = None
         self.on_last_adapter_deleted: Callable[[Any], object] = lambda model: None
-        self.handle: Any = None
 
     def __call__(self, model: Any, args: Any = ()) -> None:
         if not torch.compiler.is_compiling():
@@ -143,10 +142,10 @@ def attach(
     """
     if head_sync.handle is None:
         head_sync.on_last_adapter_deleted = on_last_adapter_deleted
-        head_sync.handle = model.register_forward_pre_hook(head_sync)
-        model.set_adapter = functools.partial(_set_adapter, model, head_sync)
+        head_sync.attach(model)
+        override(model, "set_adapter", _set_adapter, model, head_sync)
         for name in SWITCH_METHODS:
-            setattr(model, name, functools.partial(_switch, name, model, head_sync))
+            override(model, name, _switch, name, model, head_sync)
     head_sync.layers = [layer for _, layer in adaprune_layers(model)]
     head_sync.heads = list(head_wrappers(model).values())
     # The labels now in the model's configuration may be meant for the new adapter only.

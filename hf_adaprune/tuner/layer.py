@@ -12,7 +12,7 @@ from torch import nn
 
 from ..codec import decode_mask, encode_mask, is_coded
 from ..config import AdaPruneConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, MergeError
 from ..masks import SHORTEST, apply_mask, pack_mask, packed_ones, packed_size, unpack_mask
 from .cached_weight import CachedWeight
 from .groups import Groups
@@ -175,7 +175,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         if self._removed:
             weight = weight.clone()
             for pruned, values in reversed(self._removed.values()):
-                weight[pruned] = values
+                _put_back(weight, pruned, values)
         return weight
 
     def groups(self, adapter_name: str) -> Groups | None:
@@ -217,7 +217,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
                 continue
             weight, pruned = self.base_weight.data, ~self.mask(name)
             if safe_merge and not torch.isfinite(weight).all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+                raise MergeError("The base has weights that are NaN or infinite: merging would keep them.")
             self._removed[name] = pruned, weight[pruned]
             weight[pruned] = 0
             self.merged_adapters.append(name)
@@ -229,9 +229,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
-            pruned, values = self._removed.pop(self.merged_adapters.pop())
-            weight = self.base_weight.data
-            weight[pruned.to(weight.device)] = values.to(weight)  # the model may have been moved or cast since
+            _put_back(self.base_weight.data, *self._removed.pop(self.merged_adapters.pop()))
 
     def effective_weight(self) -> torch.Tensor:
         """Return the weight times the product of the active masks.
@@ -340,6 +338,10 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
                 state_dict[scores_key] = self.adaprune_scores[name]
                 state_dict[f"{prefix}adaprune_score_scale.{name}"] = self.adaprune_score_scale[name]
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _put_back(weight: torch.Tensor, pruned: torch.Tensor, values: torch.Tensor) -> None:
+    weight[pruned.to(weight.device)] = values.to(weight)  # the model may have been moved or cast since
 
 
 def decode_loaded(layer: Any, incompatible_keys: Any = None) -> None:

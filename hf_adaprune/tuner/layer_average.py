@@ -96,8 +96,24 @@ def refuse_to_save(model: Any) -> None:
 
     From then on `model.save_pretrained` and `model.push_to_hub` raise `MergeError`.
     """
-    if any(isinstance(module, LayerAverageHead) for module in model.modules()):
+    if _has_layer_average(model):
         model.save_pretrained = model.push_to_hub = functools.partial(_refuse, type(model).__name__)
+
+
+def remove_couriers(model: nn.Module) -> None:
+    """Remove the hooks that serve such heads from a model that has none left."""
+    if _has_layer_average(model):
+        return
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), _FirstVectors):
+                    del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _has_layer_average(model: nn.Module) -> bool:
+    return any(isinstance(module, LayerAverageHead) for module in model.modules())
 
 
 def _refuse(architecture: str, *args: Any, **kwargs: Any) -> NoReturn:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..masks import pack_mask
 from ..tensor_names import unwrapped_name
 from .layer import AdaPruneLayer
 
@@ -39,6 +41,13 @@ def adaprune_layers(model: nn.Module, adapter_name: str | None = None) -> Iterat
 def masking_adapters(model: nn.Module) -> list[str]:
     """Return the names of the adapters that have masks on a model, in the order in which they were added."""
     return list(dict.fromkeys(name for _, layer in adaprune_layers(model) for name in layer.adaprune_mask))
+
+
+def put_masks(model: nn.Module, adapter_name: str, masks: Mapping[str, torch.Tensor]) -> None:
+    """Set the masks of an adapter that is not trained, by module name, each in the shape of `scored_mask`."""
+    for name, layer in adaprune_layers(model, adapter_name):
+        layer.adaprune_mask[adapter_name].copy_(pack_mask(masks[name]))
+        layer.config(adapter_name).in_memory.masks_loaded = True
 
 
 def is_foreign(module: nn.Module) -> bool:

@@ -159,8 +159,8 @@ def _take(value: Any, rows: torch.Tensor, size: int) -> Any:
 def _put_together(parts: list[Any], weights: list[int], order: torch.Tensor) -> Any:
     first = parts[0]
     if isinstance(first, torch.Tensor) and not first.dim():
-        scored = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
-        return sum(part * weight for part, weight in scored) / max(sum(weights), 1)
+        scored = [part * weight for part, weight in zip(parts, weights, strict=True) if weight]
+        return sum(scored) / sum(weights) if scored else first  # without any label a model returns NaN
     if isinstance(first, torch.Tensor):
         return torch.cat(parts)[order.to(first.device)]
     if isinstance(first, dict):

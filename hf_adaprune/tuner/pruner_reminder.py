@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .hooks import pre_hooks
+from .hooks import PreHook
 from .layer import AdaPruneLayer
 from .masked_layers import adaprune_layers
 
@@ -19,13 +19,12 @@ logger = logging.get_logger(__name__)
 _PATIENCE = 10
 
 
-class PrunerReminder:
+class PrunerReminder(PreHook):
     """Count the training passes of an adapter, and log a warning if they are made without a `Pruner`."""
 
     def __init__(self, adapter_name: str) -> None:
         self.adapter_name = adapter_name
         self.num_passes = 0
-        self.handle: Any = None
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         if not (model.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
@@ -46,16 +45,3 @@ class PrunerReminder:
 def _is_trained_alone(layer: AdaPruneLayer, adapter_name: str) -> bool:
     is_active = adapter_name in layer.active_adapters and not layer.disable_adapters
     return is_active and layer.config(adapter_name).in_memory.pruner_token is None
-
-
-def remind_of_pruner(model: nn.Module, adapter_name: str) -> None:
-    """Start counting the training passes of a model's new adapter."""
-    reminder = PrunerReminder(adapter_name)
-    reminder.handle = model.register_forward_pre_hook(reminder)
-
-
-def remove_reminders(model: nn.Module) -> None:
-    """Stop counting the training passes of a model's adapters."""
-    for module in model.modules():
-        for reminder in pre_hooks(module, PrunerReminder):
-            reminder.handle.remove()

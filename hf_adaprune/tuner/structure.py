@@ -6,7 +6,6 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..config import AdaPruneConfig
 from ..errors import NoMatchingModuleError, StructureError
 from .example_inputs import dummy_inputs, tensor_sharing_copy
+from .groups import Block
 from .head import body_name
 from .targets import linear_layers
 
@@ -25,34 +25,6 @@ from .targets import linear_layers
 # (number of producer layers, total producer width / hidden width) -> kind of group: query, key and value in three
 # layers or one; a gated pair in two layers or one; a plain feed-forward.
 _PATTERNS = {(3, 3): "head", (1, 3): "head", (2, 2): "neuron", (1, 2): "neuron", (1, 1): "neuron"}
-
-
-@dataclass(frozen=True)
-class Block:
-    """One feed-forward or attention block: the linear layers that produce a hidden vector, and the one that reads it.
-
-    A group is a slice of the vector: one entry (a neuron), or the entries of an attention head. It consists of the
-    consumer's columns that read the slice and the producers' rows that compute it; where the former are zero, the
-    latter have no effect.
-
-    Args:
-        kind (`str`): Kind of the groups, `"neuron"` or `"head"`.
-        consumer (`str`): Name of the layer that reads the vector.
-        producers (`tuple[str, ...]`): Names of the layers that produce it.
-        num_groups (`int`): Number of groups.
-        width (`int`): Number of entries of the vector per group.
-    """
-
-    kind: str
-    consumer: str
-    producers: tuple[str, ...]
-    num_groups: int
-    width: int
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """The names of all linear layers of the block."""
-        return (*self.producers, self.consumer)
 
 
 def plan_blocks(model: Any, config: AdaPruneConfig, everywhere: bool) -> dict[str, Block]:
