@@ -134,7 +134,10 @@ def score_on_glue(
         texts = [[column[int(row)] for row in rows] for column in columns]
         tokens = tokenizer(*texts, truncation=True, max_length=longest, padding=True, return_tensors="pt")
         with torch.inference_mode():
-            logits[rows] = model(**tokens.to(model.device)).logits.float().cpu().numpy()
+            found = getattr(model(**tokens.to(model.device)), "logits", None)
+        if getattr(found, "shape", None) != (len(rows), logits.shape[1]):
+            raise TaskError(f"{task} needs a model for sequence classification: this one has another kind of head.")
+        logits[rows] = found.float().cpu().numpy()
     predictions = logits[:, 0] if task == "stsb" else logits.argmax(1)
     return glue_metric(task, keep_in_memory=True).compute(predictions=predictions, references=references)
 
@@ -148,6 +151,8 @@ def _references(model: Any, task: str, dataset: Dataset) -> list[float]:
         raise TaskError(
             f"{task} needs a head of {'one output' if task == 'stsb' else 'several outputs'}, got {outputs}."
         )
+    if model.config.problem_type == "multi_label_classification":
+        raise TaskError(f"{task} has one label per example, and the model any number: its outputs cannot be scored.")
     if task == "stsb":
         return labels
     kind, names = dataset.features["label"], list(model.config.id2label.values())
@@ -164,4 +169,7 @@ def _references(model: Any, task: str, dataset: Dataset) -> list[float]:
         numbers = {name: number for number, name in model.config.id2label.items()}
     if not set(there) <= numbers.keys():
         raise TaskError(f"The labels of {task} are {there}, those of the model {names}.")
+    num_classes = 3 if task == "mnli" else 2
+    if not isinstance(labels[0], str) and outputs != num_classes:
+        raise TaskError(f"{task} has {num_classes} labels, the model {outputs}: its numbers may mean something else.")
     return [numbers[label] for label in labels]

@@ -21,7 +21,7 @@ from .hub.publish import push_with_card
 from .model_files import load_checked, restore_loading, save_weights_first
 from .overrides import override, restore
 from .storage.adapter_state import check_loaded, head_shapes, masks_to_store
-from .storage.checks import CheckOnce, check_base, check_coded_sizes, run_checks, vocabulary_size
+from .storage.checks import CheckOnce, check_base, check_coded_sizes, check_options, run_checks, vocabulary_size
 from .storage.fingerprint import fingerprints_are_checked
 from .tuner.dropout import restore_dropout
 from .tuner.groups import Groups
@@ -113,6 +113,8 @@ class AdaPruneModel(BaseTuner):
         check_modules_to_save(model, config)
         check_base(model, adapter_name, config)
         check_coded_sizes(model, config)
+        if config.is_stored and fingerprints_are_checked():
+            check_options(model, config)
         if config.num_parameters is None:
             config.num_parameters = _count_parameters(model)
         if state_dict is not None:

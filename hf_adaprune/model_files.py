@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,13 @@ def save_weights_first(model: Any, save_directory: str | Path, *args: Any, **kwa
     """Save a transformers model's adapter, weights first: its own `save_pretrained` begins with the configuration."""
     active = model.active_adapters() if model._hf_peft_config_loaded else []
     others = [name for name in active if getattr(model.peft_config.get(name), "peft_type", None) != "ADAPRUNE"]
+    unsaved = [name for name in active if name not in others and model.peft_config[name].in_memory.was_pruned]
+    if others and unsaved:
+        warnings.warn(
+            f"Only the adapter {others} is saved to {save_directory}: masks and head of {unsaved} are saved by "
+            f"`set_adapter({unsaved[0]!r})` and another `save_pretrained`, into another folder.",
+            stacklevel=2,
+        )
     if others or not active:
         with _one_active(model, others):
             type(model).save_pretrained(model, save_directory, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Callable
 from dataclasses import fields
@@ -101,6 +102,8 @@ def problems_of_values(config: AdaPruneConfig) -> list[str]:
         problems.append(
             f"`drift` needs `selection='threshold'`, got {config.selection!r}: it does not change the order of scores."
         )
+    for name in ("target_modules", "exclude_modules"):
+        problems += _problems_of_pattern(name, getattr(config, name))
     hints = get_type_hints(type(config))
     choices = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
     choices["whole_groups"] = (None, *GRANULARITIES[1:])
@@ -118,6 +121,14 @@ def problems_of_values(config: AdaPruneConfig) -> list[str]:
     if config.layers_pattern and config.layers_to_transform is None:
         problems.append("`layers_pattern` needs `layers_to_transform`.")
     return problems
+
+
+def _problems_of_pattern(name: str, value: Any) -> list[str]:
+    try:
+        re.compile(value if isinstance(value, str) else "")
+    except re.error as error:
+        return [f"`{name}` must be a list of names or a regular expression, got {value!r}: {error}."]
+    return []
 
 
 def _problems_of_granularity(config: AdaPruneConfig) -> list[str]:

@@ -425,7 +425,7 @@ def test_a_callback_adds_the_adapter_of_another_task_to_a_model(wrapped: bool, t
     trainer(model, tmp_path, callback).train()
     assert sparsity_report(model).sparsity == pytest.approx(0.75, abs=1e-3)
     assert sparsity_report(model, "default").sparsity == 0
-    with pytest.raises(NotPrunedError, match=r"'third', but under \['default', 'second'\]"):
+    with pytest.raises(NotPrunedError, match=r"'third': it has \['default', 'second'\]"):
         sparsity_report(model, "third")
 
 

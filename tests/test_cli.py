@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, constants
 from peft import LoraConfig, get_peft_model
 from peft.utils import CONFIG_NAME
 from safetensors.torch import load_file, save_file
-from tiny import make_model, save_model, train_masks
+from tiny import HEADS, make_model, save_model, train_masks
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner, Result
 
@@ -398,6 +398,7 @@ def test_eval_scores_as_a_plain_loop_does(adapter: Path, base_path: Path, tmp_pa
             r"labels of sst2 are \['good'\], those of the model \['name of 0'",
         ),
         ("sst2", {"sentence": "w7", "label": -1}, "no labels to score against"),
+        ("sst2", {"sentence": "w7", "label": 1}, "sst2 has 2 labels, the model 3"),
         ("stsb", {"sentence1": "w7", "sentence2": "w8", "label": 0.5}, "stsb needs a head of one output, got 3"),
     ],
 )
@@ -410,6 +411,27 @@ def test_eval_refuses_what_it_cannot_score(
     assert re.search(said, message), message
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("token", {"num_labels": 2}, "needs a model for sequence classification"),
+        ("question", {}, "needs a model for sequence classification"),
+        ("none", {"num_labels": 2}, "needs a model for sequence classification"),
+        ("sequence", {"num_labels": 2, "problem_type": "multi_label_classification"}, "has one label per example"),
+    ],
+)
+def test_eval_refuses_an_adapter_for_another_kind_of_task(
+    kind: str, options: dict[str, Any], said: str, base_path: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(base_path, tmp_path / "base")  # for its tokenizer
+    save_model(tmp_path / "base", "bert", kind, **options)
+    model: Any = get_peft_model(HEADS[kind].from_pretrained(tmp_path / "base"), AdaPruneConfig())
+    model.save_pretrained(str(tmp_path / "adapter"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"sentence": "w7", "label": 1}) + "\n")
+    assert said in refusal(3, "TaskError", "eval", tmp_path / "adapter", "--task", "sst2", "--data", path)
+
+
 def test_eval_refuses_a_file_without_examples(adapter: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("sentence,label\n")
@@ -418,8 +440,8 @@ def test_eval_refuses_a_file_without_examples(adapter: Path, tmp_path: Path) -> 
 
 def test_eval_cuts_texts_to_what_the_model_has_positions_for(adapter: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"sentence": "w7 " * 100, "label": 1}) + "\n")
-    told = answer("eval", adapter, "--task", "sst2", "--data", path, "--max-length", 200)
+    path.write_text(json.dumps({"premise": "w7 " * 100, "hypothesis": "w7", "label": 1}) + "\n")
+    told = answer("eval", adapter, "--task", "mnli", "--data", path, "--max-length", 200)
     assert told["examples"] == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,10 +33,10 @@ from peft import (
 from safetensors.torch import load_file
 from tiny import HEADS, make_model, save_model, train_masks
 from tiny import logits_of as outputs_of
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, pipeline
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, Trainer, pipeline
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner, read_adapter, sparsity_report
-from hf_adaprune.errors import AdapterNotFoundError
+from hf_adaprune.errors import AdapterFileError, AdapterNotFoundError, BaseMismatchError
 from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
@@ -264,6 +265,54 @@ def test_the_configuration_of_a_fresh_adapter_makes_another(base_path: Path, tmp
     made.save_pretrained(tmp_path)
     again = get_peft_model(load_base(base_path), AdaPruneConfig.from_pretrained(str(tmp_path))).peft_config["default"]
     assert (again.final_sparsity, again.base_fingerprint) == (0.25, made.base_fingerprint)
+
+
+def test_options_that_the_base_was_loaded_with_must_be_given_again(base_path: Path, tmp_path: Path) -> None:
+    options = {"hidden_act": "relu", "hidden_dropout_prob": 0.3, "use_cache": False}
+    model = AutoModelForSequenceClassification.from_pretrained(base_path, num_labels=3, **options)
+    make_trainer(model, tmp_path, AdaPruneCallback).train()
+    adapter = tmp_path / "adapter"
+    model.save_pretrained(adapter)
+    with pytest.warns(UserWarning, match="a base loaded with hidden_act='relu': on this one it computes something"):
+        AutoModelForSequenceClassification.from_pretrained(adapter)
+    with pytest.raises(BaseMismatchError, match="hidden_act='relu'"):
+        read_adapter(adapter).open()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = AutoModelForSequenceClassification.from_pretrained(adapter, hidden_act="relu")
+    assert torch.equal(logits_of(again), logits_of(model))
+    AutoModel.from_pretrained(base_path, hidden_act="relu").save_pretrained(tmp_path / "base")
+    assert torch.equal(logits_of(read_adapter(adapter).open(str(tmp_path / "base"))), logits_of(model))
+
+
+def test_a_head_of_another_size_is_put_into_an_adapter(base_path: Path, adapter_path: Path, tmp_path: Path) -> None:
+    model = DOORS["PeftModel.from_pretrained"](str(base_path), str(adapter_path), is_trainable=True)
+    logits_of(model)
+    base = model.get_base_model()
+    base.classifier.modules_to_save["default"] = torch.nn.Linear(32, 2)
+    base.config.id2label, base.num_labels = {0: "no", 1: "yes"}, 2
+    make_trainer(model, tmp_path, AdaPruneCallback, num_labels=2).train()
+    model.save_pretrained(tmp_path / "again")
+    for name in ("PeftModel.from_pretrained", "pipeline"):
+        again = DOORS[name](str(base_path), str(tmp_path / "again"))
+        assert again.config.id2label == {0: "no", 1: "yes"}
+        assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_a_head_of_ones_own_needs_a_model_that_has_it(base_path: Path, tmp_path: Path) -> None:
+    def with_head() -> Any:
+        model = load_base(base_path)
+        model.classifier = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        return model
+
+    model = with_head()
+    make_trainer(model, tmp_path, AdaPruneCallback).train()
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterFileError, match=r"a head of your own, give the model that head"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(with_head(), tmp_path / "adapter")
+    assert torch.equal(logits_of(again), logits_of(model))
 
 
 @pytest.mark.parametrize("options", [{"save_peft_format": False}, {"max_shard_size": "1KB"}], ids=str)

@@ -433,6 +433,17 @@ def test_a_head_stays_as_it_was_while_another_adapter_is_trained_over_its_masks(
     assert all(".lora_" in name for name in trained)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+def test_masks_that_no_file_has_are_not_forgotten_when_a_lora_over_them_is_saved(tmp_path: Path) -> None:
+    model = load_base(save_base(tmp_path / "base"))
+    model.add_adapter(AdaPruneConfig())
+    train_masks(model)
+    model.add_adapter(LoraConfig(r=2, target_modules=["query"]), "lora")
+    model.set_adapter(["default", "lora"])
+    with pytest.warns(UserWarning, match=r"Only the adapter \['lora'\] is saved .* masks and head of \['default'\]"):
+        model.save_pretrained(tmp_path / "lora")
+
+
 def test_a_model_whose_last_adapter_was_deleted_is_saved_as_its_base(base: Path, tmp_path: Path) -> None:
     model = load_base(base, 5)
     logits = logits_of(model)

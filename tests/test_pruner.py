@@ -398,7 +398,7 @@ def test_more_steps_than_there_are_is_warned_of(monkeypatch: pytest.MonkeyPatch)
         pruner.step()
     assert not said
     pruner.step()
-    assert said[0].startswith("`Pruner.step` was called more often than `total_steps=2`")
+    assert said[0].startswith("The optimizer has made more steps than `total_steps=2`: the masks stay as they are")
 
 
 def test_drift_lowers_every_score_alike_over_the_run() -> None:
@@ -440,7 +440,7 @@ def test_a_model_without_trainable_masks_is_refused() -> None:
         Pruner(Net(), total_steps=5)
     with pytest.raises(NotPrunedError, match="adapter name 'other'"):
         Pruner(make(), total_steps=5, adapter_name="other")
-    with pytest.raises(ValueError, match="`total_steps` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`total_steps` must be an integer >= 1, got 0"):
         Pruner(make(), total_steps=0)
 
 

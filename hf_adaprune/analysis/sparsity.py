@@ -137,7 +137,8 @@ def sparsity_report(model: Any, adapter_name: str | None = None) -> SparsityRepo
         active = [name for name in names if name in next(adaprune_layers(model))[1].active_adapters]
         adapter_name = adapter_name or next(iter([*active, *names]), "default")
         if adapter_name not in names:
-            raise NotPrunedError(f"The model has no masks under the adapter name {adapter_name!r}, but under {names}.")
+            others = f": it has {names}" if names else ", nor any other masks"
+            raise NotPrunedError(f"The model has no masks under the adapter name {adapter_name!r}{others}.")
         counts = {plain_name(name): list(count) for name, count in module_counts(model, adapter_name).items()}
         config = next(adaprune_layers(model, adapter_name))[1].config(adapter_name)
         num_parameters = config.num_parameters or 0

@@ -212,7 +212,7 @@ def compare(
     The base is needed only if masks are compressed (`mask_codec="auto"`).
     """
     if len(set(names)) < 2:
-        raise typer.BadParameter(f"A comparison takes at least two adapters, got {names}.", param_hint="NAMES")
+        raise typer.BadParameter(f"A comparison takes several different adapters, got {names}.", param_hint="NAMES")
     if figure is not None and figure.suffix not in (".png", ".svg", ".pdf"):
         raise typer.BadParameter(f"The file name must end in .png, .svg or .pdf, got {figure}.", param_hint="--figure")
     check_same_base([read_adapter(name) for name in names])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import reprlib
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, BaseMismatchError, ConfigError, NotPrunedError
@@ -18,6 +21,11 @@ from ..tuner.hooks import PreHook, pre_hooks
 from ..tuner.masked_layers import adaprune_layers, added_parameters, module_counts
 from ..tuner.sharding import is_sharded
 from .fingerprint import fingerprint, fingerprints_are_checked, matches
+
+
+# Fields of a model's configuration that do not change what it computes in evaluation, like those on dropout; the
+# vocabulary is compared with the weights.
+_WITHOUT_EFFECT = {*PreTrainedConfig().to_dict(), "use_cache", "vocab_size"}
 
 
 def check_base(model: nn.Module, adapter_name: str, config: AdaPruneConfig) -> None:
@@ -63,6 +71,47 @@ def check_base(model: nn.Module, adapter_name: str, config: AdaPruneConfig) -> N
             "before adding masks, and use the saved model as the base.) To open the adapter on this model anyway, "
             "use `hf_adaprune.skip_fingerprint_check()`."
         )
+
+
+def changed_options(model: nn.Module, config: AdaPruneConfig) -> dict[str, Any]:
+    """Return the options that a model must have been loaded with to compute what the adapter was trained on.
+
+    Args:
+        model (`torch.nn.Module`): The model, loaded with other options than the adapter's base was, or with the same.
+        config (`AdaPruneConfig`): The adapter's configuration.
+
+    Returns:
+        `dict[str, Any]`: For each field of the model's configuration that differs, its value in training.
+    """
+    trained: dict[str, Any] = config.model_config or {}
+    if not isinstance(model, PreTrainedModel) or trained.get("model_type") != model.config.model_type:
+        return {}
+    current, plain = model.config.to_dict(), (bool, int, float, str, type(None))
+    return {
+        field: value
+        for field, value in trained.items()
+        if field in current.keys() - _WITHOUT_EFFECT
+        and not re.search("drop|initializer", field)
+        and isinstance(value, plain)
+        and isinstance(current[field], plain)
+        and value != current[field]
+    }
+
+
+def check_options(model: nn.Module, config: AdaPruneConfig) -> None:
+    """Warn if a base was loaded with other options than the one that an adapter was trained on."""
+    changed = changed_options(model, config)
+    if changed:
+        warnings.warn(options_message(changed), stacklevel=2)
+
+
+def options_message(changed: Mapping[str, Any]) -> str:
+    """Return what to say of `changed_options`."""
+    options = ", ".join(f"{field}={reprlib.repr(value)}" for field, value in changed.items())
+    return (
+        f"The adapter was trained on a base loaded with {options}: on this one it computes something else. Pass these "
+        "options to `from_pretrained`, or save a base that has them and open the adapter on that."
+    )
 
 
 def check_coded_sizes(model: nn.Module, config: AdaPruneConfig) -> None:
@@ -153,8 +202,9 @@ class CheckOnce(PreHook):
                     "open it by `PeftModel.from_pretrained`, or use `config.fresh()` for a new one like it."
                 )
             raise AdapterFileError(
-                f"The masks or the head of adapter {self.adapter_name!r} are not those that were saved: its files are "
-                "damaged, incomplete or edited by hand, or a head of the wrong size was skipped. Fetch it again."
+                f"The masks or the head of adapter {self.adapter_name!r} are not those that were saved. If its files "
+                "are damaged, incomplete or edited by hand, fetch it again; if you have changed the head since you "
+                "opened it, open the adapter inside `hf_adaprune.skip_fingerprint_check()`."
             )
         # Only on success: a damaged adapter must fail at every forward pass.
         self.handle.remove()

@@ -21,8 +21,8 @@ from transformers.utils.hub import cached_file
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, AdapterNotFoundError, BaseMismatchError, ConfigError
 from ..structured.compact_model import class_for, stock_class
-from .checks import run_checks
-from .fingerprint import same_origin
+from .checks import changed_options, options_message, run_checks
+from .fingerprint import fingerprints_are_checked, same_origin
 from .weights_file import check_shapes, read_shapes
 
 
@@ -68,7 +68,7 @@ class StoredAdapter:
         Raises:
             AdapterNotFoundError: If the base, or the class of its model, cannot be found.
             AdapterFileError: If the adapter's files are not what was saved.
-            BaseMismatchError: If the base is not the one that the adapter was made for.
+            BaseMismatchError: If the base, or an option that it is loaded with, is not that of the adapter.
         """
         architecture = self.config.architecture
         name, hub = self._base(base)
@@ -80,7 +80,7 @@ class StoredAdapter:
             )
         if not name:
             raise AdapterNotFoundError(
-                f"The configuration of {self.name!r} names no base: pass its name or folder as `base`."
+                f"The configuration of {self.name!r} names no base: pass its name or folder as `base` (`--base`)."
             )
         try:
             model = class_for(cls, AutoConfig.from_pretrained(name, **hub)).from_pretrained(name, **hub)
@@ -88,6 +88,9 @@ class StoredAdapter:
             raise AdapterNotFoundError(f"The adapter's base {name!r} cannot be opened: {error}") from None
         except (RuntimeError, ValueError) as error:
             raise BaseMismatchError(f"The base {name!r} must be a {architecture}: {error}") from None
+        changed = changed_options(model, self.config) if fingerprints_are_checked() else {}
+        if changed:
+            raise BaseMismatchError(options_message(changed))
         tuned = PeftModel.from_pretrained(model, self.name, **self.hub)
         run_checks(tuned.get_base_model())
         return tuned.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class AdaPruneCallback(TrainerCallback):
     def __init__(self, config: AdaPruneConfig | None = None, adapter_name: str = "default") -> None:
         if config is not None and not isinstance(config, AdaPruneConfig):
             raise ConfigError(
-                f"`AdaPruneCallback` takes an `AdaPruneConfig`, got {config!r}. Example: "
+                f"`AdaPruneCallback` takes an `AdaPruneConfig`, got {reprlib.repr(config)}. Example: "
                 "`AdaPruneCallback(AdaPruneConfig(final_sparsity=0.8))`."
             )
         if config is not None and config.is_stored:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -66,8 +67,8 @@ class Pruner:
     """
 
     def __init__(self, model: nn.Module, total_steps: int, adapter_name: str = "default") -> None:
-        if total_steps < 1:
-            raise ValueError(f"`total_steps` must be at least 1, got {total_steps}.")
+        if not isinstance(total_steps, Integral) or total_steps < 1:
+            raise ValueError(f"`total_steps` must be an integer >= 1, got {total_steps!r}.")
         self.model, self.layers = model, dict(adaprune_layers(model, adapter_name))
         self.adapter_name, self.total_steps, self.num_steps = adapter_name, total_steps, 0
         self._has_stepped = False  # in this run; `num_steps` counts those of a resumed run too
@@ -212,8 +213,10 @@ class Pruner:
             return  # a run resumed at its end
         if self.num_steps == self.total_steps:
             logger.warning_once(
-                f"`Pruner.step` was called more often than `total_steps={self.total_steps}`. Call it once after each "
-                "step of the optimizer; with gradient accumulation that is not once per batch."
+                f"The optimizer has made more steps than `total_steps={self.total_steps}`: the masks stay as they are "
+                "from here on. (A Trainer that is resumed at its end makes one more step. In a loop of your own, call "
+                "`Pruner.step` once after each step of the optimizer; with gradient accumulation that is not once per "
+                "batch.)"
             )
         self.num_steps += 1
         self._has_stepped = True

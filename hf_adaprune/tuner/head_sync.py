@@ -68,9 +68,19 @@ class HeadSync(PreHook):
     def record(self, model: Any) -> None:
         """Copy the labels in the model's configuration to the configuration of the adapter that they belong to."""
         stored = getattr(self.shown, "model_config", None)
-        if stored is not None and model.config.num_labels == self.num_labels(self.shown):
+        if stored is not None and self._describes_head(model.config.num_labels):
             current = {field: getattr(model.config, field, None) for field in LABEL_FIELDS}
             stored |= {field: value for field, value in current.items() if value is not None}
+
+    def _describes_head(self, num_labels: int) -> bool:
+        """Return whether labels of this number are those of the adapter whose labels are shown.
+
+        A number that has changed since may be that of an adapter to be added, or of a head that was put in its place.
+        """
+        former = self.num_labels(self.shown)
+        heads = [head.modules_to_save[name] for head in self.heads for name in head.active_adapters]
+        sizes = {len(parameter) for head in heads for parameter in head.parameters()}
+        return num_labels == former or (num_labels in sizes and former not in sizes)
 
     def show(self, model: Any, config: AdaPruneConfig | None) -> None:
         """Write the labels of an adapter into the model's configuration; without one, those of the base."""
