@@ -134,7 +134,7 @@ def score_on_glue(
         texts = [[column[int(row)] for row in rows] for column in columns]
         tokens = tokenizer(*texts, truncation=True, max_length=longest, padding=True, return_tensors="pt")
         with torch.inference_mode():
-            found = getattr(model(**tokens.to(model.device)), "logits", None)
+            found: Any = getattr(model(**tokens.to(model.device)), "logits", None)
         if getattr(found, "shape", None) != (len(rows), logits.shape[1]):
             raise TaskError(f"{task} needs a model for sequence classification: this one has another kind of head.")
         logits[rows] = found.float().cpu().numpy()

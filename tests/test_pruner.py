@@ -442,6 +442,10 @@ def test_a_model_without_trainable_masks_is_refused() -> None:
         Pruner(make(), total_steps=5, adapter_name="other")
     with pytest.raises(ValueError, match="`total_steps` must be an integer >= 1, got 0"):
         Pruner(make(), total_steps=0)
+    wrong: Any
+    for wrong in (2.5, "10"):
+        with pytest.raises(ValueError, match=f"must be an integer >= 1, got {wrong!r}"):
+            Pruner(make(), total_steps=wrong)
 
 
 def test_deepspeed_is_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:

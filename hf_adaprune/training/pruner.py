@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -67,7 +66,7 @@ class Pruner:
     """
 
     def __init__(self, model: nn.Module, total_steps: int, adapter_name: str = "default") -> None:
-        if not isinstance(total_steps, Integral) or total_steps < 1:
+        if int(total_steps) != total_steps or total_steps < 1:
             raise ValueError(f"`total_steps` must be an integer >= 1, got {total_steps!r}.")
         self.model, self.layers = model, dict(adaprune_layers(model, adapter_name))
         self.adapter_name, self.total_steps, self.num_steps = adapter_name, total_steps, 0
