@@ -58,6 +58,13 @@ def test_only_a_card_of_an_adapter_with_a_head_tells_of_one(
     assert "task head" not in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
+def test_a_card_of_a_masked_language_model_names_its_pipeline(tmp_path: Path) -> None:
+    model: Any = get_peft_model(make_model("bert", "masked_lm"), AdaPruneConfig())
+    train_masks(model, head="masked_lm")
+    model.save_pretrained(str(tmp_path))
+    assert ModelCard.load(tmp_path / "README.md").data.pipeline_tag == "fill-mask"
+
+
 def test_the_code_in_a_card_opens_the_adapter(adapter: tuple[Path, torch.Tensor]) -> None:
     card: Any = write_model_card(adapter[0], name=str(adapter[0]))
     code = card.text.split("```python")[1].split("```")[0]

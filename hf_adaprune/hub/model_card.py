@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.constants import ENDPOINT
 from peft import PeftConfig
 from transformers.models.auto import modeling_auto
 
@@ -177,12 +178,14 @@ def _without_peft_version(text: str) -> str:
 def describe_base(base: str | None) -> tuple[str | None, str]:
     """Return the name of a base if it can be on the Hub (else `None`), and how to mention it in a card."""
     on_hub = _on_hub(base)
-    text = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{Path(base or 'a local model').name}`"
+    text = f"[{base}]({ENDPOINT}/{base})" if on_hub else f"`{Path(base or 'a local model').name}`"
     return base if on_hub else None, text
 
 
 def pipeline_of(config: AdaPruneConfig) -> str | None:
     """Return the name of the pipeline that an adapter's model is for."""
+    if (config.architecture or "").endswith("ForMaskedLM"):
+        return "fill-mask"  # PEFT has no task type for it
     return _PIPELINES.get(str(getattr(config.task_type, "value", config.task_type)))
 
 
