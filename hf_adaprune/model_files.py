@@ -26,11 +26,11 @@ def save_weights_first(model: Any, save_directory: str | Path, *args: Any, **kwa
     """Save a transformers model's adapter, weights first: its own `save_pretrained` begins with the configuration."""
     active = model.active_adapters() if model._hf_peft_config_loaded else []
     others = [name for name in active if getattr(model.peft_config.get(name), "peft_type", None) != "ADAPRUNE"]
-    unsaved = [name for name in active if name not in others and model.peft_config[name].in_memory.was_pruned]
-    if others and unsaved:
+    never_saved = [name for name in active if name not in others and not model.peft_config[name].adapter_fingerprint]
+    if others and never_saved:
         warnings.warn(
-            f"Only the adapter {others} is saved to {save_directory}: masks and head of {unsaved} are saved by "
-            f"`set_adapter({unsaved[0]!r})` and another `save_pretrained`, into another folder.",
+            f"Only the adapter {others} is saved: to save masks and head of {never_saved}, call "
+            f"`set_adapter({never_saved[0]!r})` and `save_pretrained` with another folder.",
             stacklevel=2,
         )
     if others or not active:

@@ -455,7 +455,8 @@ def test_what_an_adapter_tells_of_its_base_decides_on_no_size_and_loads_no_code(
     huge = {"num_labels": 10**12, "num_hidden_layers": 10**9, "attn_implementation": "somebody/kernel"}
     edit_config(tmp_path / "adapter", model_config=config["model_config"] | huge)
     for door in (*PEFT_DOORS, *TRANSFORMERS_DOORS):
-        assert torch.equal(logits_of(DOORS[door](str(base_path), str(tmp_path / "adapter"))), wanted)
+        with pytest.warns(UserWarning, match="num_hidden_layers=1000000000: on this one it computes something else"):
+            assert torch.equal(logits_of(DOORS[door](str(base_path), str(tmp_path / "adapter"))), wanted)
     with pytest.raises(AdapterFileError, match="1000000000 layers"):
         load_masks(tmp_path / "adapter")
 

@@ -440,7 +440,7 @@ def test_masks_that_no_file_has_are_not_forgotten_when_a_lora_over_them_is_saved
     train_masks(model)
     model.add_adapter(LoraConfig(r=2, target_modules=["query"]), "lora")
     model.set_adapter(["default", "lora"])
-    with pytest.warns(UserWarning, match=r"Only the adapter \['lora'\] is saved .* masks and head of \['default'\]"):
+    with pytest.warns(UserWarning, match=r"Only the adapter \['lora'\] is saved: .* masks and head of \['default'\]"):
         model.save_pretrained(tmp_path / "lora")
 
 

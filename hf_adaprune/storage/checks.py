@@ -202,9 +202,9 @@ class CheckOnce(PreHook):
                     "open it by `PeftModel.from_pretrained`, or use `config.fresh()` for a new one like it."
                 )
             raise AdapterFileError(
-                f"The masks or the head of adapter {self.adapter_name!r} are not those that were saved. If its files "
-                "are damaged, incomplete or edited by hand, fetch it again; if you have changed the head since you "
-                "opened it, open the adapter inside `hf_adaprune.skip_fingerprint_check()`."
+                f"The masks or the head of adapter {self.adapter_name!r} are not those that were saved: its files are "
+                "damaged, incomplete or edited by hand, or the head was changed after it was opened. Fetch it again "
+                "or, to change the head, open it inside `hf_adaprune.skip_fingerprint_check()`."
             )
         # Only on success: a damaged adapter must fail at every forward pass.
         self.handle.remove()

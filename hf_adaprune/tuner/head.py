@@ -230,9 +230,9 @@ def check_modules_to_save(model: nn.Module, config: AdaPruneConfig) -> None:
     if missing:
         raise AdapterFileError(
             f"`modules_to_save={config.modules_to_save}` and `head={config.head!r}` require the tensors {missing}, "
-            "which `head_tensors` does not list. If the adapter was trained with a head of your own, give the model "
-            "that head and use `PeftModel.from_pretrained(model, name)`; if not, its configuration is not what was "
-            "saved: fetch the adapter again."
+            "which `head_tensors` does not list: the configuration is not what was saved, or the adapter has another "
+            "head than its architecture. Fetch the adapter again or, if the head is your own, give it to a model and "
+            "use `PeftModel.from_pretrained(model, name)`."
         )
 
 
