@@ -215,11 +215,7 @@ class AdaPruneModel(BaseTuner):
         self._follow()
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        if has_foreign_layers(self.model):
-            raise MergeError(
-                "There are, or were, layers of another method around the masked ones: the masks cannot be merged or "
-                "removed separately. Open the masks' adapter on a fresh copy of its base, without the other adapter."
-            )
+        self._check_alone()
         if merge:
             run_checks(self.model)
             self._enable_adapter_layers()  # so that weights, head and labels belong together
@@ -248,7 +244,16 @@ class AdaPruneModel(BaseTuner):
                 if groups is not None:
                     groups.zero_producers(layer.scored_mask(name))
 
+    def _check_alone(self) -> None:
+        if has_foreign_layers(self.model):
+            raise MergeError(
+                "There are, or were, layers of another method around the masked ones: the masks cannot be merged or "
+                "removed separately. Open the masks' adapter on a fresh copy of its base, without the other adapter."
+            )
+
     def _check_merge_allowed(self) -> None:
+        # Layers unmerge in the order in which they merged: the masked ones would put back weights with a LoRA added.
+        self._check_alone()
         for name, layer in adaprune_layers(self.model):
             if not {*layer.merged_adapters, *layer.active_adapters} & {*layer.adaprune_mask}:
                 continue  # merging does not change its weight

@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -181,6 +182,14 @@ def test_a_metric_that_is_no_number_is_refused(adapter: tuple[Path, torch.Tensor
     metrics: Any = {"accuracy": None, "f1": 0.5}
     with pytest.raises(CardError, match=r"`metrics` must be numbers, got \{'accuracy': None\}"):
         write_model_card(adapter[0], metrics=metrics)
+
+
+def test_a_metric_may_be_a_scalar_of_numpy(adapter: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapter[0], tmp_path / "adapter"))
+    accuracy: Any = np.float64(0.875)
+    card: Any = write_model_card(folder, metrics={"accuracy": accuracy})
+    assert [it.metric_value for it in card.data.eval_results] == [0.875]
+    assert "| accuracy | 0.8750 |" in (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_metadata_that_cannot_be_read_is_named_and_the_card_stays(

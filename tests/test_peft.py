@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import (
+    LoraConfig,
     PeftModel,
     PeftModelForSeq2SeqLM,
     get_peft_model,
@@ -418,6 +419,28 @@ def test_merging_twice_and_unmerging_twice_warn_as_in_peft(saved: Saved) -> None
     layer.unmerge()
     with pytest.warns(UserWarning, match="Already unmerged"):
         layer.unmerge()
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+def test_masks_beneath_a_lora_are_not_merged(saved: Saved) -> None:
+    model = saved.open()
+    model.base_model.model.add_adapter(LoraConfig(target_modules=["query"], init_lora_weights=False), "lora")
+    weights = weights_of(model)
+    with pytest.raises(MergeError, match="layers of another method around the masked ones"):
+        model.merge_adapter()
+    assert equal(weights_of(model), weights)
+
+
+def test_masks_in_training_outlive_a_file_of_another_size() -> None:
+    model: Any = get_peft_model(make_model(), AdaPruneConfig())
+    layer = layers_of(model)[0]
+    state = layer.state_dict()
+    train_masks(model)
+    before = layer.mask("default").clone()
+    state["adaprune_mask.default"] = state["adaprune_mask.default"][:-1]
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        layer.load_state_dict(state)
+    assert torch.equal(layer.mask("default"), before)
 
 
 def test_a_safe_merge_refuses_nan(saved: Saved) -> None:

@@ -254,7 +254,7 @@ def _render(
             dataset_config=part,
             dataset_split=split,
             metric_type=metric,
-            metric_value=round(value, 4),
+            metric_value=round(float(value), 4),  # numpy scalars are no YAML
         )
         for metric, value in metrics.items()
     ]

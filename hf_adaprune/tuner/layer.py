@@ -325,7 +325,8 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             if stored.shape != self.adaprune_mask[name].shape and self.accepts(name, stored):
                 # The stored form of a mask may be longer or shorter than the buffer.
                 self.adaprune_mask[name] = torch.empty_like(stored, device=self.adaprune_mask[name].device)
-            self._unpacked.pop(name, None)
+            if self.accepts(name, stored):
+                self._unpacked.pop(name, None)
             self._cached = None
             self._configs[name].in_memory.masks_loaded = True
             scores_key = f"{prefix}adaprune_scores.{name}"
