@@ -195,8 +195,10 @@ def number_labels(splits: dict[str, datasets.Dataset], known: list[str] | None) 
     They are numbered as in `known`, the names that a trained model gives its outputs, or else as in the first split.
     """
     first = next(iter(splits.values()))
-    kind, values, names = first.features["label"], first.unique("label"), None
-    if not isinstance(kind, (datasets.Value, datasets.ClassLabel)) or len(values) < 2:
+    kind, names = first.features["label"], None
+    is_single = isinstance(kind, (datasets.Value, datasets.ClassLabel))
+    values = first.unique("label") if is_single else first[:5]["label"]
+    if not is_single or len(values) < 2:
         raise InputError(f"`label` must be one number or name per row, and not always the same, got {values[:5]}.")
     if not kind.dtype.startswith("float"):
         names = kind.names if isinstance(kind, datasets.ClassLabel) else [str(value) for value in sorted(values)]
@@ -278,6 +280,14 @@ def known_labels(model: Any) -> list[str] | None:
     """Return the names that a trained model gives its outputs; `None` if it has none of its own."""
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     return None if names == [f"LABEL_{number}" for number in range(len(names))] else names
+
+
+def check_plain(model: Any, name: str) -> None:
+    if getattr(model, "peft_config", None):
+        raise InputError(
+            f"Training must start from a plain model, and {name!r} is an adapter: run `hf-adaprune merge {name} "
+            "FOLDER`, and use the folder that it wrote as `--model_name_or_path`."
+        )
 
 
 def check_outputs(model: Any, task: Task) -> None:
@@ -451,6 +461,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.do_train:
             task = load_task(data_args, asked, model_args.cache_dir)
             model, tokenizer = load_model(model_args, **label_fields(task.label_names))
+            check_plain(model, model_args.model_name_or_path)
         else:
             model, tokenizer = load_model(model_args)
             task = load_task(data_args, asked, model_args.cache_dir, known_labels(model))

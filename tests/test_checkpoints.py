@@ -197,6 +197,13 @@ def test_what_is_left_of_a_checkpoint_that_was_being_created_or_deleted_is_torn(
     assert sorted(path.name for path in (tmp_path / "torn-checkpoint-10").iterdir()) == sorted(left)
 
 
+def test_a_configuration_that_is_cut_off_makes_a_checkpoint_torn(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-10" / "adapter_config.json").write_text('{"peft_type": "LO')
+    trainer(fresh(), tmp_path, AdaPruneCallback)
+    assert (tmp_path / "torn-checkpoint-10" / "adapter_config.json").exists()
+
+
 @pytest.mark.parametrize("kind", ["adapter", "lora", "notes"])
 def test_a_folder_of_ones_own_that_is_named_like_a_checkpoint_stays(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-3"

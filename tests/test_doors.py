@@ -284,6 +284,9 @@ def test_options_that_the_base_was_loaded_with_must_be_given_again(base_path: Pa
     assert torch.equal(logits_of(again), logits_of(model))
     AutoModel.from_pretrained(base_path, hidden_act="relu").save_pretrained(tmp_path / "base")
     assert torch.equal(logits_of(read_adapter(adapter).open(str(tmp_path / "base"))), logits_of(model))
+    wider = save_model(tmp_path / "wider", head="none", intermediate_size=128)
+    with pytest.raises(BaseMismatchError, match="were made for other weights"):
+        read_adapter(adapter).open(str(wider))
 
 
 def test_a_head_of_another_size_is_put_into_an_adapter(base_path: Path, adapter_path: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from hf_adaprune import AdaPruneConfig, mixed_batch
 from hf_adaprune.errors import MixedBatchError
 from hf_adaprune.tuner.masked_layers import adaprune_layers
-from hf_adaprune.tuner.mixed_batch import _take
+from hf_adaprune.tuner.mixed_batch import _put_together, _take
 
 
 NAMES = ["y", "x", "__base__", "y", "z", "x", "__base__", "y"]
@@ -282,3 +282,9 @@ def test_rows_of_an_encoders_output_are_still_one() -> None:
     taken = _take(output, torch.tensor([2, 0]), 3)
     assert isinstance(taken, BaseModelOutput)
     assert taken[0].tolist() == [[4.0, 5.0], [0.0, 1.0]]
+
+
+def test_outputs_that_have_no_row_for_each_sample_are_refused() -> None:
+    routed = [torch.ones(8, 2), torch.ones(16, 2)]  # one row for each token, as the routers of a mixture have
+    with pytest.raises(MixedBatchError, match="one row per sample, got 24 rows for 3 samples"):
+        _put_together(routed, [1, 2], torch.tensor([0, 2, 1]))

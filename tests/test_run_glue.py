@@ -531,6 +531,20 @@ def test_files_that_cannot_be_learnt_from_are_refused(
         run("--do_train", "--do_eval", *own_files(tmp_path, columns))
 
 
+@pytest.mark.parametrize("method", ["adaprune", "finetune", "lora", "smp"])
+def test_training_does_not_start_from_an_adapter(method: str, run: Any, tmp_path: Path, script: Any) -> None:
+    files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
+    adapter, _ = run("--do_train", *files)
+    with pytest.raises(script.InputError, match=r"is an adapter: run `hf-adaprune merge .*adapter FOLDER`"):
+        run("--do_train", "--method", method, *files, model=adapter.rename(tmp_path / "adapter"), out="again")
+
+
+def test_lists_are_no_labels(run: Any, tmp_path: Path, script: Any) -> None:
+    files = own_files(tmp_path, {"text": TEXTS, "label": [[0] for _ in TEXTS]}, "parquet")
+    with pytest.raises(script.InputError, match="must be one number or name per row"):
+        run("--do_train", *files)
+
+
 @pytest.mark.parametrize(
     ("train", "validation", "message"),
     [

@@ -21,7 +21,7 @@ from transformers.utils.hub import cached_file
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, AdapterNotFoundError, BaseMismatchError, ConfigError
 from ..structured.compact_model import class_for, stock_class
-from .checks import changed_options, options_message, run_checks
+from .checks import base_fits, changed_options, options_message, run_checks
 from .fingerprint import fingerprints_are_checked, same_origin
 from .weights_file import check_shapes, read_shapes
 
@@ -89,7 +89,8 @@ class StoredAdapter:
         except (RuntimeError, ValueError) as error:
             raise BaseMismatchError(f"The base {name!r} must be a {architecture}: {error}") from None
         changed = changed_options(model, self.config) if fingerprints_are_checked() else {}
-        if changed:
+        # Sizes are options too, but other weights are the clearer reason.
+        if changed and base_fits(model, self.config) is not False:
             raise BaseMismatchError(options_message(changed))
         tuned = PeftModel.from_pretrained(model, self.name, **self.hub)
         run_checks(tuned.get_base_model())

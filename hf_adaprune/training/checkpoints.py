@@ -194,7 +194,10 @@ def _is_saved_by_hand(folder: Path) -> bool:
     names = [path.name for path in folder.iterdir() if path.is_file()]
     if any(name.startswith(_TRAINER_FILES) for name in names):
         return False
-    configs = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"**/{ADAPTER_CONFIG}")]
+    try:
+        configs = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"**/{ADAPTER_CONFIG}")]
+    except ValueError:  # cut off
+        return False
     has_others = not all(name.startswith(_OTHER_FILES) for name in names)
     return has_others or any(not config.get("training") for config in configs)
 

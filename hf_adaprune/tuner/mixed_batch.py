@@ -162,7 +162,13 @@ def _put_together(parts: list[Any], weights: list[int], order: torch.Tensor) -> 
         scored = [part * weight for part, weight in zip(parts, weights, strict=True) if weight]
         return sum(scored) / sum(weights) if scored else first  # without any label a model returns NaN
     if isinstance(first, torch.Tensor):
-        return torch.cat(parts)[order.to(first.device)]
+        together = torch.cat(parts)
+        if len(together) != len(order):
+            raise MixedBatchError(
+                f"The outputs must have one row per sample, got {len(together)} rows for {len(order)} samples: "
+                "turn that output off, or use a separate batch for each adapter."
+            )
+        return together[order.to(first.device)]
     if isinstance(first, dict):
         return type(first)(**{key: _put_together([part[key] for part in parts], weights, order) for key in first})
     if isinstance(first, (list, tuple)):
