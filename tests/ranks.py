@@ -251,7 +251,7 @@ def main(base: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
-    # All results are on disk. What the scenarios leave behind still holds process groups, whose threads have aborted the
-    # interpreter's orderly exit ("terminate called without an active exception").
+    # All results are on disk. What the scenarios leave behind still holds process groups, whose threads have aborted
+    # the interpreter's orderly exit ("terminate called without an active exception").
     sys.stderr.flush()
     os._exit(0)
