@@ -144,6 +144,9 @@ def main(results: Path, page: Path, figures: Path) -> None:
         "Masks minus another method; *: p < .01, two-tailed Welch t-test over seeds": significance_table(
             compare(cells), names, tasks
         ),
+        "Masks in batches of 8 minus fine-tuning in such batches": significance_table(
+            [one for one in compare(cells, "small_batches") if one.other == "finetune_small_batches"], names, tasks
+        ),
         "Scores relative to fine-tuning, in the paper (BERT-base) and here": beside_published(cells),
         "Ablations: masks or weights changed after training": ablation_table(cells, SCORES),
         "Learning rates: scores on data held out of the training split": tuning_table(

@@ -322,11 +322,11 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             stored = state_dict.get(f"{prefix}adaprune_mask.{name}")
             if stored is None:
                 continue
-            if stored.shape != self.adaprune_mask[name].shape and self.accepts(name, stored):
-                # The stored form of a mask may be longer or shorter than the buffer.
-                self.adaprune_mask[name] = torch.empty_like(stored, device=self.adaprune_mask[name].device)
-            if self.accepts(name, stored):
+            if self.accepts(name, stored):  # otherwise loading fails, and the current mask stays
                 self._unpacked.pop(name, None)
+                if stored.shape != self.adaprune_mask[name].shape:
+                    # The stored form of a mask may be longer or shorter than the buffer.
+                    self.adaprune_mask[name] = torch.empty_like(stored, device=self.adaprune_mask[name].device)
             self._cached = None
             self._configs[name].in_memory.masks_loaded = True
             scores_key = f"{prefix}adaprune_scores.{name}"
