@@ -104,8 +104,8 @@ class AdaPruneConfig(PeftConfig):
         head_lr_ratio (`float`):
             Learning rate of `modules_to_save` divided by the optimizer's, > 0. The default gives 2e-4 at 5e-5.
         dropout (`float` or `str`, *optional*):
-            The dropout of the whole model while `Pruner` trains it, in [0, 1). `None` keeps the model's own. `"auto"`
-            is 0 for regression and the model's own otherwise.
+            The dropout of the model's modules while `Pruner` trains it, in [0, 1). `None` keeps the model's own.
+            `"auto"` is 0 for regression and the model's own otherwise.
         settle (`bool`):
             Whether the score updates decay linearly to 0 from `pruning_end` on, in addition to the learning rate
             schedule. Applies only to `"topk"` with `"straight_through"`, where only the order of the scores matters.

@@ -134,7 +134,7 @@ def run_calibration(base: str, folder: Path) -> None:
     for granularity in ("weight", "neuron+head"):
         config = AdaPruneConfig(granularity=granularity)
         model = get_peft_model(make_model(**NO_DROPOUT), config).train()
-        moments = InputMoments(dict(adaprune_layers(model)))
+        moments = InputMoments(dict(adaprune_layers(model)), "default")
         model(**{key: values.chunk(size)[rank] for key, values in batch.items()})
         seen |= {f"{granularity}.{name}": total for name, total in moments.pop().items()}
     save_file(seen, folder / f"moments-rank{rank}.safetensors")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from doors import load_base, logits_of, make_trainer
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_callback import Kill
 from tiny import HEADS, make_batch, make_model, save_model
 from torch import nn
 from transformers import (
@@ -300,6 +301,23 @@ def test_each_round_prunes_a_share_of_the_rest_and_the_last_one_what_is_missing(
         assert all((mask <= before[name]).all() for name, mask in after.items())
 
 
+def test_a_round_that_was_interrupted_is_repeated(tmp_path: Path) -> None:
+    callback, interrupt = IterativeMagnitudeCallback(0.36, 0.2), Kill(1)
+    watch = Watch("on_step_end", masks_of)
+    trainer = make_trainer(make_model(), tmp_path, callback, watch, interrupt, max_steps=2, learning_rate=1e-3)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        interrupt.step = 0
+        trainer.train()
+        interrupt.step = 1
+    interrupt.step = 0
+    trainer.train()
+    shares = [1 - float(torch.cat([mask.view(-1) for mask in masks.values()]).float().mean()) for masks in watch.seen]
+    assert shares == pytest.approx([0] * 3 + [0.2] * 3 + [0.36] * 2, abs=1e-4)
+    assert not isinstance(trainer.model.get_submodule("bert.encoder.layer.0.output.dense"), AdaPruneLayer)
+
+
 def test_what_is_pruned_after_a_round_is_what_that_round_has_made_small(tmp_path: Path) -> None:
     trained, masks = Watch("on_train_end", state_of), Watch("on_step_begin", masks_of)
     callback = IterativeMagnitudeCallback(0.3, rate=0.3)
@@ -558,7 +576,7 @@ def dropout_of(model: nn.Module) -> dict[str, float]:
 
 
 def test_only_what_has_masks_is_ablated(tmp_path: Path) -> None:
-    with pytest.raises(NotPrunedError, match="no masks under the adapter name 'default'"):
+    with pytest.raises(NotPrunedError, match="The model has no masks: add them by"):
         ablate(make_trainer(make_model(), tmp_path))
 
 

@@ -96,6 +96,15 @@ def test_a_model_is_saved_by_keyword_while_it_trains_and_after_a_broken_run(tmp_
         assert (tmp_path / name / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("name", ["mine/checkpoint-12", "run/checkpoint-7"])
+def test_an_adapter_that_is_saved_by_hand_after_a_broken_run_is_no_checkpoint(name: str, tmp_path: Path) -> None:
+    model = fresh()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(model, tmp_path / "run", AdaPruneCallback, Kill(12)).train()
+    model.save_pretrained(tmp_path / name)
+    assert not (tmp_path / name / "training_state.safetensors").exists()
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_the_former_checkpoint_is_there_until_the_next_has_its_scores(
     wrapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

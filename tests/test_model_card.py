@@ -141,6 +141,8 @@ def test_scores_on_a_card_keep_the_data_and_the_split_that_they_are_of(
         assert kept == [("nyu-mll/glue", None, 0.87), ("nyu-mll/glue", "test", "91 %")]
     new: Any = write_model_card(tmp_path / "adapter", metrics={"accuracy": 0.5}, picture=False)
     assert [it.metric_value for it in new.data.eval_results] == [0.5]
+    cleared: Any = write_model_card(tmp_path / "adapter", metrics={}, picture=False)
+    assert cleared.data.eval_results is None
 
 
 def test_a_folder_is_no_name_on_the_hub_and_lora_has_no_masks(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from hf_adaprune import AdaPruneConfig, Pruner, sparsity_report
+from hf_adaprune.analysis import model_masks
 from hf_adaprune.errors import ConfigError, MergeError, NonFiniteError, NotPrunedError, UnsupportedShardingError
 from hf_adaprune.masks import topk_mask
 from hf_adaprune.tuner.masked_layers import adaprune_layers
@@ -436,14 +437,14 @@ def test_a_score_that_is_not_finite_leaves_the_last_masks() -> None:
 
 
 def test_a_model_without_trainable_masks_is_refused() -> None:
-    with pytest.raises(NotPrunedError, match="no trainable masks under the adapter name 'default'"):
+    with pytest.raises(NotPrunedError, match="The model has no masks: add them by"):
         Pruner(Net(), total_steps=5)
     with pytest.raises(NotPrunedError, match="adapter name 'other'"):
         Pruner(make(), total_steps=5, adapter_name="other")
     with pytest.raises(ValueError, match="`total_steps` must be an integer >= 1, got 0"):
         Pruner(make(), total_steps=0)
     wrong: Any
-    for wrong in (2.5, "10"):
+    for wrong in (2.5, "10", float("inf")):
         with pytest.raises(ValueError, match=f"must be an integer >= 1, got {wrong!r}"):
             Pruner(make(), total_steps=wrong)
 
@@ -505,3 +506,41 @@ def test_a_model_of_two_adapted_models_needs_two_pruners() -> None:
     with pytest.raises(ConfigError, match="create one `Pruner` for each"):
         Pruner(both, total_steps=1)
     Pruner(both["query"], total_steps=1)
+
+
+def test_the_active_adapter_is_trained_unless_another_is_named() -> None:
+    model = make()
+    model.add_adapter("second", AdaPruneConfig(modules_to_save=["head"], target_modules=["first"]))
+    model.set_adapter("second")
+    pruner = Pruner(model, total_steps=5)
+    assert pruner.adapter_name == "second"
+    pruner.close()
+
+
+def test_of_several_active_adapters_one_must_be_named() -> None:
+    model: Any = get_peft_model(make_model(head="none"), AdaPruneConfig(), "first")
+    model.add_adapter("second", AdaPruneConfig())
+    model.base_model.set_adapter(["first", "second"])
+    for use in (lambda: Pruner(model, 5), lambda: sparsity_report(model), lambda: model_masks(model)):
+        with pytest.raises(NotPrunedError, match=r"Several adapters are active, \['first', 'second'\]: name one"):
+            use()
+    assert sparsity_report(model, "second").sparsity == 0
+
+
+def test_a_mask_takes_one_bit_per_weight_again_after_training() -> None:
+    model = make()
+    pruner = Pruner(model, total_steps=5)
+    train(model, pruner, steps=5)
+    pruner.finalize()
+    for _, layer in adaprune_layers(model):
+        assert not layer._unpacked
+        assert layer.adaprune_mask["default"].numel() == -(-layer.base_weight.numel() // 8)
+    assert pruner.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_parameters_that_no_adapter_stores_are_not_trained_in_silence() -> None:
+    model = make()
+    norm = next(name for name, parameter in model.named_parameters() if name.endswith("base_layer.bias"))
+    model.get_parameter(norm).requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"1 parameters of the base are trained too, such as '.*base_layer\.bias'"):
+        Pruner(model, total_steps=5)

@@ -30,7 +30,7 @@ def test_a_stored_adapter_has_the_masks_of_the_model_that_was_trained(architectu
     assert all(torch.equal(masks[name], expected[name]) for name in masks)
     assert all(mask.dtype == torch.bool and mask.dim() == 2 for mask in masks.values())
     pruned = sum(int((~mask).sum()) for mask in masks.values())
-    assert pruned == sparsity_report(model).num_pruned
+    assert pruned == sparsity_report(model).num_pruned == sparsity_report(tmp_path).num_pruned
 
 
 def test_masks_over_a_model_that_was_made_smaller_are_read_too(tmp_path: Path) -> None:
@@ -75,8 +75,9 @@ def test_a_plain_transformers_model_that_holds_an_adapter_has_the_same_names() -
     wrapped, plain = get_peft_model(make_model(), AdaPruneConfig()), make_model()
     plain.add_adapter(AdaPruneConfig(), "other")
     assert list(model_masks(wrapped)) == list(model_masks(plain, "other"))
+    assert list(model_masks(plain)) == list(model_masks(plain, "other"))
     with pytest.raises(NotPrunedError, match="under the adapter name 'default'"):
-        model_masks(plain)
+        model_masks(plain, "default")
 
 
 def test_where_to_look_is_handed_on_to_the_hub(

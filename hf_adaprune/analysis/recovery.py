@@ -81,7 +81,7 @@ class RecoveryCallback(TrainerCallback):
     """Record recovery in a `Trainer` exactly, from the masks after every step.
 
     Args:
-        adapter_name (`str`): The name of the adapter.
+        adapter_name (`str`, *optional*): Which adapter of the model; by default the active one.
 
     Example:
 
@@ -90,7 +90,7 @@ class RecoveryCallback(TrainerCallback):
         >>> watch.recovery.share_of_kept
     """
 
-    def __init__(self, adapter_name: str = "default") -> None:
+    def __init__(self, adapter_name: str | None = None) -> None:
         self.adapter_name, self.recovery = adapter_name, Recovery()
 
     def on_step_end(

@@ -21,7 +21,7 @@ from ..structured.compact_model import MODEL_TYPE, class_for, config_class, stoc
 from ..tensor_names import plain_name
 from ..tuner.groups import Groups
 from ..tuner.layer import AdaPruneLayer
-from ..tuner.masked_layers import adaprune_layers
+from ..tuner.masked_layers import adaprune_layers, chosen_adapter
 from ..tuner.structure import stored_blocks
 from .names import in_order
 
@@ -77,22 +77,21 @@ def load_masks(name_or_path: str | Path, *, subfolder: str | None = None, **hub:
     return _outputs_first(masks, skeleton)
 
 
-def model_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+def model_masks(model: nn.Module, adapter_name: str | None = None) -> dict[str, torch.Tensor]:
     """Return the masks of a model in memory, during or after training.
 
     Args:
         model (`torch.nn.Module`): A model with an AdaPrune adapter.
-        adapter_name (`str`): The name of the adapter.
+        adapter_name (`str`, *optional*): Which adapter of the model; by default the active one.
 
     Returns:
         `dict[str, torch.Tensor]`: The masks, with the same names and shapes as from `load_masks`.
 
     Raises:
-        NotPrunedError: If the model has no such adapter.
+        NotPrunedError: If the model has no such adapter, or several are active and none is named.
     """
+    adapter_name = chosen_adapter(model, adapter_name)
     layers = {plain_name(name): layer for name, layer in adaprune_layers(model, adapter_name)}
-    if not layers:
-        raise NotPrunedError(f"The model has no masks under the adapter name {adapter_name!r}: name one that it has.")
     masks: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
         groups = layer.groups(adapter_name)

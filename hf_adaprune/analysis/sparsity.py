@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import AdaPruneConfig
 from ..errors import NotPrunedError
+from ..storage.stored_adapter import read_config
 from ..tensor_names import plain_name
-from ..tuner.masked_layers import adaprune_layers, masking_adapters, module_counts
+from ..tuner.masked_layers import adaprune_layers, chosen_adapter, module_counts
 from .heat_map import draw_heat_map
 from .names import component_of, in_order, layer_of
 
@@ -114,38 +116,37 @@ def sparsity_report(model: Any, adapter_name: str | None = None) -> SparsityRepo
     """Count the pruned weights of a model or of a saved adapter.
 
     Args:
-        model (`torch.nn.Module` or `AdaPruneConfig`):
-            A model with an AdaPrune adapter, or the configuration of a saved adapter, for which no weights need to be
-            loaded.
+        model (`torch.nn.Module`, `str`, `Path` or `AdaPruneConfig`):
+            A model with an AdaPrune adapter; or a saved adapter, by its folder, its name on the Hub or its
+            configuration, of which no weights are loaded.
         adapter_name (`str`, *optional*): Which adapter of the model; by default the active one.
 
     Returns:
         `SparsityReport`: The counts.
 
     Raises:
-        NotPrunedError: If the model has no such adapter, or the configuration was never saved with one.
+        NotPrunedError: If the model has no such adapter, several are active and none is named, or the configuration
+            was never saved with one.
+        AdapterFileError: If the saved adapter is of another method, or damaged.
+        AdapterNotFoundError: If there is no saved adapter of that name.
 
     Example:
 
-        >>> sparsity_report(PeftConfig.from_pretrained("me/my-adapter")).by_layer()
+        >>> sparsity_report("me/my-adapter").by_layer()
     """
+    if isinstance(model, (str, Path)):
+        model = read_config(str(model))
     if isinstance(model, AdaPruneConfig):
-        stored = model.module_counts or {}
-        counts, num_parameters = {name: stored[name] for name in in_order(list(stored))}, model.num_parameters or 0
+        config, stored = model, model.module_counts or {}
+        counts: dict[str, Any] = {name: stored[name] for name in in_order(list(stored))}
     else:
-        names = masking_adapters(model)
-        active = [name for name in names if name in next(adaprune_layers(model))[1].active_adapters]
-        adapter_name = adapter_name or next(iter([*active, *names]), "default")
-        if adapter_name not in names:
-            others = f": it has {names}" if names else ", nor any other masks"
-            raise NotPrunedError(f"The model has no masks under the adapter name {adapter_name!r}{others}.")
-        counts = {plain_name(name): list(count) for name, count in module_counts(model, adapter_name).items()}
+        adapter_name = chosen_adapter(model, adapter_name)
+        counts = {plain_name(name): count for name, count in module_counts(model, adapter_name).items()}
         config = next(adaprune_layers(model, adapter_name))[1].config(adapter_name)
-        num_parameters = config.num_parameters or 0
     if not counts:
         raise NotPrunedError("There are no masks to count: the configuration was never saved with an adapter.")
     modules = tuple(ModuleSparsity(name, total, pruned) for name, (pruned, total) in counts.items())
-    return SparsityReport(modules, num_parameters)
+    return SparsityReport(modules, config.num_parameters or 0)
 
 
 def plot_sparsity(report: SparsityReport) -> Figure:

@@ -12,10 +12,9 @@ import torch
 from transformers import Trainer
 
 from ..config import AdaPruneConfig
-from ..errors import NotPrunedError
 from ..storage.checks import run_checks
 from ..tuner.layer import AdaPruneLayer
-from ..tuner.masked_layers import adaprune_layers
+from ..tuner.masked_layers import adaprune_layers, chosen_adapter
 from .fixed import FixedMaskCallback
 
 
@@ -57,14 +56,14 @@ ABLATIONS: dict[str, Change] = {
 """Table 3 of "Adapting by Pruning" (arXiv 2105.03343), with its second row in three interpretations."""
 
 
-def ablate(trainer: Trainer, head_learning_rate: float = 1e-3, adapter_name: str = "default") -> dict[str, float]:
+def ablate(trainer: Trainer, head_learning_rate: float = 1e-3, adapter_name: str | None = None) -> dict[str, float]:
     """Score a trained model under each ablation, with its head as it is and with its head trained further.
 
     Args:
         trainer (`transformers.Trainer`):
             A Trainer whose model AdaPrune has adapted. The model is changed, scored and restored.
         head_learning_rate (`float`): The learning rate for training the head further, as long as the Trainer trains.
-        adapter_name (`str`): The adapter's name.
+        adapter_name (`str`, *optional*): Which adapter of the model; by default the active one.
 
     Returns:
         `dict[str, float]`:
@@ -72,14 +71,10 @@ def ablate(trainer: Trainer, head_learning_rate: float = 1e-3, adapter_name: str
             is and `eval_{ablation}_retrained_...` with the head trained further.
 
     Raises:
-        NotPrunedError: If the model has no masks under `adapter_name`.
+        NotPrunedError: If the model has no such adapter, or several are active and none is named.
     """
+    adapter_name = chosen_adapter(trainer.model, adapter_name)
     layers = dict(adaprune_layers(trainer.model, adapter_name))
-    if not layers:
-        raise NotPrunedError(
-            f"The Trainer's model has no masks under the adapter name {adapter_name!r} to ablate: train it with "
-            "`AdaPruneCallback`, or load an adapter with `is_trainable=True`."
-        )
     run_checks(trainer.model)  # before the masks change
     metrics: dict[str, float] = {}
     for name, change in ABLATIONS.items():

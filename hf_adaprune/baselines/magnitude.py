@@ -17,7 +17,7 @@ from .trained import TrainedWeightsCallback
 class MagnitudePruner(Pruner):
     """Prune by |w| every hundredth of a run until the target is reached."""
 
-    def __init__(self, model: nn.Module, total_steps: int, adapter_name: str = "default") -> None:
+    def __init__(self, model: nn.Module, total_steps: int, adapter_name: str | None = None) -> None:
         super().__init__(model, total_steps, adapter_name)
         self._interval = max(1, total_steps // 100)
 
@@ -96,7 +96,7 @@ class IterativeMagnitudeCallback(TrainedWeightsCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Begin with the first round: the callback may have served another Trainer before."""
-        self._round, self.pruner = -1, None
+        self._round, self.pruner = 0, None
         super().on_init_end(args, state, control, model, **kwargs)
 
     @property
@@ -113,7 +113,6 @@ class IterativeMagnitudeCallback(TrainedWeightsCallback):
                 "The rounds of iterative pruning cannot be resumed from a checkpoint, which stores one round only: "
                 "train without `resume_from_checkpoint`."
             )
-        self._round += 1
         if self.pruner is not None and self._round < self.num_rounds:
             for layer in self.pruner.layers.values():
                 remaining = layer.base_weight.detach() * layer.mask(self.adapter_name)
@@ -127,7 +126,8 @@ class IterativeMagnitudeCallback(TrainedWeightsCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """After the last round, turn the model into a plain one with zeros."""
-        if self._round == self.num_rounds - 1:
+        self._round += 1  # only now: an interrupted round is to be repeated
+        if self._round == self.num_rounds:
             super().on_train_end(args, state, control, **kwargs)
 
     @torch.no_grad()

@@ -61,7 +61,7 @@ class LoraCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Save a state to resume from with each checkpoint: the Trainer reloads no adapter of a plain model."""
-        save_state_with_checkpoints(model, args.world_size, resumable=not args.save_only_model)
+        save_state_with_checkpoints(model, args, state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put that state where the Trainer looks for it."""

@@ -62,7 +62,7 @@ def export_onnx(model: Any, folder: str | Path) -> Path:
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     try:
         with TemporaryDirectory(dir=folder) as aside:
             _export(_Tensors(model.eval()), Path(aside, ONNX_FILE))
@@ -71,7 +71,8 @@ def export_onnx(model: Any, folder: str | Path) -> Path:
             for file in Path(aside).iterdir():  # several if the weights are too large for one file
                 file.replace(folder / file.name)
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     return folder / ONNX_FILE
 
 

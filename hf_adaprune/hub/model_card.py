@@ -77,7 +77,8 @@ def write_model_card(
         name (`str`, *optional*): The adapter's name on the Hub; by default its card's title, or the folder's name.
         subfolder (`str`, *optional*): Its subfolder in the repository of that name.
         metrics (`Mapping[str, float]`, *optional*):
-            Scores to show, and to enter in the card's `model-index`; by default those already on the card.
+            Scores to show, and to enter in the card's `model-index`; by default those already on the card, and none if
+            this is empty.
         dataset (`str`, *optional*): The name on the Hub of the data set that the scores are for.
         dataset_config (`str`, *optional*): Its configuration, such as `"sst2"`.
         dataset_split (`str`, *optional*): Its split, such as `"validation"`.
@@ -228,7 +229,6 @@ def _update(written: Any, card: Any) -> ModelCard:
             card.data.base_model = card.data.base_model or (value if _on_hub(value) else None)
         elif value and field not in ("library_name", "eval_results", "model_name"):
             setattr(card.data, field, value)
-    card.data.eval_results = card.data.eval_results or written.data.eval_results
     return card
 
 

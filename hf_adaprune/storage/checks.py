@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import AdaPruneConfig
-from ..errors import AdapterFileError, BaseMismatchError, ConfigError, NotPrunedError
+from ..errors import AdapterFileError, BaseMismatchError, NotPrunedError
 from ..masks import packed_size
 from ..tuner.head import PEFT_HEADS, body_name, head_modules, head_wrappers
 from ..tuner.hooks import PreHook, pre_hooks
@@ -128,40 +127,6 @@ def check_coded_sizes(model: nn.Module, config: AdaPruneConfig) -> None:
                 f"The mask of {name!r} must take less than one bit for each of its {weight.numel()} weights, the "
                 f"stored configuration declares {size} bytes. Fetch the adapter again."
             )
-
-
-def check_vocabulary(model: nn.Module, config: AdaPruneConfig) -> None:
-    """Raise if a model's vocabulary was resized after masks were added: the new embeddings would not be saved.
-
-    Raises:
-        ConfigError: If the vocabulary size has changed.
-    """
-    sizes, before = {vocabulary_size(module) for module in model.modules()} - {None}, config.in_memory.vocab_size
-    if sizes and before is not None and before not in sizes:
-        raise ConfigError(
-            f"The model has {sizes.pop()} tokens, but had {before} when masks were added: an adapter stores no "
-            "embeddings, so no base would fit it. Call `resize_token_embeddings` before adding masks, save the model, "
-            "and use the saved model as the base."
-        )
-
-
-def check_statistics(model: nn.Module) -> None:
-    """Raise if the base has batch normalization: training would change its running statistics.
-
-    Raises:
-        ConfigError: If a BatchNorm layer outside of `modules_to_save` tracks running statistics.
-    """
-    kept_apart = {"modules_to_save", "original_module"}
-    changing = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats and not kept_apart & {*name.split(".")}
-    ]
-    if changing:
-        raise ConfigError(
-            f"{changing} update running statistics during training, so the base would not stay frozen. Add them to "
-            "`modules_to_save`."
-        )
 
 
 def vocabulary_size(model: nn.Module) -> int | None:

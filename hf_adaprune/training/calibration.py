@@ -21,7 +21,7 @@ class InputMoments:
         adapter_name (`str`): The adapter in training; where it masks groups, inputs are multiplied in pairs.
     """
 
-    def __init__(self, layers: Mapping[str, AdaPruneLayer], adapter_name: str = "default") -> None:
+    def __init__(self, layers: Mapping[str, AdaPruneLayer], adapter_name: str) -> None:
         self._layers = {name: layer for name, layer in layers.items() if layer.input_dim is not None}
         self._totals: dict[str, torch.Tensor] = {}
         hooks: list[RemovableHandle] = []

@@ -153,7 +153,7 @@ class AdaPruneCallback(TrainerCallback):
         self.pruner.load_state_dict({"num_steps": state.global_step})
         self._warn_of_score_steps(kwargs["optimizer"])
         self._forget_best(state)
-        save_state_with_checkpoints(model, args.world_size, resumable=not args.save_only_model)
+        save_state_with_checkpoints(model, args, state)
 
     def _warn_of_score_steps(self, optimizer: Any) -> None:
         pruner = self._running

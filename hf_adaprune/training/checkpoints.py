@@ -39,8 +39,8 @@ _TRAINER_FILES = ("training_", TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAM
 _OTHER_FILES = (ADAPTER_CONFIG, SAFETENSORS_WEIGHTS_NAME, REPOCARD_NAME, "tokenizer")
 
 
-def save_state_with_checkpoints(model: Any, num_processes: int, resumable: bool) -> None:
-    """Make a model's `save_pretrained` also save, in a checkpoint, the training state that its adapter lacks.
+def save_state_with_checkpoints(model: Any, args: TrainingArguments, state: TrainerState) -> None:
+    """Make a model's `save_pretrained` also save, in a Trainer's checkpoint, the state that its adapter lacks.
 
     The `load_adapter` of a `PeftModel` then finds in a checkpoint the adapter that it is asked for: the Trainer always
     names the checkpoint's own folder, where PEFT saves the adapter "default".
@@ -49,13 +49,13 @@ def save_state_with_checkpoints(model: Any, num_processes: int, resumable: bool)
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The model in training.
-        num_processes (`int`): The number of processes; each writes its own random state to a checkpoint.
-        resumable (`bool`): Whether the Trainer saves its optimizer; if not, scores are not saved either.
+        args (`TrainingArguments`): The Trainer's arguments; under `save_only_model`, scores are not saved either.
+        state (`TrainerState`): Its state, which has the number of the checkpoint that is saved now.
     """
     stop_saving_state(model)
     if not hasattr(model, "save_pretrained"):
         return  # a custom class: the Trainer saves its whole state, with masks and scores
-    override(model, "save_pretrained", _save, model.save_pretrained, model, num_processes, resumable)
+    override(model, "save_pretrained", _save, model.save_pretrained, model, args, state)
     if isinstance(model, PeftModel):
         override(model, "load_adapter", _load_own, model.load_adapter)
 
@@ -69,8 +69,8 @@ def stop_saving_state(model: Any) -> None:
 def _save(
     save: Callable[..., None],
     model: Any,
-    num_processes: int,
-    resumable: bool,
+    trainer_args: TrainingArguments,
+    state: TrainerState,
     /,
     save_directory: str,
     *args: Any,
@@ -80,7 +80,7 @@ def _save(
     # A sentence-transformers model contains the model that may have an adapter.
     holder = getattr(model, "transformers_model", None) or model
     # A model without an adapter is saved whole, and so, by the Trainer itself, is one under FSDP.
-    if not (_CHECKPOINT.fullmatch(checkpoint.name) and hasattr(holder, "peft_config")) or is_sharded(
+    if not (_is_of_step(checkpoint, trainer_args, state) and hasattr(holder, "peft_config")) or is_sharded(
         model.parameters()
     ):
         save(save_directory, *args, **kwargs)
@@ -92,7 +92,13 @@ def _save(
     checkpoint.mkdir(parents=True, exist_ok=True)
     (checkpoint / STATE_NAME).write_bytes(b"")
     save(save_directory, *args, **kwargs)
-    _save_state(model, checkpoint / STATE_NAME, num_processes, resumable)
+    _save_state(model, checkpoint / STATE_NAME, trainer_args)
+
+
+def _is_of_step(folder: Path, args: TrainingArguments, state: TrainerState) -> bool:
+    # A run that raised leaves its model as it was in training, and that may be saved by hand under such a name.
+    inside = Path(os.path.abspath(folder)).is_relative_to(os.path.abspath(args.output_dir))
+    return inside and folder.name == f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _load_own(
@@ -102,9 +108,9 @@ def _load_own(
     return load(own if (own / ADAPTER_CONFIG).is_file() else model_id, adapter_name, *args, **kwargs)
 
 
-def _save_state(model: nn.Module, path: Path, num_processes: int, resumable: bool) -> None:
+def _save_state(model: nn.Module, path: Path, args: TrainingArguments) -> None:
     """Save the trainable parameters and the masks by the model's own names."""
-    state = model.state_dict()
+    state, resumable, num_processes = model.state_dict(), not args.save_only_model, args.world_size
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, layer in adaprune_layers(model):
         names |= {f"{name}.adaprune_mask.{adapter}" for adapter in layer.adaprune_mask}

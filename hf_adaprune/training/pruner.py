@@ -12,12 +12,13 @@ from transformers.utils import logging
 from ..config import AdaPruneConfig
 from ..errors import ConfigError, MergeError, NonFiniteError, NotPrunedError
 from ..masks import pack_mask, unpack_mask
-from ..storage.checks import check_statistics, check_vocabulary, run_checks
+from ..storage.checks import run_checks
 from ..tuner.dropout import restore_dropout, set_dropout
-from ..tuner.masked_layers import adaprune_layers
+from ..tuner.masked_layers import adaprune_layers, chosen_adapter
 from ..tuner.score_state import calibrate_scores, remake_scores, scale_scores
 from ..tuner.sharding import check_sharding, full_tensor, is_sharded
 from .calibration import InputMoments
+from .frozen_base import check_statistics, check_vocabulary, warn_of_unsaved
 from .head_learning_rate import HeadLearningRate
 from .mask_selector import MaskSelector
 from .replicas import check_same_masks
@@ -41,10 +42,11 @@ class Pruner:
     Args:
         model (`torch.nn.Module`): A model with a trainable AdaPrune adapter, wrapped for training or not.
         total_steps (`int`): The number of optimizer steps of the run, >= 1.
-        adapter_name (`str`): The adapter to train.
+        adapter_name (`str`, *optional*): The adapter to train; by default the active one.
 
     Raises:
-        NotPrunedError: If the model has no trainable masks under that name, or they are not active.
+        NotPrunedError: If the model has no trainable masks under that name, they are not active, or several adapters
+            are and none is named.
         MergeError: If the masks are merged or disabled.
         AdapterFileError: If a loaded adapter is not the one that was saved.
         ConfigError: If the vocabulary was resized after masks were added, the base has running statistics, which
@@ -65,9 +67,10 @@ class Pruner:
         >>> pruner.finalize()
     """
 
-    def __init__(self, model: nn.Module, total_steps: int, adapter_name: str = "default") -> None:
-        if int(total_steps) != total_steps or total_steps < 1:
+    def __init__(self, model: nn.Module, total_steps: int, adapter_name: str | None = None) -> None:
+        if total_steps == float("inf") or int(total_steps) != total_steps or total_steps < 1:
             raise ValueError(f"`total_steps` must be an integer >= 1, got {total_steps!r}.")
+        adapter_name = chosen_adapter(model, adapter_name)
         self.model, self.layers = model, dict(adaprune_layers(model, adapter_name))
         self.adapter_name, self.total_steps, self.num_steps = adapter_name, total_steps, 0
         self._has_stepped = False  # in this run; `num_steps` counts those of a resumed run too
@@ -81,6 +84,7 @@ class Pruner:
             )
         check_vocabulary(model, self.config)
         check_statistics(model)
+        warn_of_unsaved(model)
         self._selector = MaskSelector(self.layers, adapter_name, self.config)
         check_sharding(self._selector.scores(), self.config.granularity)
 
@@ -263,12 +267,12 @@ class Pruner:
         Raises:
             DivergenceError: If the processes have different masks.
         """
-        self.close()
         for layer in self.layers.values():
             scale_scores(layer, self.adapter_name, 1.0)  # another run may follow
         # A run that was resumed at its end, as a shorter one, has taken no step at its target.
         if not (self.at_target and self._has_stepped):
             self._prune_to_target()
+        self.close()
         self.check_masks()
 
     def close(self) -> None:
@@ -281,6 +285,8 @@ class Pruner:
         self._close_inputs()
         self._head.close()
         restore_dropout(self.model)
+        for layer in self.layers.values():
+            layer.pack(self.adapter_name)
 
     def _prune_to_target(self) -> None:
         before, sparsity, target = self._selector.masks(), self.sparsity, self.config.final_sparsity
@@ -305,7 +311,7 @@ class Pruner:
         self._set(self._selector.at_sparsity(sparsity))
 
     def pop_flip_rate(self) -> float:
-        """Return the share of mask entries that changed since the last call, in [0, 1]."""
+        """Return the share of mask entries that changed since the last call, or the resumption, in [0, 1]."""
         masks, flipped = self._selector.masks(), 0
         for name, mask in masks.items():
             flipped += int((mask ^ unpack_mask(self._reference[name], mask.shape)).count_nonzero())

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class CachedWeight:
-    """Keep a masked weight until anything that it was built from changes.
+    """Keep a masked weight until anything that it was built from changes, other than through `.data`.
 
     Args:
         product (`torch.Tensor`): The masked weight.

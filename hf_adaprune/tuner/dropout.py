@@ -1,4 +1,7 @@
-"""Change a model's dropout for the duration of training."""
+"""Change a model's dropout for the duration of training.
+
+Dropout that a model reads from its configuration in each pass, as the attention of Persimmon or Falcon does, stays.
+"""
 
 from __future__ import annotations
 

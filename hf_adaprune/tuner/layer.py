@@ -204,6 +204,11 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         """Replace the mask of an adapter in training, given in the shape of the scores (see `scored_mask`)."""
         self._unpacked[adapter_name], self._cached = mask, None
 
+    def pack(self, adapter_name: str) -> None:
+        """Replace the mask of an adapter whose training has ended by its packed bits."""
+        if adapter_name in self._unpacked:
+            self.adaprune_mask[adapter_name] = pack_mask(self._unpacked.pop(adapter_name))
+
     def pruned_and_total(self, adapter_name: str) -> tuple[int, int]:
         """Return how many weights the mask prunes, and how many it covers, with those of groups in other layers."""
         mask, groups = self.scored_mask(adapter_name), self.groups(adapter_name)
@@ -235,7 +240,8 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         """Return the weight times the product of the active masks.
 
         If gradients are enabled and the weight or an active adapter is trained, the result passes the gradient on to
-        them. Otherwise it is built once and reused until a mask or the weight changes.
+        them. Otherwise it is built once and reused until a mask or the weight changes; of a change through `.data`,
+        PyTorch keeps no record, and it is not noticed.
         """
         if self.merged and self.disable_adapters:
             self.unmerge()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..errors import NotPrunedError
 from ..masks import pack_mask
 from ..tensor_names import unwrapped_name
 from .layer import AdaPruneLayer
@@ -43,6 +45,26 @@ def masking_adapters(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for _, layer in adaprune_layers(model) for name in layer.adaprune_mask))
 
 
+def chosen_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
+    """Return the name of an adapter that has masks on a model: the given one, or by default the active one.
+
+    Raises:
+        NotPrunedError: If the model has no such adapter, or several are active and none is given.
+    """
+    names = masking_adapters(model)
+    if not names:
+        raise NotPrunedError(
+            "The model has no masks: add them by `peft.get_peft_model(model, AdaPruneConfig())`, or open an adapter "
+            "on it by `PeftModel.from_pretrained`."
+        )
+    active = [name for name in names if name in next(adaprune_layers(model))[1].active_adapters] or names
+    if adapter_name is None and len(active) > 1:
+        raise NotPrunedError(f"Several adapters are active, {active}: name one of them by `adapter_name=`.")
+    if adapter_name not in (None, *names):
+        raise NotPrunedError(f"The model has no masks under the adapter name {adapter_name!r}: it has {names}.")
+    return adapter_name or active[0]
+
+
 def put_masks(model: nn.Module, adapter_name: str, masks: Mapping[str, torch.Tensor]) -> None:
     """Set the masks of an adapter that is not trained, by module name, each in the shape of `scored_mask`."""
     for name, layer in adaprune_layers(model, adapter_name):
@@ -70,6 +92,6 @@ def added_parameters(model: nn.Module) -> set[int]:
     return added
 
 
-def has_masks(model: nn.Module) -> bool:
-    """Return whether a model has masked layers, for any adapter."""
-    return any(isinstance(module, AdaPruneLayer) for module in model.modules())
+def has_masks(model: Any) -> bool:
+    """Return whether this is a model with masked layers, for any adapter."""
+    return isinstance(model, nn.Module) and any(isinstance(module, AdaPruneLayer) for module in model.modules())
