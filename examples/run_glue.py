@@ -494,7 +494,7 @@ def main(argv: list[str] | None = None) -> None:
         shares = {"of_kept": watch.recovery.share_of_kept, "of_pruned": watch.recovery.share_of_pruned}
         trainer.save_metrics("recovery", {f"recovered_{name}": share for name, share in shares.items()})
     if args.push_to_hub:
-        source = "nyu-mll/glue" if data_args.task_name else "custom"
+        source = "nyu-mll/glue" if data_args.task_name else None
         trainer.push_to_hub(tasks="text-classification", dataset=task.name, dataset_tags=source)
     names = sorted(path.name for path in Path(args.output_dir).iterdir())
     logger.info("Results are in %s: %s", args.output_dir, ", ".join(names))

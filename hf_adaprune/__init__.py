@@ -5,12 +5,12 @@ from .config import AdaPruneConfig
 from .deploy.export import export_onnx
 from .deploy.speed import measure_speed
 from .errors import AdaPruneError
+from .files.fingerprint import skip_fingerprint_check
 from .hub.model_card import write_model_card
 from .hub.publish import push_adapter
 from .merging import merged
 from .model import AdaPruneModel
 from .registration import register
-from .storage.fingerprint import skip_fingerprint_check
 from .storage.stored_adapter import read_adapter
 from .structured.compaction import compact
 from .structured.expansion import expand

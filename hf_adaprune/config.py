@@ -6,10 +6,10 @@ import copy
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
@@ -17,10 +17,10 @@ from peft.utils import CONFIG_NAME, PeftType
 
 from .choices import AUTO, FORMAT_VERSION, PRESETS, Estimator, Head, MaskCodec, Scope, ScoreInit, Selection
 from .errors import ConfigError
+from .files.weights_file import check_not_pickled, check_weights_file
+from .files.write_order import put_in_place
 from .labels import is_regression, labels_fingerprint
 from .masks import PACKED_BITS, packed_size, sparsity_of
-from .storage.weights_file import check_not_pickled, check_weights_file
-from .storage.write_order import put_in_place
 from .validation import mistyped, problems_of_storage, problems_of_values
 
 
@@ -183,6 +183,9 @@ class AdaPruneConfig(PeftConfig):
     mask_codec: MaskCodec = PACKED_BITS
     format_version: int = FORMAT_VERSION
 
+    # `write_model_card`, set at registration: a card tells of more than a configuration can import.
+    write_card: ClassVar[Callable[..., Any]]
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("ADAPRUNE")
@@ -333,10 +336,7 @@ class AdaPruneConfig(PeftConfig):
                 check_not_pickled(save_directory, aside)
             aside.replace(path)
             if self.module_counts is not None:
-                # Imported here to avoid a circular import.
-                from .hub.model_card import write_model_card
-
-                write_model_card(save_directory, picture=False)
+                self.write_card(save_directory, picture=False)
 
         put_in_place(aside, finish)
 

@@ -95,8 +95,10 @@ def read_data_file(path: Path, cache_dir: str | None = None) -> Dataset:
     kind = FILE_KINDS.get(path.suffix)
     if kind is None or not path.is_file():
         raise TaskError(f"A data file must exist and end in one of {sorted(FILE_KINDS)}, got '{path}'.")
+    # "None" and "NA" are texts and labels like any others: only an empty cell of a csv file is a missing one.
+    missing = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
     try:
-        return load_dataset(kind, data_files=str(path), split="train", cache_dir=cache_dir)
+        return load_dataset(kind, data_files=str(path), split="train", cache_dir=cache_dir, **missing)
     except (ValueError, DatasetGenerationError, StopIteration) as error:  # the last of an empty file
         raise TaskError(
             f"There are no examples in '{path}' that can be read as {kind}: {error.__cause__ or error}"

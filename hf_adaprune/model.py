@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from .config import AdaPruneConfig, InMemory
 from .errors import ConfigError, MergeError, NoMatchingModuleError
+from .files.fingerprint import fingerprints_are_checked
 from .hub.publish import push_with_card
 from .model_files import load_checked, restore_loading, save_weights_first
 from .overrides import override, restore
 from .storage.adapter_state import check_loaded, head_shapes, masks_to_store
 from .storage.checks import CheckOnce, check_base, check_coded_sizes, check_options, run_checks, vocabulary_size
-from .storage.fingerprint import fingerprints_are_checked
 from .tuner.dropout import restore_dropout
 from .tuner.groups import Groups
 from .tuner.head import check_architecture, check_modules_to_save, fitting_head, has_outdated_problem_type, plan_head

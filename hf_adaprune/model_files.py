@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from .config import AdaPruneConfig
+from .files.weights_file import check_head, check_no_pickle, check_shapes, read_shapes
+from .files.write_order import weights_first
 from .hub.publish import PUSH_OPTIONS, push_adapter
 from .overrides import restore
-from .storage.weights_file import check_head, check_no_pickle, check_shapes, read_shapes
-from .storage.write_order import weights_first
 from .tuner.layer import decode_loaded
 from .tuner.masked_layers import adaprune_layers
 

@@ -6,6 +6,7 @@ from peft.utils import PeftType, register_peft_method
 from transformers.utils.versions import require_version
 
 from .config import AdaPruneConfig
+from .hub.model_card import write_model_card
 from .model import AdaPruneModel
 
 
@@ -27,6 +28,7 @@ def register() -> None:
     try:
         _add_member(PeftType, "ADAPRUNE")
         register_peft_method(name="adaprune", config_cls=AdaPruneConfig, model_cls=AdaPruneModel)
+        AdaPruneConfig.write_card = staticmethod(write_model_card)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ImportError(
             f"hf_adaprune cannot register its method with peft {version('peft')}: peft has changed since "

@@ -9,9 +9,9 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from .choices import AUTO, FORMAT_VERSION, GRANULARITIES, MAX_PATTERN
+from .files.fingerprint import fingerprints_are_checked
 from .labels import labels_fingerprint, problems_of_labels
 from .masks import packed_size
-from .storage.fingerprint import fingerprints_are_checked
 
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from hf_adaprune import AdaPruneConfig
 from hf_adaprune.errors import AdapterFileError, BaseMismatchError
-from hf_adaprune.storage.fingerprint import (
+from hf_adaprune.files.fingerprint import (
     fingerprint,
     fingerprints_are_checked,
     matches,

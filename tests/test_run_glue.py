@@ -24,6 +24,7 @@ from transformers import (
 
 from hf_adaprune import compact
 from hf_adaprune.errors import TaskError
+from hf_adaprune.glue import read_data_file
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "run_glue.py"
@@ -108,6 +109,11 @@ def glue_folder(folder: Path, columns: Mapping[str, Any], splits: tuple[str, ...
     for split in splits:
         write(folder / f"{split}.parquet", columns)
     return folder
+
+
+def test_what_reads_like_a_missing_value_may_be_a_label_or_a_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", {"text": ["NA", "nan", None], "label": ["None", "NA", "null"]})
+    assert read_data_file(path).to_dict() == {"text": ["NA", "nan", None], "label": ["None", "NA", "null"]}
 
 
 @pytest.mark.parametrize("ending", ["csv", "json", "jsonl", "parquet"])

@@ -94,7 +94,7 @@ def test_where_to_look_is_handed_on_to_the_hub(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("peft.config.hf_hub_download", download)
-    monkeypatch.setattr("hf_adaprune.storage.weights_file.hf_hub_download", download)
+    monkeypatch.setattr("hf_adaprune.files.weights_file.hf_hub_download", download)
     masks = load_masks("me/adapter", subfolder="sst2", revision="v2", token="secret")
     assert {entry[0] for entry in asked} == {"me/adapter"}
     assert {entry[1] for entry in asked} == {"adapter_config.json", "adapter_model.safetensors"}

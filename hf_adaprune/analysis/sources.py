@@ -12,12 +12,12 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from ..compacted.compact_model import MODEL_TYPE, class_for, config_class, stock_class
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, NoMatchingModuleError, NotPrunedError
+from ..files.weights_file import read_masks
 from ..masks import unpack_mask
 from ..storage.stored_adapter import read_adapter, read_config
-from ..storage.weights_file import read_masks
-from ..structured.compact_model import MODEL_TYPE, class_for, config_class, stock_class
 from ..tensor_names import plain_name
 from ..tuner.groups import Groups
 from ..tuner.layer import AdaPruneLayer

@@ -11,14 +11,14 @@ from transformers.utils import logging
 
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError
+from ..files.fingerprint import fingerprint
+from ..files.weights_file import check_head
 from ..masks import SHORTEST
 from ..tensor_names import PREFIX, plain_name, stored_name, unwrapped_name
 from ..tuner.head_sync import head_sync_of
 from ..tuner.layer import AdaPruneLayer
 from ..tuner.masked_layers import adaprune_layers, module_counts
 from .checks import head_keys
-from .fingerprint import fingerprint
-from .weights_file import check_head
 
 
 logger = logging.get_logger(__name__)

@@ -14,12 +14,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, BaseMismatchError, NotPrunedError
+from ..files.fingerprint import fingerprint, fingerprints_are_checked, matches
 from ..masks import packed_size
 from ..tuner.head import PEFT_HEADS, body_name, head_modules, head_wrappers
 from ..tuner.hooks import PreHook, pre_hooks
 from ..tuner.masked_layers import adaprune_layers, added_parameters, module_counts
 from ..tuner.sharding import is_sharded
-from .fingerprint import fingerprint, fingerprints_are_checked, matches
 
 
 # Fields of a model's configuration that do not change what it computes in evaluation, like those on dropout; the

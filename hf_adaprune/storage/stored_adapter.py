@@ -18,12 +18,12 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils.hub import cached_file
 
+from ..compacted.compact_model import class_for, stock_class
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, AdapterNotFoundError, BaseMismatchError, ConfigError
-from ..structured.compact_model import class_for, stock_class
+from ..files.fingerprint import fingerprints_are_checked, same_origin
+from ..files.weights_file import check_shapes, read_shapes
 from .checks import base_fits, changed_options, options_message, run_checks
-from .fingerprint import fingerprints_are_checked, same_origin
-from .weights_file import check_shapes, read_shapes
 
 
 @dataclass(frozen=True)

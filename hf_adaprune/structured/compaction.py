@@ -12,6 +12,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..compacted.compact_model import MODEL_TYPE, config_class, model_class, plain_class
+from ..compacted.shrink import compose_heads, keep_heads, keep_inputs, keep_outputs
 from ..config import AdaPruneConfig
 from ..errors import CompactionError, NotPrunedError, StructureError
 from ..hub.compact_card import CompactCard
@@ -24,8 +26,6 @@ from ..tuner.layer_average import LayerAverageHead
 from ..tuner.masked_layers import adaprune_layers, has_foreign_layers
 from ..tuner.structure import features, find_blocks
 from ..tuner.targets import linear_layers
-from .compact_model import MODEL_TYPE, config_class, model_class, plain_class
-from .shrink import compose_heads, keep_heads, keep_inputs, keep_outputs
 
 
 def compact(model: Any) -> PreTrainedModel:

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from ..errors import DivergenceError
+from ..files.fingerprint import fingerprint
 from ..masks import pack_mask
-from ..storage.fingerprint import fingerprint
 
 
 def check_same_masks(masks: Mapping[str, torch.Tensor], num_steps: int) -> None:

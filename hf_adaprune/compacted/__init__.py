@@ -1,0 +1,1 @@
+"""The classes of models made smaller, and the layers that they are built from."""
