@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -22,7 +23,7 @@ from .hub.publish import push_with_card
 from .model_files import load_checked, restore_loading, save_weights_first
 from .overrides import override, restore
 from .storage.adapter_state import check_loaded, head_shapes, masks_to_store
-from .storage.checks import CheckOnce, check_base, check_coded_sizes, check_options, run_checks, vocabulary_size
+from .storage.checks import CheckOnce, check_base, check_coded_sizes, options_problem, run_checks, vocabulary_size
 from .tuner.dropout import restore_dropout
 from .tuner.groups import Groups
 from .tuner.head import check_architecture, check_modules_to_save, fitting_head, has_outdated_problem_type, plan_head
@@ -113,8 +114,8 @@ class AdaPruneModel(BaseTuner):
         check_modules_to_save(model, config)
         check_base(model, adapter_name, config)
         check_coded_sizes(model, config)
-        if config.is_stored and fingerprints_are_checked():
-            check_options(model, config)
+        if config.is_stored and fingerprints_are_checked() and (problem := options_problem(model, config)):
+            warnings.warn(problem, stacklevel=2)
         if config.num_parameters is None:
             config.num_parameters = _count_parameters(model)
         if state_dict is not None:

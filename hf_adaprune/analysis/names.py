@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+
+Named = TypeVar("Named", bound=Any)
 
 
 def layer_of(name: str) -> str:
@@ -16,6 +22,14 @@ def layer_of(name: str) -> str:
 def component_of(name: str) -> str:
     """Return a module's name within its layer, such as `"attention.self.query"`; outside of layers, its full name."""
     return re.split(r"\.\d+\.", name, maxsplit=1)[-1]
+
+
+def grouped(modules: Iterable[Named], key: Callable[[str], str]) -> dict[str, list[Named]]:
+    """Group objects that have a module's name by a function of that name, such as `layer_of`."""
+    groups: dict[str, list[Named]] = defaultdict(list)
+    for module in modules:
+        groups[key(module.name)].append(module)
+    return groups
 
 
 def in_order(names: list[str]) -> list[str]:

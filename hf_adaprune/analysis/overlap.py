@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING
 
 from .heat_map import draw_heat_map
-from .names import component_of, layer_of
+from .names import component_of, grouped, layer_of
 from .sources import Masks
 
 
@@ -85,17 +84,11 @@ class OverlapReport:
 
     def by_component(self) -> dict[str, Overlap]:
         """Return the overlap in each component, over all layers."""
-        return self._by(component_of)
+        return {name: _sum(name, group) for name, group in grouped(self.modules, component_of).items()}
 
     def by_layer(self) -> dict[str, Overlap]:
         """Return the overlap in each layer, over all components."""
-        return self._by(layer_of)
-
-    def _by(self, key: Callable[[str], str]) -> dict[str, Overlap]:
-        groups: dict[str, list[Overlap]] = defaultdict(list)
-        for module in self.modules:
-            groups[key(module.name)].append(module)
-        return {name: _sum(name, group) for name, group in groups.items()}
+        return {name: _sum(name, group) for name, group in grouped(self.modules, layer_of).items()}
 
 
 def _sum(name: str, overlaps: list[Overlap]) -> Overlap:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from ..storage.stored_adapter import read_config
 from ..tensor_names import plain_name
 from ..tuner.masked_layers import adaprune_layers, chosen_adapter, module_counts
 from .heat_map import draw_heat_map
-from .names import component_of, in_order, layer_of
+from .names import component_of, grouped, in_order, layer_of
 
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ class SparsityReport:
     @property
     def sparsity(self) -> float:
         """The fraction of the masked weights that is pruned, in [0, 1]."""
-        return self.num_pruned / self.num_weights
+        return _share(self.modules)
 
     @property
     def sparsity_whole_model(self) -> float:
@@ -96,20 +95,15 @@ class SparsityReport:
 
     def by_component(self) -> dict[str, float]:
         """Return the sparsity of each component, over all layers."""
-        return self._by(lambda module: module.component)
+        return {name: _share(group) for name, group in grouped(self.modules, component_of).items()}
 
     def by_layer(self) -> dict[str, float]:
         """Return the sparsity of each layer, over all components."""
-        return self._by(lambda module: module.layer)
+        return {name: _share(group) for name, group in grouped(self.modules, layer_of).items()}
 
-    def _by(self, key: Callable[[ModuleSparsity], str]) -> dict[str, float]:
-        groups: dict[str, list[ModuleSparsity]] = defaultdict(list)
-        for module in self.modules:
-            groups[key(module)].append(module)
-        return {
-            name: sum(module.num_pruned for module in group) / sum(module.num_weights for module in group)
-            for name, group in groups.items()
-        }
+
+def _share(modules: Sequence[ModuleSparsity]) -> float:
+    return sum(module.num_pruned for module in modules) / sum(module.num_weights for module in modules)
 
 
 def sparsity_report(model: Any, adapter_name: str | None = None) -> SparsityReport:

@@ -26,12 +26,3 @@ def speed_advice(config: AdaPruneConfig) -> str:
         "An unstructured mask makes no model faster: expect no speed-up on dense kernels. For a faster model, train "
         'masks of `granularity="neuron+head"` and remove what they prune with `hf_adaprune.compact`.'
     )
-
-
-# The measurement: `python examples/benchmarks/latency.py --threads 1 --cpu_time`.
-COMPACT_ADVICE = (
-    "Its matrices are smaller and dense, so it computes less than its base. A MiniLM-L6 without half of its encoder's "
-    "weights, removed as neurons and heads, was measured to be 1.4 to 1.7 times as fast as its base at batch 1 and "
-    "1.8 to 2.1 times at batch 32, on one CPU thread with PyTorch. How much faster this model is depends on the "
-    "machine, the batch and the length; `hf-adaprune speed`, run on the adapter, measures it."
-)

@@ -11,7 +11,6 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..config import AdaPruneConfig
-from .advice import COMPACT_ADVICE
 from .model_card import BEGIN, CARD, END, auto_class, describe_base, pipeline_of, put_card
 from .publish import PUSH_OPTIONS, fetch_card
 
@@ -60,7 +59,6 @@ class CompactCard:
             name=name,
             base=description,
             auto_class=auto_class(self.architecture) or "AutoModel",
-            advice=COMPACT_ADVICE,
             **{field: getattr(self, field) for field in ("stock", "before", "after", "blocks")},
         )
 

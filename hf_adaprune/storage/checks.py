@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import reprlib
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -72,44 +71,26 @@ def check_base(model: nn.Module, adapter_name: str, config: AdaPruneConfig) -> N
         )
 
 
-def changed_options(model: nn.Module, config: AdaPruneConfig) -> dict[str, Any]:
-    """Return the options that a model must have been loaded with to compute what the adapter was trained on.
-
-    Args:
-        model (`torch.nn.Module`): The model, loaded with other options than the adapter's base was, or with the same.
-        config (`AdaPruneConfig`): The adapter's configuration.
-
-    Returns:
-        `dict[str, Any]`: For each field of the model's configuration that differs, its value in training.
-    """
+def options_problem(model: nn.Module, config: AdaPruneConfig) -> str:
+    """Return which options a model must be loaded with to compute what the adapter was trained on; `""` if it was."""
     trained: dict[str, Any] = config.model_config or {}
     if not isinstance(model, PreTrainedModel) or trained.get("model_type") != model.config.model_type:
-        return {}
+        return ""
     current, plain = model.config.to_dict(), (bool, int, float, str, type(None))
-    return {
-        field: value
+    options = [
+        f"{field}={reprlib.repr(value)}"
         for field, value in trained.items()
         if field in current.keys() - _WITHOUT_EFFECT
         and not re.search("drop|initializer", field)
         and isinstance(value, plain)
         and isinstance(current[field], plain)
         and value != current[field]
-    }
-
-
-def check_options(model: nn.Module, config: AdaPruneConfig) -> None:
-    """Warn if a base was loaded with other options than the one that an adapter was trained on."""
-    changed = changed_options(model, config)
-    if changed:
-        warnings.warn(options_message(changed), stacklevel=2)
-
-
-def options_message(changed: Mapping[str, Any]) -> str:
-    """Return what to say of `changed_options`."""
-    options = ", ".join(f"{field}={reprlib.repr(value)}" for field, value in changed.items())
+    ]
+    if not options:
+        return ""
     return (
-        f"The adapter was trained on a base loaded with {options}: on this one it computes something else. Pass these "
-        "options to `from_pretrained`, or save a base that has them and open the adapter on that."
+        f"The adapter was trained on a base loaded with {', '.join(options)}: on this one it computes something else. "
+        "Pass these options to `from_pretrained`, or save a base that has them and open the adapter on that."
     )
 
 

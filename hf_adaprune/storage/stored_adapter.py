@@ -23,7 +23,7 @@ from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, AdapterNotFoundError, BaseMismatchError, ConfigError
 from ..files.fingerprint import fingerprints_are_checked, same_origin
 from ..files.weights_file import check_shapes, read_shapes
-from .checks import base_fits, changed_options, options_message, run_checks
+from .checks import base_fits, options_problem, run_checks
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ class StoredAdapter:
             raise AdapterNotFoundError(f"The adapter's base {name!r} cannot be opened: {error}") from None
         except (RuntimeError, ValueError) as error:
             raise BaseMismatchError(f"The base {name!r} must be a {architecture}: {error}") from None
-        changed = changed_options(model, self.config) if fingerprints_are_checked() else {}
+        problem = options_problem(model, self.config) if fingerprints_are_checked() else ""
         # Sizes are options too, but other weights are the clearer reason.
-        if changed and base_fits(model, self.config) is not False:
-            raise BaseMismatchError(options_message(changed))
+        if problem and base_fits(model, self.config) is not False:
+            raise BaseMismatchError(problem)
         tuned = PeftModel.from_pretrained(model, self.name, **self.hub)
         run_checks(tuned.get_base_model())
         return tuned.eval()

@@ -21,7 +21,6 @@ from ..merging import merged
 from ..tuner.example_inputs import dummy_inputs, tensor_sharing_copy
 from ..tuner.groups import Block, Groups
 from ..tuner.head import body_name
-from ..tuner.layer import AdaPruneLayer
 from ..tuner.layer_average import LayerAverageHead
 from ..tuner.masked_layers import adaprune_layers, has_foreign_layers
 from ..tuner.structure import features, find_blocks
@@ -95,19 +94,13 @@ def base_of(model: Any) -> PreTrainedModel:
     return base
 
 
-def active_masks(layer: AdaPruneLayer) -> list[str]:
-    """Return the names of the adapters whose masks a layer applies, merged or not."""
-    names = [] if layer.disable_adapters else layer.merged_adapters or layer.active_adapters
-    return [name for name in names if name in layer.adaprune_mask]
-
-
 def active_config(base: nn.Module) -> AdaPruneConfig:
     """Return the configuration of the first adapter whose masks a model applies.
 
     Raises:
         NotPrunedError: If the model has no active AdaPrune adapter.
     """
-    configs = (layer.config(name) for _, layer in adaprune_layers(base) for name in active_masks(layer))
+    configs = (layer.config(name) for _, layer in adaprune_layers(base) for name in layer.active_masks)
     config = next(configs, None)
     if config is None:
         raise NotPrunedError("The model has no active AdaPrune adapter: add one, or activate one with `set_adapter`.")
@@ -124,7 +117,7 @@ def kept_groups(base: nn.Module) -> list[tuple[Block, torch.Tensor]]:
     kept = []
     for block in _find_kept_blocks(base):
         layer = layers.get(block.consumer)
-        masks = [layer.mask(name) for name in active_masks(layer)] if layer else []
+        masks = [layer.mask(name) for name in layer.active_masks] if layer else []
         if masks:
             kept.append((block, Groups.of(block, base).read(torch.stack(masks).all(0)).cpu()))
     if all(mask.all() for _, mask in kept):

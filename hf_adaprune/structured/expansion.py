@@ -15,7 +15,7 @@ from ..tuner.groups import Groups, join_kinds
 from ..tuner.head import head_wrappers
 from ..tuner.layer import AdaPruneLayer
 from ..tuner.masked_layers import adaprune_layers, put_masks
-from .compaction import active_config, active_masks, base_of, differ, hidden_states, kept_groups
+from .compaction import active_config, base_of, differ, hidden_states, kept_groups
 
 
 def expand(small: Any, whole: Any) -> PreTrainedModel:
@@ -56,7 +56,7 @@ def expand(small: Any, whole: Any) -> PreTrainedModel:
         left |= Groups.of(block, base).masks(kept)
     masks = left | {module: _widened(layer, name, left.get(module)) for module, layer in adaprune_layers(small, name)}
     for module, layer in adaprune_layers(whole):
-        for active in active_masks(layer):
+        for active in layer.active_masks:
             mask = layer.mask(active).cpu()
             masks[module] = mask & masks.get(module, mask)
     config = _config_over(active_config(whole), active_config(small).for_masks(masks))
@@ -75,7 +75,7 @@ def expand(small: Any, whole: Any) -> PreTrainedModel:
 
 
 def _active_adapter(small: PreTrainedModel) -> str:
-    names = {name for _, layer in adaprune_layers(small) for name in active_masks(layer)}
+    names = {name for _, layer in adaprune_layers(small) for name in layer.active_masks}
     if len(names) != 1:
         raise NotPrunedError(
             f"The smaller model must have exactly one active AdaPrune adapter, got {sorted(names)}: train one, or "

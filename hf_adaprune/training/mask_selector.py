@@ -74,7 +74,8 @@ class MaskSelector:
         scores, magnitudes = self.scores(), self._magnitudes()
         masks: Masks = {}
         for names in scopes:
-            sizes = [self.layers[name].pruned_and_total(self.adapter_name)[1] // len(scores[name]) for name in names]
+            groups = [self.layers[name].groups(self.adapter_name) for name in names]
+            sizes = [1 if group is None else group.size for group in groups]
             chosen = prune_groups(
                 [scores[name] for name in names], [magnitudes[name] for name in names], sizes, sparsity
             )

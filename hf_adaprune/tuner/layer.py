@@ -73,15 +73,13 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
-        self.in_features, self.out_features = self._features(base_layer)
+        # An embedding's inputs are indices: as in PEFT, its features are the tokens.
+        inputs = self.input_dim or 0
+        self.in_features, self.out_features = self.base_weight.shape[inputs], self.base_weight.shape[1 - inputs]
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, groups, mask_bytes)
         # Coded masks are decoded on loading: a compiled forward pass could not do it.
         self.register_load_state_dict_post_hook(decode_loaded)
-
-    @staticmethod
-    def _features(base_layer: Any) -> tuple[int, int]:
-        return base_layer.in_features, base_layer.out_features
 
     def update_layer(
         self,
@@ -253,7 +251,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
             )
         if self.merged or self.disable_adapters:
             return weight
-        names = self._active_masks()
+        names = self.active_masks
         if torch.is_grad_enabled() and (weight.requires_grad or any(self.is_trained(name) for name in names)):
             self._cached = None
             return trained_weight(self, weight, names)
@@ -270,7 +268,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         """Return scores and mask, in the weight's shape, if one mask alone is active and trained straight-through."""
         if not torch.is_grad_enabled() or self.merged_adapters or self._disable_adapters:
             return None
-        names = self._active_masks()
+        names = self.active_masks
         if len(names) != 1 or not self.is_trained(names[0]) or self.base_weight.requires_grad:
             return None
         if self._configs[names[0]].estimator != "straight_through":
@@ -282,8 +280,11 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         """Return whether the adapter has scores here that receive a gradient."""
         return adapter_name in self.adaprune_scores and self.adaprune_scores[adapter_name].requires_grad
 
-    def _active_masks(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.adaprune_mask]
+    @property
+    def active_masks(self) -> list[str]:
+        """The names of the adapters whose masks are applied, merged or not."""
+        names = [] if self.disable_adapters else self.merged_adapters or self.active_adapters
+        return [name for name in names if name in self.adaprune_mask]
 
     def _masked(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
         for name in names:

@@ -45,10 +45,6 @@ class Conv1DLinear(AdaPruneLayer):
 
     input_dim = 0
 
-    @staticmethod
-    def _features(base_layer: Any) -> tuple[int, int]:
-        return tuple(base_layer.weight.shape)
-
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         trained = self.straight_through_inputs()
         if trained is not None:
@@ -63,10 +59,6 @@ class Conv1DLinear(AdaPruneLayer):
 
 class Embedding(AdaPruneLayer):
     """A masked `torch.nn.Embedding`."""
-
-    @staticmethod
-    def _features(base_layer: Any) -> tuple[int, int]:
-        return base_layer.num_embeddings, base_layer.embedding_dim
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         embedded = F.embedding(x, self.effective_weight(), self.get_base_layer().padding_idx)
