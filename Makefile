@@ -16,6 +16,7 @@ quality: .venv/dev
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 # GLUE: a folder with {task}/{train,validation}.parquet. Goes on where it was stopped.
 study: .venv/dev
