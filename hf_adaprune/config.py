@@ -20,7 +20,7 @@ from .errors import ConfigError
 from .files.weights_file import check_not_pickled, check_weights_file
 from .files.write_order import put_in_place
 from .labels import is_regression, labels_fingerprint
-from .masks import PACKED_BITS, packed_size, sparsity_of
+from .masks import PACKED_BITS, sparsity_of
 from .validation import mistyped, problems_of_storage, problems_of_values
 
 
@@ -251,11 +251,6 @@ class AdaPruneConfig(PeftConfig):
         return (
             isinstance(self.target_modules, str) or isinstance(self.exclude_modules, str) or bool(self.layers_pattern)
         )
-
-    @property
-    def mask_num_bytes(self) -> dict[str, int]:
-        """The size in bytes of each mask of a stored adapter: one bit per entry, or less."""
-        return {name: packed_size(length) for name, length in self.mask_entries.items()} | (self.mask_bytes or {})
 
     def fresh(self, **changes: Any) -> AdaPruneConfig:
         """Return a copy for a new adapter, without what was written when this one was created or saved.

@@ -10,7 +10,7 @@ import torch
 # The name under which `adapter_config.json` records how masks are stored. Entry `i` of the flattened mask is bit
 # `i % 8`, counted from the least significant, of byte `i // 8`; the unused bits of the last byte are zero.
 PACKED_BITS: Final = "packed-bits-lsb"
-# Packed bits or the output of `codec.encode_mask`, whichever is shorter.
+# What `codec.encode_mask` returns: the coded mask, or packed bits if these are no longer.
 SHORTEST: Final = "auto"
 
 

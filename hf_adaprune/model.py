@@ -29,10 +29,10 @@ from .tuner.groups import Groups
 from .tuner.head import check_architecture, check_modules_to_save, fitting_head, has_outdated_problem_type, plan_head
 from .tuner.head_sync import (
     HeadSync,
-    attach,
     check_one_head,
     detached_labels,
     head_sync_of,
+    keep_in_sync,
     still_active,
 )
 from .tuner.hooks import remove_pre_hooks
@@ -134,8 +134,8 @@ class AdaPruneModel(BaseTuner):
             raise NoMatchingModuleError(f"{message} ({error})") from None
         # PEFT shortens long lists, and takes a bare `embed_tokens` as a request to save the whole embeddings.
         config.target_modules = targets
-        if isinstance(model, PreTrainedModel) and head_sync is not None:
-            attach(model, head_sync, self.peft_config, _unwrap_layers)
+        if head_sync is not None:
+            keep_in_sync(model, head_sync, self.peft_config, _unwrap_layers)
             override(model, "save_pretrained", save_weights_first, model)
             if config.is_stored:
                 shapes = head_shapes(model, adapter_name)
@@ -149,7 +149,7 @@ class AdaPruneModel(BaseTuner):
         """Resolve which modules are masked, and find their groups if the granularity is structured."""
         everywhere = resolve_targets(model, config)
         blocks = plan_blocks(model, config, everywhere)
-        self._groups = {name: Groups.of(block, model) for name, block in blocks.items()}
+        self._groups = {name: Groups(block, model) for name, block in blocks.items()}
         if not config.inference_mode:
             check_reachable(self._groups, config)
         check_patterns(model, config)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import AdaPruneConfig
-from .files.weights_file import check_head, check_no_pickle, check_shapes, read_shapes
+from .files.weights_file import check_head, check_is_safetensors, check_shapes, read_shapes
 from .files.write_order import weights_first
 from .hub.publish import PUSH_OPTIONS, push_adapter
 from .overrides import restore
@@ -25,7 +25,7 @@ _ALIGNMENT = 64
 def save_weights_first(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
     """Save a transformers model's adapter, weights first: its own `save_pretrained` begins with the configuration."""
     active = model.active_adapters() if model._hf_peft_config_loaded else []
-    others = [name for name in active if getattr(model.peft_config.get(name), "peft_type", None) != "ADAPRUNE"]
+    others = [name for name in active if not isinstance(model.peft_config.get(name), AdaPruneConfig)]
     never_saved = [name for name in active if name not in others and not model.peft_config[name].adapter_fingerprint]
     if others and never_saved:
         warnings.warn(
@@ -45,7 +45,7 @@ def save_weights_first(model: Any, save_directory: str | Path, *args: Any, **kwa
         type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if pushed:
         # `save_pretrained` would overwrite the card in the folder before pushing it.
-        name = given.pop("repo_id", Path(save_directory).name)
+        name = given.pop("repo_id", Path(save_directory).resolve().name)
         push_adapter(save_directory, name, token=kwargs.get("token"), **given)
 
 
@@ -78,7 +78,7 @@ def load_checked(
     """
     restore_loading(model)
     for path in checkpoint_files or ():
-        check_no_pickle(path)
+        check_is_safetensors(path)
         shapes = read_shapes(Path(path))
         check_shapes(path, shapes, config)
         check_head(path, shapes, head_shapes)

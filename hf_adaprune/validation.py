@@ -159,9 +159,7 @@ def _is_deep(value: Any) -> bool:
 
 
 def _is_list_of(kind: type, value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(
-        isinstance(it, kind) and (kind is bool or not isinstance(it, bool)) for it in value
-    )
+    return isinstance(value, (list, tuple)) and all(isinstance(it, kind) and not isinstance(it, bool) for it in value)
 
 
 def _are_counts(value: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .names import component_of
+from .names import component_of, grouped
 from .sources import Masks
 
 
@@ -122,9 +121,7 @@ def plot_degrees(found: Mapping[str, Degrees] | Iterable[Degrees]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    components: dict[str, list[Degrees]] = defaultdict(list)
-    for module in found.values() if isinstance(found, Mapping) else found:
-        components[component_of(module.name)].append(module)
+    components = grouped(found.values() if isinstance(found, Mapping) else found, component_of)
     figure = Figure(figsize=(7.2, 0.6 + 1.25 * len(components)), layout="constrained")
     grid = figure.subplots(len(components), 2, squeeze=False)
     for row, (component, modules) in zip(grid, components.items(), strict=True):

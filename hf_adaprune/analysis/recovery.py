@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .sources import Masks, model_masks
 
 
-@dataclass
 class Recovery:
     """Count weights that were pruned and came back, from the masks of one run in chronological order.
 
@@ -30,8 +28,9 @@ class Recovery:
         >>> recovery.share_of_kept
     """
 
-    _ever_pruned: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
-    _masks: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    def __init__(self) -> None:
+        self._ever_pruned: dict[str, torch.Tensor] = {}
+        self._masks: dict[str, torch.Tensor] = {}
 
     @classmethod
     def of(cls, history: Iterable[Masks]) -> Recovery:

@@ -20,7 +20,6 @@ from ..masks import unpack_mask
 from ..storage.stored_adapter import read_adapter, read_config
 from ..tensor_names import plain_name
 from ..tuner.groups import Groups
-from ..tuner.layer import AdaPruneLayer
 from ..tuner.masked_layers import adaprune_layers, chosen_adapter
 from ..tuner.structure import stored_blocks
 from .names import in_order
@@ -69,7 +68,7 @@ def load_masks(name_or_path: str | Path, *, subfolder: str | None = None, **hub:
     for name, bits in packed.items():
         module: Any = None if skeleton is None else skeleton.get_submodule(name)
         if name in blocks:
-            groups = Groups.of(blocks[name], skeleton)
+            groups = Groups(blocks[name], skeleton)
             masks |= groups.masks(unpack_mask(bits, groups.shape))
         else:
             shape = torch.Size([config.mask_entries[name]]) if module is None else module.weight.shape
@@ -119,7 +118,6 @@ def model_weights(model: nn.Module, masks: Masks) -> dict[str, torch.Tensor]:
     weights, missing = {}, []
     for name, mask in masks.items():
         module = modules.get(name)
-        module = module.get_base_layer() if isinstance(module, AdaPruneLayer) else module
         weight = getattr(module, "weight", None)
         weight = weight if weight is None else _turned(weight.detach(), module)
         if weight is None or weight.numel() != mask.numel():

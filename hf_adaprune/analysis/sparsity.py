@@ -151,6 +151,9 @@ def plot_sparsity(report: SparsityReport) -> Figure:
 
     Returns:
         `matplotlib.figure.Figure`: A figure without a window; save it with `savefig`.
+
+    Raises:
+        ValueError: If `num_parameters` of the report is 0.
     """
     from matplotlib.figure import Figure
 

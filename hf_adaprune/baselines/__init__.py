@@ -14,7 +14,7 @@ from .ablations import ABLATIONS, ablate
 from .fixed import FixedMaskCallback, RandomMaskCallback
 from .magnitude import IterativeMagnitudeCallback, MagnitudeCallback
 from .movement import MovementCallback
-from .recovery import NoRecoveryCallback
+from .no_recovery import NoRecoveryCallback
 from .smp import SMPCallback
 from .trained import TrainedWeightsCallback
 from .unpruned import FeatureExtractionCallback, LoraCallback

@@ -82,7 +82,6 @@ class RandomMaskCallback(FixedMaskCallback):
         for _, layer in adaprune_layers(model, self.adapter_name):
             scores = layer.adaprune_scores[self.adapter_name]
             scores.copy_(torch.rand(scores.shape, generator=generator))
-        assert self.config is not None
         pruner = Pruner(model, 1, self.adapter_name)
-        pruner.prune_to(self.config.final_sparsity)
+        pruner.prune_to(pruner.config.final_sparsity)
         pruner.close()

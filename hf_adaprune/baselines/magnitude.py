@@ -90,7 +90,7 @@ class IterativeMagnitudeCallback(TrainedWeightsCallback):
             # Rounded: floating-point error could otherwise miss a target such as 0.2 and add a round.
             following = round(1 - (1 - rate) ** len(self._sparsities), 9)
             self._sparsities.append(min(following, final_sparsity))
-        self._round = -1
+        self._round = 0
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -118,7 +118,9 @@ class IterativeMagnitudeCallback(TrainedWeightsCallback):
                 remaining = layer.base_weight.detach() * layer.mask(self.adapter_name)
                 layer.adaprune_scores[self.adapter_name].data.copy_(remaining.abs())
             self.pruner.prune_to(self._sparsities[self._round])
-            self._rewind()
+            with torch.no_grad():
+                for name, parameter in self._parameters.items():
+                    parameter.copy_(self._initial[name])
             kwargs["optimizer"].state.clear()
         super().on_train_begin(args, state, control, model=model, **kwargs)
 
@@ -129,8 +131,3 @@ class IterativeMagnitudeCallback(TrainedWeightsCallback):
         self._round += 1  # only now: an interrupted round is to be repeated
         if self._round == self.num_rounds:
             super().on_train_end(args, state, control, **kwargs)
-
-    @torch.no_grad()
-    def _rewind(self) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.copy_(self._initial[name])

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from peft import PeftModel
 from rich.text import Text
 from transformers import PreTrainedModel
 
@@ -22,7 +23,7 @@ from ..hub.publish import push_adapter
 from ..storage.checks import base_fits
 from ..storage.stored_adapter import StoredAdapter, check_same_base, read_adapter
 from .answer import EXIT_CODES_HELP, Answer, answering
-from .tables import fact_table, overlap_table, sparsity_table, speed_table
+from .tables import MEASURES, fact_table, overlap_table, sparsity_table, speed_table
 
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -135,7 +136,8 @@ def export(
     return _write(save, read_adapter(name, revision=revision, subfolder=subfolder), output, base)
 
 
-def _put(model: PreTrainedModel, device: str) -> PreTrainedModel:
+def _put(model: PeftModel, device: str | None) -> PeftModel:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -174,8 +176,7 @@ def speed(
 ) -> Answer:
     """Measure the base, the merged and the smaller model on this machine, and say what to expect."""
     adapter = read_adapter(name, revision=revision, subfolder=subfolder)
-    place = device or ("cuda" if torch.cuda.is_available() and not onnx else "cpu")
-    model = _put(adapter.open(base), place)
+    model = _put(adapter.open(base), device or ("cpu" if onnx else None))
     if bf16:
         model = model.bfloat16()
     reports = measure_speed(
@@ -229,12 +230,9 @@ def compare(
     return Answer({"pairs": found, "figure": None if figure is None else str(figure)}, [overlap_table(pairs)])
 
 
-_MEASURES = ("agreement", "chance_agreement", "jaccard", "chance_jaccard", "kappa")
-
-
 def _overlap(overlap: Overlap) -> dict[str, float | None]:
     # JSON has no NaN.
-    values = {measure: getattr(overlap, measure) for measure in _MEASURES}
+    values = {measure: getattr(overlap, measure) for measure in MEASURES}
     return {measure: None if math.isnan(value) else value for measure, value in values.items()}
 
 
@@ -278,7 +276,7 @@ def evaluate(
     """Score an adapter on a GLUE task."""
     adapter = read_adapter(name, revision=revision, subfolder=subfolder)
     dataset = load_glue_split(task, split, data)
-    model = _put(adapter.open(base), device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = _put(adapter.open(base), device)
     scores = score_on_glue(model, adapter.tokenizer(base), task, dataset, batch_size=batch_size, max_length=max_length)
     facts = {"name": name, "task": task, "split": split, "examples": len(dataset)}
     shown = {metric: f"{score:.4f}" for metric, score in scores.items()}

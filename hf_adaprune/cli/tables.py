@@ -10,6 +10,9 @@ from ..analysis import OverlapReport, SparsityReport
 from ..deploy.speed import SpeedReport
 
 
+MEASURES = ("agreement", "chance_agreement", "jaccard", "chance_jaccard", "kappa")
+
+
 def fact_table(facts: Mapping[str, object]) -> Table:
     """Return a table of names and values."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -44,9 +47,7 @@ def overlap_table(pairs: Mapping[tuple[str, str], OverlapReport]) -> Table:
     for name in ("agreement", "by chance", "Jaccard", "by chance", "kappa"):
         table.add_column(name, justify="right")
     for pair, report in pairs.items():
-        whole = report.whole
-        agreement = (whole.agreement, whole.chance_agreement, whole.jaccard, whole.chance_jaccard, whole.kappa)
-        table.add_row(*pair, *(f"{value:.3f}" for value in agreement))
+        table.add_row(*pair, *(f"{getattr(report.whole, measure):.3f}" for measure in MEASURES))
     return table
 
 

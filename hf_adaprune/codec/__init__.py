@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 import zlib
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +12,13 @@ from ..errors import AdapterFileError
 from ..masks import PACKED_BITS, pack_mask, packed_size
 from .magnitudes import Magnitudes
 from .mask_odds import Context, fit_context
-from .rans import decode_bits, encode_bits
+from .rans import Array, decode_bits, encode_bits
 
 
 # Version, made on float16 or not, unit of the scales, number of edges, Rice parameter, lowest level, number of bits
 # that decide roundings, CRC-32 of the packed mask.
 _HEADER = struct.Struct("<BBBBBhIL")
 _VERSION = 1
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def encode_mask(mask: torch.Tensor, weight: torch.Tensor, input_dim: int | None = None) -> torch.Tensor:
@@ -126,7 +123,7 @@ def _decode(stored: Array, weight: torch.Tensor, input_dim: int | None) -> torch
     mask = np.empty(weight.numel(), bool)
     mask[order] = decode_bits(rest.take(None), each, mask.size)
     kept = torch.from_numpy(mask.reshape(weight.shape))
-    packed = pack_mask(kept.T if input_dim == 0 else kept)
+    packed = pack_mask(_rows_first(kept, input_dim))
     if zlib.crc32(packed.numpy().data) != checksum:
         raise ValueError("its checksum is wrong")
     return packed

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 
+from .rans import Array
+
 
 # The number of levels per octave.
 STEPS = 32
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Magnitudes:

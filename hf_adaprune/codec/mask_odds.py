@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from .magnitudes import STEPS
-from .rans import MAX_ODDS
+from .rans import MAX_ODDS, Array
 
 
 # The number of distinct levels; those outside of the window are clipped to it.
@@ -21,8 +21,6 @@ _UNDECIDED = 2**-10.5 * 1.44 * STEPS
 # The units that scales may be stored in, in levels; and the number of rounds in which they are fitted.
 _UNITS = (2, 4)
 _ROUNDS = 4
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Context(NamedTuple):

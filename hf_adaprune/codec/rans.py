@@ -17,7 +17,7 @@ _LOWEST = 1 << _PRECISION  # the smallest value of a state
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def num_lanes(num_bytes: int) -> int:
+def _num_lanes(num_bytes: int) -> int:
     """Return the number of interleaved states: enough for fast array operations, at almost no cost in bytes."""
     return max(1, num_bytes >> 8)
 
@@ -35,7 +35,7 @@ def encode_bits(bits: Array, odds: Array) -> Array:
         `numpy.ndarray`: uint8. `n` is not stored in it.
     """
     symbols = np.packbits(bits.astype(bool), bitorder="little")
-    lanes = num_lanes(len(symbols))
+    lanes = _num_lanes(len(symbols))
     num_coded = max(0, len(symbols) - 2 * lanes)
     # Initial states are in [2^16, 2^17): each holds two of the last bytes, which need no further coding.
     tail = np.zeros(2 * lanes, np.uint8)
@@ -73,7 +73,7 @@ def decode_bits(coded: Array, odds: Array, num_bits: int) -> Array:
         ValueError: If `coded` cannot be a result of `encode_bits`.
     """
     num_symbols = len(odds)
-    lanes = num_lanes(num_symbols)
+    lanes = _num_lanes(num_symbols)
     num_coded = max(0, num_symbols - 2 * lanes)
     states, words = _unpack_states(coded, lanes)
     symbols = np.empty(num_coded + 2 * lanes, np.uint8)

@@ -12,6 +12,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterFileError, ConfigError
+from ..masks import packed_size
 from ..tensor_names import PREFIX, plain_name
 
 
@@ -114,7 +115,8 @@ def check_shapes(path: str | Path, shapes: dict[str, tuple[int, ...]], config: A
     Raises:
         AdapterFileError: If the tensors are not the masks and head that the configuration lists.
     """
-    masks = {f"{module}.adaprune_mask": (size,) for module, size in config.mask_num_bytes.items()}
+    sizes = {module: packed_size(length) for module, length in config.mask_entries.items()} | (config.mask_bytes or {})
+    masks = {f"{module}.adaprune_mask": (size,) for module, size in sizes.items()}
     wanted = [f"{PREFIX}{key}" for key in (*masks, *(config.head_tensors or ()))]
     missing = [plain_name(key) for key in wanted if key not in shapes]
     surplus = sorted(shapes.keys() - set(wanted))
@@ -170,7 +172,7 @@ def check_not_pickled(folder: str | Path, aside: Path) -> None:
         )
 
 
-def check_no_pickle(path: str | Path) -> None:
+def check_is_safetensors(path: str | Path) -> None:
     """Raise if a weights file is not a safetensors file.
 
     Raises:

@@ -55,7 +55,6 @@ class CompactCard:
             template_path=str(_TEMPLATE),
             begin=BEGIN,
             end=END,
-            title=name,
             name=name,
             base=description,
             auto_class=auto_class(self.architecture) or "AutoModel",

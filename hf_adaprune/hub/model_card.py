@@ -90,7 +90,7 @@ def write_model_card(
 
     Raises:
         NotPrunedError: If the folder's adapter has no masks.
-        ValueError: If the folder has no adapter.
+        ValueError: If the folder has no adapter, or its configuration lacks `num_parameters`.
         CardError: If a metric is not a number, or the metadata of the existing card is not valid YAML.
 
     Example:
@@ -274,7 +274,6 @@ def _render(
         template_path=str(_TEMPLATE),
         begin=BEGIN,
         end=END,
-        title=name,
         name=name,
         subfolder=subfolder,
         base=description,

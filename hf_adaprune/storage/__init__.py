@@ -1,1 +1,1 @@
-"""Adapters on disk: what is written, in which order, and what is checked when an adapter is opened."""
+"""Stored adapters: which tensors are saved, what is checked when an adapter is opened, and how one is read."""

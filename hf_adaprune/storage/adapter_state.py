@@ -44,7 +44,7 @@ def masks_to_store(
         head_sync.record(base)
     layers = dict(adaprune_layers(model, adapter_name))
     keys = {name: f"{name}.adaprune_mask.{adapter_name}" for name in layers}
-    masks = {key: layers[name].decode(adapter_name, state_dict[key]) for name, key in keys.items()}
+    masks = {name: layer.decode(adapter_name, state_dict[keys[name]]) for name, layer in layers.items()}
     config.module_counts = {
         plain_name(name): list(count) for name, count in module_counts(model, adapter_name).items()
     }
@@ -56,7 +56,7 @@ def masks_to_store(
     config.head_tensors = list(head)
     config.adapter_fingerprint = fingerprint([*masks.values(), *head.values()])
     stored = _shortest(masks, layers, adapter_name, config)
-    return {unwrapped_name(key): mask for key, mask in stored.items()}
+    return {unwrapped_name(keys[name]): mask for name, mask in stored.items()}
 
 
 def check_loaded(
@@ -130,14 +130,11 @@ def _shortest(
     packed: dict[str, torch.Tensor], layers: dict[str, AdaPruneLayer], adapter_name: str, config: AdaPruneConfig
 ) -> dict[str, torch.Tensor]:
     """Return masks as `mask_codec` stores them, and record the sizes of coded ones in the configuration."""
-    config.mask_bytes = None
-    if config.mask_codec != SHORTEST:
-        return packed
-    stored = {}
-    for (key, mask), (name, layer) in zip(packed.items(), layers.items(), strict=True):
-        stored[key] = layer.encode(adapter_name, mask)
-        if stored[key].numel() < mask.numel():
-            config.mask_bytes = {**(config.mask_bytes or {}), plain_name(name): stored[key].numel()}
+    stored = packed
+    if config.mask_codec == SHORTEST:
+        stored = {name: layer.encode(adapter_name, packed[name]) for name, layer in layers.items()}
+    coded = {name: mask.numel() for name, mask in stored.items() if mask.numel() < packed[name].numel()}
+    config.mask_bytes = {plain_name(name): size for name, size in coded.items()} or None
     return stored
 
 

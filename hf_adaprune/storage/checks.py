@@ -189,7 +189,7 @@ def _body_weights(model: nn.Module, config: AdaPruneConfig) -> list[torch.Tensor
     These are all except the task head, this adapter's `modules_to_save`, and what adapters added.
     """
     own = tuple(set(config.modules_to_save or ()) - PEFT_HEADS)  # names or name endings, as in PEFT
-    saved = [name for name, _ in model.named_modules() if own and name.endswith(own)]
+    saved = [name for name, _ in model.named_modules() if name.endswith(own)]
     head = tuple(f"{name}." for name in (*head_modules(model), *saved))
     if not body_name(model):
         # In a model without a head, many checkpoints lack the pooler.

@@ -35,7 +35,7 @@ class StoredAdapter:
         config (`AdaPruneConfig`): Its configuration.
         num_bytes (`int`): The size of its weights file.
         shapes (`dict[str, tuple[int, ...]]`): The shapes of the tensors in that file.
-        hub (`dict[str, Any]`): `subfolder`, `revision` and `token`, where they were given.
+        hub (`dict[str, Any]`): The further arguments of `read_adapter`, where they were given.
     """
 
     name: str

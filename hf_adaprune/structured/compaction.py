@@ -115,11 +115,11 @@ def kept_groups(base: nn.Module) -> list[tuple[Block, torch.Tensor]]:
     """
     layers = dict(adaprune_layers(base))
     kept = []
-    for block in _find_kept_blocks(base):
+    for block in _removable_blocks(base):
         layer = layers.get(block.consumer)
         masks = [layer.mask(name) for name in layer.active_masks] if layer else []
         if masks:
-            kept.append((block, Groups.of(block, base).read(torch.stack(masks).all(0)).cpu()))
+            kept.append((block, Groups(block, base).any_kept(torch.stack(masks).all(0)).cpu()))
     if all(mask.all() for _, mask in kept):
         raise CompactionError(
             "There is nothing to remove: the active masks prune no neuron or head as a whole, so every matrix keeps "
@@ -129,7 +129,8 @@ def kept_groups(base: nn.Module) -> list[tuple[Block, torch.Tensor]]:
     return kept
 
 
-def _find_kept_blocks(base: nn.Module) -> list[Block]:
+def _removable_blocks(base: nn.Module) -> list[Block]:
+    """Return the blocks with neurons and heads; those with neurons alone if the model's heads cannot be identified."""
     for kinds in (("neuron", "head"), ("neuron",)):
         with suppress(StructureError):
             return [block for found in find_blocks(base, kinds).values() for block in found]
@@ -146,7 +147,7 @@ def _remove_groups(dense: nn.Module, kept: Iterable[tuple[Block, torch.Tensor]])
             raise CompactionError(
                 f"The active masks prune every {block.kind} of {block.consumer!r}: activate fewer adapters."
             )
-        groups = Groups.of(block, dense)
+        groups = Groups(block, dense)
         keep_inputs(groups.consumer, mask.repeat_interleave(block.width))
         for producer in groups.producers.values():
             keep_outputs(producer, groups.rows(producer, mask))

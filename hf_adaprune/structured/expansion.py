@@ -53,7 +53,7 @@ def expand(small: Any, whole: Any) -> PreTrainedModel:
     name, base, blocks = _active_adapter(small), unmasked(whole), kept_groups(whole)
     left: dict[str, torch.Tensor] = {}
     for block, kept in blocks:
-        left |= Groups.of(block, base).masks(kept)
+        left |= Groups(block, base).masks(kept)
     masks = left | {module: _widened(layer, name, left.get(module)) for module, layer in adaprune_layers(small, name)}
     for module, layer in adaprune_layers(whole):
         for active in layer.active_masks:

@@ -148,7 +148,7 @@ class AdaPruneCallback(TrainerCallback):
                 "`peft.get_peft_model(model, AdaPruneConfig())`."
             )
         self.pruner = self.pruner_cls(model, state.max_steps, self.adapter_name)
-        _check_optimizer(model, kwargs.get("optimizer"))
+        _check_optimizer(model, kwargs["optimizer"])
         _check_resumed(self.pruner, state.global_step)
         self.pruner.load_state_dict({"num_steps": state.global_step})
         self._warn_of_score_steps(kwargs["optimizer"])
@@ -286,8 +286,7 @@ def _check_resumed(pruner: Pruner, num_steps: int) -> None:
 def _check_optimizer(model: nn.Module, optimizer: Any) -> None:
     """Raise if an optimizer has no trainable parameter: it was created before the masks."""
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    groups = getattr(optimizer, "param_groups", [])
-    if groups and not trained & {id(parameter) for group in groups for parameter in group["params"]}:
+    if not trained & {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}:
         raise ConfigError(
             "The Trainer's optimizer was created before the masks, and would train nothing. Let the Trainer create "
             "it (`optim=`, or `optimizer_cls_and_kwargs=`), or first add masks to the model with "

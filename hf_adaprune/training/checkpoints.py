@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 _LAST_CHECKPOINT = "last-checkpoint"  # as the Trainer names it on the Hub
-STATE_NAME = "training_state.safetensors"
+_STATE_NAME = "training_state.safetensors"
 # Beginnings of the names of files in a checkpoint: those that only a Trainer writes, and others.
 _TRAINER_FILES = ("training_", TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, SAFE_WEIGHTS_NAME, "rng_state")
 _OTHER_FILES = (ADAPTER_CONFIG, SAFETENSORS_WEIGHTS_NAME, REPOCARD_NAME, "tokenizer")
@@ -90,9 +90,9 @@ def _save(
         (checkpoint / name).unlink(missing_ok=True)
     # Empty for now: it marks the checkpoint as incomplete.
     checkpoint.mkdir(parents=True, exist_ok=True)
-    (checkpoint / STATE_NAME).write_bytes(b"")
+    (checkpoint / _STATE_NAME).write_bytes(b"")
     save(save_directory, *args, **kwargs)
-    _save_state(model, checkpoint / STATE_NAME, trainer_args)
+    _save_state(model, checkpoint / _STATE_NAME, trainer_args)
 
 
 def _is_of_step(folder: Path, args: TrainingArguments, state: TrainerState) -> bool:
@@ -142,7 +142,7 @@ def expose_resume_state(*checkpoints: Path) -> None:
         checkpoints (`Path`): Their folders; one without a saved state is left unchanged.
     """
     for checkpoint in checkpoints:
-        state, path = checkpoint / STATE_NAME, checkpoint / SAFE_WEIGHTS_NAME
+        state, path = checkpoint / _STATE_NAME, checkpoint / SAFE_WEIGHTS_NAME
         if path.exists() or not state.exists():
             continue
         try:
@@ -213,7 +213,7 @@ def _is_whole(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         files = []
-        for path in (checkpoint / SAFE_WEIGHTS_NAME, checkpoint / STATE_NAME):
+        for path in (checkpoint / SAFE_WEIGHTS_NAME, checkpoint / _STATE_NAME):
             if not path.exists():
                 continue
             with safe_open(path, framework="pt") as state:

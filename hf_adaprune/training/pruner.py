@@ -37,7 +37,8 @@ class Pruner:
     Create it when the model is on its device and any adapter is loaded, and call `step` after each
     `optimizer.step()`. With Accelerate, pass it to `accelerator.register_for_checkpointing`.
 
-    In training, masks are not among the model's buffers: a running average of the model (`AveragedModel`) has none.
+    In training, the current masks are not in the model's buffers: a running average of the model (`AveragedModel`)
+    keeps those that it was created with.
 
     Args:
         model (`torch.nn.Module`): A model with a trainable AdaPrune adapter, wrapped for training or not.

@@ -14,7 +14,7 @@ from ..errors import SizeError
 
 
 # The maximum number of tokens per row for models whose positions are relative and set no limit.
-DEFAULT_MAX_LENGTH = 1024
+_DEFAULT_MAX_LENGTH = 1024
 
 
 def input_names(model: Any) -> list[str]:
@@ -83,4 +83,4 @@ def longest_input(model: Any) -> int:
         ):
             return module.num_embeddings - module.padding_idx - 1
     longest = getattr(model.config, "max_position_embeddings", None) or 0
-    return longest if longest > 0 else DEFAULT_MAX_LENGTH  # XLNet has -1
+    return longest if longest > 0 else _DEFAULT_MAX_LENGTH  # XLNet has -1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,20 +52,13 @@ class Groups:
 
     Args:
         block (`Block`): The block.
-        consumer (`torch.nn.Module`): Its layer that reads the groups: a `torch.nn.Linear`, or a `Conv1D`.
-        producers (`Mapping[str, torch.nn.Module]`): Its layers that compute them, by name.
+        model (`torch.nn.Module`): The model that it is in; its layers are those beneath any adapter layers.
     """
 
-    def __init__(self, block: Block, consumer: Any, producers: Mapping[str, Any]) -> None:
+    def __init__(self, block: Block, model: nn.Module) -> None:
         self.block = block
-        self.consumer = consumer
-        self.producers = dict(producers)
-
-    @classmethod
-    def of(cls, block: Block, model: nn.Module) -> Groups:
-        """Create the groups of a block from a model, looking up its layers beneath any adapter layers."""
-        layers = {name: _innermost(model.get_submodule(name)) for name in block.modules}
-        return cls(block, layers.pop(block.consumer), layers)
+        self.producers = {name: _innermost(model.get_submodule(name)) for name in block.producers}
+        self.consumer = _innermost(model.get_submodule(block.consumer))
 
     @property
     def shape(self) -> torch.Size:
@@ -84,8 +77,8 @@ class Groups:
             per_input = per_input.unsqueeze(1)
         return per_input.expand(self.consumer.weight.shape)
 
-    def read(self, mask: torch.Tensor) -> torch.Tensor:
-        """Return which groups the consumer reads under a mask of its weight's shape: boolean, one entry per group."""
+    def any_kept(self, mask: torch.Tensor) -> torch.Tensor:
+        """Return of which groups a mask of the consumer's weight keeps any: boolean, one entry per group."""
         per_input = mask.movedim(input_dim(self.consumer), 0)
         return per_input.reshape(self.block.num_groups, -1).any(1)
 

@@ -121,7 +121,7 @@ def fitting_head(model: nn.Module, config: AdaPruneConfig, num_labels: int | Non
         wanted = copy.deepcopy(model.config)
         wanted.id2label = stored_labels(config.model_config)["id2label"]
         if wanted.num_labels != num_labels:
-            fitting = _build_head(model, type(model)._from_config, wanted)
+            fitting = _build_head(model, wanted)
         if config.head == "layer_average":
             fitting["classifier"] = make_layer_average_head(model, wanted.num_labels)
     own = {name: _swap(model, name, module) for name, module in fitting.items()}
@@ -236,10 +236,10 @@ def check_modules_to_save(model: nn.Module, config: AdaPruneConfig) -> None:
         )
 
 
-def _build_head(model: PreTrainedModel, build: Any, wanted: Any) -> dict[str, nn.Module]:
+def _build_head(model: Any, wanted: Any) -> dict[str, nn.Module]:
     """Build the modules of a head whose parameter shapes differ from the model's."""
     with torch.device("meta"):
-        template = build(wanted)
+        template = type(model)._from_config(wanted)
     reference = next(model.parameters())
     built = {}
     for name in head_modules(model):

@@ -22,7 +22,7 @@ from .masked_layers import adaprune_layers
 
 
 # The methods by which transformers switches adapters, besides `set_adapter`.
-SWITCH_METHODS = ("enable_adapters", "disable_adapters", "delete_adapter")
+_SWITCH_METHODS = ("enable_adapters", "disable_adapters", "delete_adapter")
 
 
 class HeadSync(PreHook):
@@ -136,7 +136,7 @@ def active_only(model: nn.Module, adapter_name: str | None) -> Iterator[None]:
             head_sync(model)
 
 
-def attach(
+def keep_in_sync(
     model: PreTrainedModel,
     head_sync: HeadSync,
     configs: Mapping[str, Any],
@@ -154,7 +154,7 @@ def attach(
         head_sync.on_last_adapter_deleted = on_last_adapter_deleted
         head_sync.attach(model)
         override(model, "set_adapter", _set_adapter, model, head_sync)
-        for name in SWITCH_METHODS:
+        for name in _SWITCH_METHODS:
             override(model, name, _switch, name, model, head_sync)
     head_sync.layers = [layer for _, layer in adaprune_layers(model)]
     head_sync.heads = list(head_wrappers(model).values())

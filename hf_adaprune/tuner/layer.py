@@ -62,7 +62,8 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.adaprune_scores = nn.ParameterDict()
         self.adaprune_mask = BufferDict(persistent=True)
-        # Unpacked masks of adapters in training. They are newer than the buffer, which is updated only when saving.
+        # Unpacked masks of adapters in training. They are newer than the buffer, which is updated when the model
+        # is saved and when training ends.
         self._unpacked: dict[str, torch.Tensor] = {}
         self._configs: dict[str, AdaPruneConfig] = {}
         self._groups: dict[str, Groups] = {}
@@ -82,11 +83,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         self.register_load_state_dict_post_hook(decode_loaded)
 
     def update_layer(
-        self,
-        adapter_name: str,
-        config: AdaPruneConfig,
-        groups: Groups | None = None,
-        mask_bytes: int | None = None,
+        self, adapter_name: str, config: AdaPruneConfig, groups: Groups | None, mask_bytes: int | None
     ) -> None:
         """Add an adapter that keeps every weight, with scores if it is to be trained.
 
@@ -266,12 +263,10 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
 
     def straight_through_inputs(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return scores and mask, in the weight's shape, if one mask alone is active and trained straight-through."""
-        if not torch.is_grad_enabled() or self.merged_adapters or self._disable_adapters:
+        if not torch.is_grad_enabled() or self.merged_adapters or self.base_weight.requires_grad:
             return None
         names = self.active_masks
-        if len(names) != 1 or not self.is_trained(names[0]) or self.base_weight.requires_grad:
-            return None
-        if self._configs[names[0]].estimator != "straight_through":
+        if len(names) != 1 or not self.is_trained(names[0]) or self._configs[names[0]].estimator != "straight_through":
             return None
         self._cached = None
         return self.broadcast(names[0], self.adaprune_scores[names[0]]), self.mask(names[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from ..errors import MixedBatchError
+from ..overrides import override, restore
 from .head_sync import active_only, head_sync_of
 from .masked_layers import adaprune_layers, is_foreign, masking_adapters
 
@@ -48,18 +48,15 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
         ...     logits = model(**batch).logits
     """
     _check(model, adapter_names)
-    own, gate = vars(model).get("forward"), _Gate()
+    gate = _Gate()
     handles = [layer.register_forward_pre_hook(gate) for _, layer in adaprune_layers(model)]
-    model.forward = functools.partial(_forward, model, model.forward, list(adapter_names), gate)
+    override(model, "forward", _forward, model, model.forward, list(adapter_names), gate)
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        if own is None:
-            del model.forward
-        else:
-            model.forward = own
+        restore(model, "forward", _forward)
 
 
 class _Gate:

@@ -7,10 +7,7 @@ from ..config import AdaPruneConfig
 
 def magnitude_ranks(weight: torch.Tensor) -> torch.Tensor:
     """Return the ranks of |w|, ties in order of position, spread evenly over [0, 2] (float32, the weight's shape)."""
-    flat = weight.detach().reshape(-1).abs()
-    ranks = torch.empty(flat.numel(), dtype=torch.float32, device=flat.device)
-    ranks[flat.argsort(stable=True)] = torch.linspace(0, 2, flat.numel(), dtype=torch.float32, device=flat.device)
-    return ranks.view(weight.shape)
+    return _ranks(weight.detach().reshape(-1).abs().argsort(stable=True)).view(weight.shape)
 
 
 def wanda_ranks(weight: torch.Tensor, input_norm: torch.Tensor, input_dim: int) -> torch.Tensor:
@@ -28,10 +25,7 @@ def wanda_ranks(weight: torch.Tensor, input_norm: torch.Tensor, input_dim: int) 
         `torch.Tensor`: float32, of the weight's shape.
     """
     importance = weight.detach().float().abs().movedim(input_dim, -1) * input_norm
-    num_inputs = importance.shape[-1]
-    spread = torch.linspace(0, 2, num_inputs, dtype=torch.float32, device=weight.device).expand_as(importance)
-    ranks = torch.empty_like(importance).scatter_(-1, importance.argsort(dim=-1, stable=True), spread)
-    return ranks.movedim(-1, input_dim).contiguous()
+    return _ranks(importance.argsort(dim=-1, stable=True)).movedim(-1, input_dim).contiguous()
 
 
 def elimination_ranks(interactions: torch.Tensor) -> torch.Tensor:
@@ -55,9 +49,13 @@ def elimination_ranks(interactions: torch.Tensor) -> torch.Tensor:
         order[place] = group = added.argmin()
         added += 2 * interactions[group]
         added[group] = torch.inf
-    ranks = torch.empty(num_groups, dtype=torch.float32, device=interactions.device)
-    ranks[order] = torch.linspace(0, 2, num_groups, dtype=torch.float32, device=interactions.device)
-    return ranks
+    return _ranks(order)
+
+
+def _ranks(order: torch.Tensor) -> torch.Tensor:
+    """Return the rank of each entry, spread evenly over [0, 2], from the order of entries along the last dimension."""
+    spread = torch.linspace(0, 2, order.shape[-1], dtype=torch.float32, device=order.device)
+    return torch.empty_like(order, dtype=torch.float32).scatter_(-1, order, spread.expand_as(order))
 
 
 def initial_scores(weight: torch.Tensor, config: AdaPruneConfig) -> torch.Tensor:

@@ -226,7 +226,7 @@ def verified(model: Any, blocks: list[Block]) -> list[Block]:
         outputs = [output for block in blocks for name in block.producers for output in produced[name]]
         total = sum(read, torch.zeros((), requires_grad=True))
         found = iter(torch.autograd.grad(total, outputs, allow_unused=True) if outputs else ())
-    verified = []
+    confirmed = []
     for block in blocks:
         by_output = [next(found) for name in block.producers for _ in produced[name]]
         shape = (-1, block.num_groups, block.width)
@@ -234,8 +234,8 @@ def verified(model: Any, blocks: list[Block]) -> list[Block]:
         inside = any(gradient[..., ::2, :].any() for gradient in reached)
         outside = any(gradient[..., 1::2, :].any() for gradient in reached)
         if len(reached) == len(by_output) and inside and not outside:
-            verified.append(block)
-    return verified
+            confirmed.append(block)
+    return confirmed
 
 
 def _watch(

@@ -186,7 +186,7 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     head = output_embeddings(model)
     wrapped: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if name.startswith(wrapped) and wrapped:
+        if name.startswith(wrapped):
             continue
         if isinstance(module, AdaPruneLayer):
             wrapped += (f"{name}.",)
