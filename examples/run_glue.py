@@ -26,7 +26,8 @@ scored twice: as trained, and (`eval_rewound_...`) with the pre-trained values u
 these masks is saved in `rewound`.
 
 All flags of `TrainingArguments` work too: --eval_strategy epoch, --bf16, --seed, --push_to_hub ... To resume an
-interrupted run, repeat the command with the last checkpoint: --resume_from_checkpoint sst2-adaprune/checkpoint-500
+interrupted run from its last checkpoint, repeat the command with --resume_from_checkpoint True, or name a checkpoint:
+--resume_from_checkpoint sst2-adaprune/checkpoint-500
 """
 
 import dataclasses
@@ -407,6 +408,14 @@ def parse(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, Traini
         raise InputError(f"Unknown flags: {' '.join(unknown)}. `--help` lists all flags.")
     if not (args.do_train or args.do_eval or args.do_predict):
         raise InputError("There is nothing to do: give `--do_train`, `--do_eval` or `--do_predict`.")
+    resumed = args.resume_from_checkpoint
+    if resumed == "True" and any(Path(args.output_dir).glob("checkpoint-*")):
+        args.resume_from_checkpoint = True  # the Trainer finds the last one, once incomplete ones are set aside
+    elif resumed and not Path(resumed).is_dir():
+        raise InputError(
+            "`--resume_from_checkpoint` must be the folder of a checkpoint, or `True` for the last one in "
+            f"{args.output_dir!r}, got {resumed!r}: there is none. To start from the beginning, leave it out."
+        )
     return model_args, data_args, args
 
 

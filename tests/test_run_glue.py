@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import runpy
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -302,7 +303,8 @@ def test_a_second_run_that_was_broken_off_goes_on_without_the_first(run: Any, tm
     saved = load_file(out / "adapter_model.safetensors")
     (out / "adapter_model.safetensors").unlink()
     before = (out / "groups" / "adapter_model.safetensors").stat().st_mtime_ns
-    run(*flags, "--resume_from_checkpoint", out / "checkpoint-3", *files)
+    shutil.rmtree(out / "checkpoint-6")
+    run(*flags, "--resume_from_checkpoint", "True", *files)
     assert (out / "groups" / "adapter_model.safetensors").stat().st_mtime_ns == before
     again = load_file(out / "adapter_model.safetensors")
     assert all(torch.equal(tensor, saved[name]) for name, tensor in again.items())
@@ -497,6 +499,10 @@ def test_without_a_network_the_error_says_what_to_do(
         ),
         (["--do_eval", "--validation_file", "a.csv"], r"`--train_file` \(from which label names are read"),
         (["--do_train"], r"Give `--task_name`, .* got \[\]"),
+        (
+            ["--do_train", "--task_name", "rte", "--resume_from_checkpoint", "True"],
+            r"must be the folder of a checkpoint, or `True` for the last one in .* got 'True': there is none",
+        ),
         (["--task_name", "rte"], "There is nothing to do: give `--do_train`"),
         (
             ["--do_train", "--task_name", "rte", "--max_train_samples", 0],
