@@ -67,6 +67,13 @@ def load_glue_split(task: str, split: str = "validation", data: str | Path | Non
         empty = dataset.data.column(column).null_count
         if empty:
             raise TaskError(f"{empty} of {len(dataset)} rows of the data of {task} have no `{column}`: remove them.")
+    kinds = {column: getattr(dataset.features[column], "dtype", "list") for column in (*GLUE_COLUMNS[task], "label")}
+    label = kinds.pop("label")
+    if not all("string" in kind for kind in kinds.values()):
+        raise TaskError(f"The columns {[*kinds]} of the data of {task} must be texts, got {[*kinds.values()]}.")
+    if label in ("list", "dict") or (task == "stsb" and "string" in label):
+        wanted = "a number" if task == "stsb" else "a name or a number"
+        raise TaskError(f"`label` in the data of {task} must be {wanted} per row, got {label}.")
     return dataset
 
 

@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 
 LABEL_FIELDS = ("id2label", "label2id", "problem_type")
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -29,6 +31,18 @@ def stored_labels(model_config: Mapping[str, Any]) -> dict[str, Any]:
         labels |= default_labels(2)
     labels["id2label"] = {int(number): name for number, name in labels["id2label"].items()}
     return labels
+
+
+def plain_labels(labels: Mapping[str, Any]) -> dict[str, Any]:
+    """Return label fields of a model's configuration in a form that JSON can store: without numpy's scalars."""
+
+    def plain(value: Any) -> Any:
+        return value.item() if isinstance(value, np.generic) else value
+
+    return {
+        field: {plain(key): plain(it) for key, it in value.items()} if isinstance(value, Mapping) else value
+        for field, value in labels.items()
+    }
 
 
 def default_labels(num_labels: int) -> dict[str, Any]:

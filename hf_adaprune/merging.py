@@ -48,6 +48,7 @@ def unmasked(model: Any) -> PreTrainedModel:
 
 
 def _tuner_of_copy(model: Any) -> AdaPruneModel:
+    model = getattr(model, "_orig_mod", model)  # of a compiled model
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not has_masks(base):
         raise NotPrunedError(f"There is no AdaPrune adapter on this {type(base).__name__}.")
@@ -55,8 +56,10 @@ def _tuner_of_copy(model: Any) -> AdaPruneModel:
 
 
 def _cleared(plain: Any) -> PreTrainedModel:
-    """Remove what an adapter leaves behind on a model: a method for its card, a flag, and key conversions."""
+    """Remove what an adapter and its training leave on a model: methods, a flag, key conversions, and autocast."""
     for module in plain.modules():  # a sentence-transformers model contains the transformers model
+        if vars(module).pop("_original_forward", None) is not None:
+            vars(module).pop("forward", None)  # accelerate's, which computes in lower precision
         for name in ("create_or_update_model_card", "_hf_peft_config_loaded", "_weight_conversions"):
             vars(module).pop(name, None)
     return plain.requires_grad_().eval()

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner, sparsity_report
+from hf_adaprune.analysis import RecoveryCallback
 from hf_adaprune.baselines import (
     ABLATIONS,
     METHODS,
@@ -299,6 +300,14 @@ def test_each_round_prunes_a_share_of_the_rest_and_the_last_one_what_is_missing(
     assert shares == pytest.approx(rounds, abs=1e-4)
     for before, after in zip(watch.seen, watch.seen[1:], strict=False):
         assert all((mask <= before[name]).all() for name, mask in after.items())
+
+
+@pytest.mark.parametrize("method", ["magnitude", "movement"])
+def test_recovery_is_counted_where_weights_are_trained(method: str, tmp_path: Path) -> None:
+    watch = RecoveryCallback()
+    callback = make_callback(method, AdaPruneConfig(final_sparsity=0.6))
+    make_trainer(make_model(), tmp_path, callback, watch, max_steps=10).train()
+    assert 0 <= watch.recovery.share_of_kept < 1
 
 
 def test_a_round_that_was_interrupted_is_repeated(tmp_path: Path) -> None:

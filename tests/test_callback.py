@@ -3,17 +3,25 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import make_batch, make_model
+from tiny import logits_of, make_batch, make_model, train_masks
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.utils.data import IterableDataset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
-from hf_adaprune import AdaPruneCallback, AdaPruneConfig, sparsity_report
+from hf_adaprune import AdaPruneCallback, AdaPruneConfig, merged, sparsity_report
 from hf_adaprune.baselines import LoraCallback, RandomMaskCallback
 from hf_adaprune.errors import ConfigError, NotPrunedError
 from hf_adaprune.training.trainer_card import training_settings
@@ -522,3 +530,53 @@ def test_the_configuration_of_a_stored_adapter_is_no_recipe_until_it_is_fresh(tm
         again = fresh()
         trainer(again, tmp_path / "again", AdaPruneCallback(config), max_steps=2).train()
         assert sparsity_report(again).sparsity == pytest.approx(sparsity, abs=1e-4)
+
+
+def test_a_plain_copy_computes_in_its_own_precision_after_mixed_precision(tmp_path: Path) -> None:
+    model = fresh()
+    trainer(model, tmp_path, AdaPruneCallback, bf16=True).train()
+    plain = merged(model)
+    plain.save_pretrained(tmp_path / "plain")
+    reopened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain")
+    assert torch.equal(logits_of(plain), logits_of(reopened))
+
+
+def test_another_run_leaves_no_record_of_the_former(tmp_path: Path) -> None:
+    model = fresh()
+    trainer(model, tmp_path, AdaPruneCallback).train()
+    assert model.peft_config["default"].training["num_steps"] == STEPS
+    train_masks(model)
+    assert model.peft_config["default"].training is None
+
+
+def test_labels_that_numpy_has_made_are_saved(tmp_path: Path) -> None:
+    model, numbers = fresh(), np.unique(np.array([3, 5, 7]))
+    model.config.id2label = dict(enumerate(numbers))
+    model.config.label2id = {name: np.int64(number) for number, name in enumerate(numbers)}
+    trainer(model, tmp_path, AdaPruneCallback).train()
+    model.save_pretrained(tmp_path / "adapter")
+    stored = AdaPruneConfig.from_pretrained(str(tmp_path / "adapter")).model_config or {}
+    assert stored["id2label"] == {"0": 3, "1": 5, "2": 7}
+    assert stored["label2id"] == {"3": 0, "5": 1, "7": 2}
+
+
+def test_renamed_labels_are_renamed_in_both_directions(tmp_path: Path) -> None:
+    model = fresh()
+    model.add_adapter(AdaPruneConfig())
+    train_masks(model)
+    model.config.id2label = {0: "low", 1: "middle", 2: "high"}
+    model.save_pretrained(tmp_path)
+    stored = AdaPruneConfig.from_pretrained(str(tmp_path)).model_config or {}
+    assert stored["label2id"] == {"low": 0, "middle": 1, "high": 2}
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_no_pruner_is_missed_where_masks_are_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("hf_adaprune.tuner.pruner_reminder.logger.warning", said.append)
+    model = fresh()
+    trainer(model, tmp_path, AdaPruneCallback).train()
+    model.add_adapter(LoraConfig(target_modules=["query"]), "lora")
+    model.set_adapter(["default", "lora"])
+    trainer(model, tmp_path / "lora", max_steps=12).train()
+    assert not said

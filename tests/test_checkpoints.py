@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from test_callback import STEPS, Kill, fresh, trainer
 from tiny import logits_of
@@ -253,3 +254,12 @@ def test_the_best_of_a_trial_of_a_search_is_loaded_and_resumed(name: str, wrappe
     rerun = trainer(again, tmp_path / "again", AdaPruneCallback(adapter_name=name), max_steps=20)
     rerun.train(resume_from_checkpoint=str(tmp_path / "run-0" / "checkpoint-16"))
     assert torch.equal(logits_of(again), seen[20])
+
+
+def test_a_checkpoint_of_accelerate_is_none_of_a_trainer(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(torch.nn.Linear(2, 2))
+    accelerator.save_state(str(tmp_path / "checkpoint-5"))
+    before = sorted((tmp_path / "checkpoint-5").iterdir())
+    trainer(fresh(), tmp_path, AdaPruneCallback)
+    assert sorted((tmp_path / "checkpoint-5").iterdir()) == before

@@ -397,6 +397,18 @@ def test_eval_scores_as_a_plain_loop_does(adapter: Path, base_path: Path, tmp_pa
             {"sentence": "w7", "label": "good"},
             r"labels of sst2 are \['good'\], those of the model \['name of 0'",
         ),
+        (
+            "sst2",
+            {"sentence": 7, "label": 1},
+            r"columns .* of sst2 must be texts, got \['int64'\]",
+        ),
+        ("sst2", {"sentence": ["w7"], "label": 1}, r"must be texts, got \['list'\]"),
+        ("sst2", {"sentence": "w7", "label": [1]}, "`label` in the data of sst2 must be a name or a number per row"),
+        (
+            "stsb",
+            {"sentence1": "w7", "sentence2": "w8", "label": "high"},
+            "`label` in the data of stsb must be a number per row, got string",
+        ),
         ("sst2", {"sentence": "w7", "label": -1}, "no labels to score against"),
         ("sst2", {"sentence": "w7", "label": 1}, "sst2 has 2 labels, the model 3"),
         ("stsb", {"sentence1": "w7", "sentence2": "w8", "label": 0.5}, "stsb needs a head of one output, got 3"),

@@ -10,10 +10,10 @@ import pytest
 import torch
 from doors import DOORS, logits_of
 from peft import get_peft_model
-from tiny import make_batch, make_model
+from tiny import make_batch, make_model, train_masks
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from hf_adaprune import AdaPruneConfig, Pruner
+from hf_adaprune import AdaPruneConfig, Pruner, merged
 from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
@@ -104,3 +104,11 @@ def test_a_loaded_adapter_is_compiled_whole_and_once(door: str, base_path: Path,
     assert counter.frame_count == 1
     assert torch.equal(first, second)
     assert torch.equal(first, logits_of(model))
+
+
+def test_a_compiled_model_is_merged_like_the_model_in_it() -> None:
+    model = get_peft_model(make_model(), AdaPruneConfig())
+    train_masks(model)
+    plain = merged(torch.compile(model, backend="eager"))
+    assert type(plain) is type(model.get_base_model())
+    assert torch.equal(logits_of(plain), logits_of(model))

@@ -181,3 +181,9 @@ def test_models_that_do_not_belong_together_are_refused() -> None:
 def test_a_configuration_does_not_claim_groups_that_there_are_not() -> None:
     with pytest.raises(ConfigError, match=r"`whole_groups` must be one of \[None, 'neuron', 'head', 'neuron\+head'\]"):
         AdaPruneConfig(whole_groups="layers")
+
+
+def test_a_layer_that_the_first_run_has_trained_takes_no_masks_from_the_second() -> None:
+    whole = trained("bert", "neuron+head", modules_to_save=["bert.encoder.layer.1"])
+    with pytest.raises(ConfigError, match=r"weights that the adapter of `whole` trained.*layer\.1"):
+        expand(over_smaller(whole), whole)

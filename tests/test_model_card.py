@@ -203,3 +203,16 @@ def test_metadata_that_cannot_be_read_is_named_and_the_card_stays(
     with pytest.raises(CardError, match=r"README.md' must be valid YAML: correct it"):
         write_model_card(folder)
     assert (folder / "README.md").read_text(encoding="utf-8") == text
+
+
+def test_scores_of_another_adapter_do_not_stay_on_a_card(tmp_path: Path) -> None:
+    for sparsity in (0.5, 0.9):
+        model: Any = get_peft_model(make_model(), AdaPruneConfig(final_sparsity=sparsity))
+        train_masks(model)
+        model.save_pretrained(str(tmp_path))
+        card: Any = ModelCard.load(tmp_path / "README.md")
+        assert card.data.eval_results is None
+        write_model_card(tmp_path, metrics={"accuracy": sparsity}, picture=False)
+        model.save_pretrained(str(tmp_path))  # once more
+        kept: Any = ModelCard.load(tmp_path / "README.md")
+        assert [it.metric_value for it in kept.data.eval_results] == [sparsity]

@@ -1,4 +1,5 @@
 import copy
+import importlib
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -521,6 +522,11 @@ def test_of_several_active_adapters_one_must_be_named() -> None:
     model: Any = get_peft_model(make_model(head="none"), AdaPruneConfig(), "first")
     model.add_adapter("second", AdaPruneConfig())
     model.base_model.set_adapter(["first", "second"])
+    message = r"None of the adapters \['first', 'second'\] is active: name one"
+    model.base_model.set_adapter([])
+    with pytest.raises(NotPrunedError, match=message):
+        sparsity_report(model)
+    model.base_model.set_adapter(["first", "second"])
     for use in (lambda: Pruner(model, 5), lambda: sparsity_report(model), lambda: model_masks(model)):
         with pytest.raises(NotPrunedError, match=r"Several adapters are active, \['first', 'second'\]: name one"):
             use()
@@ -544,3 +550,33 @@ def test_parameters_that_no_adapter_stores_are_not_trained_in_silence() -> None:
     model.get_parameter(norm).requires_grad_(True)
     with pytest.warns(UserWarning, match=r"1 parameters of the base are trained too, such as '.*base_layer\.bias'"):
         Pruner(model, total_steps=5)
+
+
+def test_scores_start_from_the_inputs_of_all_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    # `DataParallel` with copies in the place of those on other GPUs.
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(replicate, "_get_device_index", lambda device, *_: device)
+    monkeypatch.setattr(
+        replicate,
+        "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach=False: [[tensor.clone() for tensor in tensors] for _ in devices],
+    )
+    x, scores = torch.randn(8, 7, generator=torch.Generator().manual_seed(0)), []
+    for num_replicas in (1, 2):
+        model = make()
+        pruner = Pruner(model, total_steps=5)
+        replicas = replicate.replicate(model, range(num_replicas)) if num_replicas > 1 else [model]
+        for replica, rows in zip(replicas, x.chunk(num_replicas), strict=True):
+            replica(rows)
+        pruner.step()
+        scores.append([layer.adaprune_scores["default"].detach().clone() for _, layer in adaprune_layers(model)])
+    assert all(torch.equal(one, other) for one, other in zip(*scores, strict=True))
+
+
+def test_closing_a_pruner_leaves_the_run_of_a_later_one_as_it_is() -> None:
+    model = make_model(num_labels=1)
+    model.add_adapter(AdaPruneConfig())
+    first = Pruner(model, total_steps=5)
+    Pruner(model, total_steps=5)
+    first.close()
+    assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.0}

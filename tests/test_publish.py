@@ -13,9 +13,10 @@ from doors import load_base, logits_of, make_trainer
 from hub_server import Account, HubServer
 from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from peft import AutoPeftModelForSequenceClassification, PeftModel
+from tiny import train_masks
 from transformers import AutoModelForSequenceClassification
 
-from hf_adaprune import AdaPruneCallback
+from hf_adaprune import AdaPruneCallback, AdaPruneConfig, write_model_card
 from hf_adaprune.errors import PushError
 from hf_adaprune.hub.model_card import BEGIN, END
 from hf_adaprune.hub.publish import push_adapter
@@ -95,6 +96,27 @@ def test_what_people_have_written_on_the_hub_survives_the_next_push(
     assert "0.999" not in card.text
     assert card.text.count(BEGIN) == card.text.count(END) == 1
     assert card.data.license == "mit"
+
+
+@every_push
+def test_scores_on_a_card_are_those_of_the_adapter_that_is_pushed(
+    push: Push, adapter_path: Path, base_path: Path, tmp_path: Path, online: HubServer
+) -> None:
+    other = load_base(base_path)
+    other.add_adapter(AdaPruneConfig(final_sparsity=0.9))
+    train_masks(other)
+    other.save_pretrained(tmp_path / "other")
+    shutil.copytree(adapter_path, tmp_path / "adapter")
+    write_model_card(tmp_path / "adapter", metrics={"accuracy": 0.5})
+    push_adapter(tmp_path / "adapter", NAME)
+    assert [it.metric_value for it in ModelCard(card_of(online)).data.eval_results or []] == [0.5]
+    push(tmp_path / "adapter")  # again
+    assert [it.metric_value for it in ModelCard(card_of(online)).data.eval_results or []] == [0.5]
+    push(tmp_path / "other")
+    assert ModelCard(card_of(online)).data.eval_results is None
+    write_model_card(tmp_path / "other", metrics={"accuracy": 0.25})
+    push_adapter(tmp_path / "other", NAME)
+    assert [it.metric_value for it in ModelCard(card_of(online)).data.eval_results or []] == [0.25]
 
 
 @pytest.mark.parametrize("push", [by_saving, by_function])

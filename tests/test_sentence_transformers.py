@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from hf_adaprune import AdaPruneCallback, AdaPruneConfig
+from hf_adaprune import AdaPruneCallback, AdaPruneConfig, sparsity_report
 from hf_adaprune.choices import MaskCodec
 from hf_adaprune.tuner.masked_layers import adaprune_layers
 
@@ -82,6 +82,16 @@ def test_an_adapter_of_the_bare_model_works_inside(base_path: Path, tmp_path: Pa
     with torch.no_grad():
         hidden = bare(**trained.tokenizer(TEXTS[:1], return_tensors="pt")).last_hidden_state
     assert torch.allclose(hidden.mean(1), torch.from_numpy(inside.encode(TEXTS[:1])), atol=1e-6)
+
+
+def test_a_resumed_run_takes_nothing_from_another_in_its_folder(base_path: Path, tmp_path: Path) -> None:
+    train(st.SentenceTransformer(str(base_path)), tmp_path / "run")
+    other = AdaPruneCallback(AdaPruneConfig(final_sparsity=0.9))
+    train(st.SentenceTransformer(str(base_path)), tmp_path / "other", other)
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    with pytest.warns(UserWarning, match="The scores behind the masks are lost"):
+        resumed = train(st.SentenceTransformer(str(base_path)), tmp_path / "other", checkpoint=checkpoint)
+    assert sparsity_report(resumed).sparsity == pytest.approx(0.5, abs=1e-3)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(base_path: Path, tmp_path: Path) -> None:

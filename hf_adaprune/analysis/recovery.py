@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..tuner.masked_layers import has_masks
 from .sources import Masks, model_masks
 
 
@@ -101,5 +102,6 @@ class RecoveryCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Add the masks that training ends with."""
-        self.recovery.update(model_masks(model, self.adapter_name))
+        """Add the masks that training ends with, if they are still there."""
+        if has_masks(model):
+            self.recovery.update(model_masks(model, self.adapter_name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -59,12 +60,21 @@ def answering(command: Callable[..., Answer]) -> Callable[..., None]:
             typer.echo(json.dumps(reason) if as_json else f"error: {error}", err=True)
             raise typer.Exit(code) from None
         if as_json:
-            typer.echo(json.dumps(answer.data, indent=2))
+            typer.echo(json.dumps(_without_nan(answer.data), indent=2, allow_nan=False))
         else:
             # Text from an adapter is not trusted, so it is not interpreted as markup.
             Console(markup=False).print(*answer.tables, sep="\n")
 
     return run
+
+
+def _without_nan(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON does not have, by `None`."""
+    if isinstance(value, dict):
+        return {key: _without_nan(it) for key, it in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(it) for it in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

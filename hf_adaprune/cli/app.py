@@ -1,6 +1,5 @@
 """The commands of `hf-adaprune`."""
 
-import math
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -230,10 +229,8 @@ def compare(
     return Answer({"pairs": found, "figure": None if figure is None else str(figure)}, [overlap_table(pairs)])
 
 
-def _overlap(overlap: Overlap) -> dict[str, float | None]:
-    # JSON has no NaN.
-    values = {measure: getattr(overlap, measure) for measure in MEASURES}
-    return {measure: None if math.isnan(value) else value for measure, value in values.items()}
+def _overlap(overlap: Overlap) -> dict[str, float]:
+    return {measure: getattr(overlap, measure) for measure in MEASURES}
 
 
 @app.command()

@@ -71,7 +71,7 @@ def decode_mask(coded: torch.Tensor, weight: torch.Tensor, input_dim: int | None
         raise AdapterFileError(
             f"The mask of a weight of shape {tuple(weight.shape)} cannot be read ({error}): it was coded with "
             "other weights, or the file is damaged. Open the adapter on its own base, in float32, bfloat16 or float16 "
-            "(if it was made on a float16 copy, not in bfloat16); or have it saved with "
+            "(but a bfloat16 and a float16 copy cannot replace each other); or have it saved with "
             f'`mask_codec="{PACKED_BITS}"`, which does not depend on the weights.'
         ) from None
     return packed.to(coded.device)

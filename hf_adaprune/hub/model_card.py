@@ -23,6 +23,9 @@ from .advice import speed_advice
 BEGIN, END = "<!-- hf_adaprune: generated text, overwritten at every save -->", "<!-- hf_adaprune: end -->"
 CARD, PICTURE = "README.md", "sparsity.png"
 
+# As the template prints it: the scores on a card are those of this adapter.
+_FINGERPRINT = re.compile(r"<!-- fingerprint of masks and head: (\S+) -->")
+
 # In the sentence that transformers adds to the template.
 _GENERATED = "This model card has been automatically generated."
 
@@ -77,8 +80,8 @@ def write_model_card(
         name (`str`, *optional*): The adapter's name on the Hub; by default its card's title, or the folder's name.
         subfolder (`str`, *optional*): Its subfolder in the repository of that name.
         metrics (`Mapping[str, float]`, *optional*):
-            Scores to show, and to enter in the card's `model-index`; by default those already on the card, and none if
-            this is empty.
+            Scores to show, and to enter in the card's `model-index`; by default those already on the card, unless that
+            is the card of another adapter; none if this is empty.
         dataset (`str`, *optional*): The name on the Hub of the data set that the scores are for.
         dataset_config (`str`, *optional*): Its configuration, such as `"sst2"`.
         dataset_split (`str`, *optional*): Its split, such as `"validation"`.
@@ -116,11 +119,10 @@ def write_model_card(
     kept: list[EvalResult] = []
     if written is not None:
         name = name or _title(written.text)
-        kept = written.data.eval_results or []
+        if metrics is None and _adapter_of(written.text) in (None, config.adapter_fingerprint):
+            kept = written.data.eval_results or []
     if metrics is None:
         metrics = {it.metric_type: it.metric_value for it in kept if isinstance(it.metric_value, (int, float))}
-    else:
-        kept = []
     made: Any = _render(
         config,
         name or folder.resolve().name,
@@ -129,16 +131,19 @@ def write_model_card(
         (dataset, dataset_config, dataset_split),
         drawn,
     )
-    if kept:
-        made.data.eval_results = kept  # with their data sets and splits
+    made.data.eval_results = kept or made.data.eval_results or []  # kept ones with their data sets and splits
     return put_card(path, made)
 
 
-def put_card(path: Path, made: ModelCard) -> ModelCard:
-    """Write a card; keep the text and metadata that people wrote in an existing one."""
+def put_card(path: Path, made: Any) -> ModelCard:
+    """Write a card; keep the text and metadata that people wrote in an existing one.
+
+    Scores of the same adapter are kept too, if those of the new card are `None`.
+    """
     written = read_card(path)
     if written is not None and not _is_template(written.text):
         made = _update(written, made)
+    made.data.eval_results = made.data.eval_results or None
     aside = path.with_suffix(".tmp")
     made.save(aside)
     aside.replace(path)
@@ -229,7 +234,14 @@ def _update(written: Any, card: Any) -> ModelCard:
             card.data.base_model = card.data.base_model or (value if _on_hub(value) else None)
         elif value and field not in ("library_name", "eval_results", "model_name"):
             setattr(card.data, field, value)
+    if card.data.eval_results is None and _adapter_of(written.text) in (None, _adapter_of(card.text)):
+        card.data.eval_results = written.data.eval_results
     return card
+
+
+def _adapter_of(text: str) -> str | None:
+    found = _FINGERPRINT.search(text)
+    return found[1] if found else None
 
 
 def _on_hub(name: Any) -> bool:
@@ -280,7 +292,8 @@ def _render(
         has_head=bool(config.head_tensors),
         has_base=bool(config.base_model_name_or_path),
         on_hub=base is not None,
-        fingerprint=config.base_fingerprint,
+        base_fingerprint=config.base_fingerprint,
+        adapter_fingerprint=config.adapter_fingerprint,
         module="transformers" if opener else "peft",
         auto_class=opener or "AutoPeftModel",
         advice=speed_advice(config),

@@ -17,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, PushToHubMixin, logging
 from ..errors import PushError
 from ..overrides import override
 from ..storage.stored_adapter import read_adapter
-from .model_card import CARD, describe_base, read_card, write_model_card, written_by_hand
+from .model_card import BEGIN, CARD, describe_base, put_card, read_card, write_model_card, written_by_hand
 
 
 logger = logging.get_logger(__name__)
@@ -129,10 +129,10 @@ def _complete_card(folder: Path, name: str, subfolder: str | None, revision: str
 
 
 def fetch_card(card: Path, name: str, **hub: Any) -> None:
-    """Replace a card by the one on the Hub, if people wrote nothing in it and the other can be fetched.
+    """Take over what people wrote in the card on the Hub, if they wrote nothing in this one and that can be fetched.
 
     Args:
-        card (`Path`): The card's file, existing or not.
+        card (`Path`): The card's file, existing or not; its scores, and what it says of its adapter, stay.
         name (`str`): The repository's name.
         hub: Further arguments of `huggingface_hub.hf_hub_download`: `subfolder`, `revision`, `token`.
     """
@@ -140,4 +140,7 @@ def fetch_card(card: Path, name: str, **hub: Any) -> None:
         return
     # The push that follows will report any problem.
     with suppress(Exception):
-        shutil.copyfile(hf_hub_download(name, CARD, **hub), card)
+        fetched, local = hf_hub_download(name, CARD, **hub), read_card(card)
+        shutil.copyfile(fetched, card)
+        if local is not None and BEGIN in local.text:
+            put_card(card, local)

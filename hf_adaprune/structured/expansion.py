@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import AdaPruneConfig
-from ..errors import BaseMismatchError, NotPrunedError
+from ..errors import BaseMismatchError, ConfigError, NotPrunedError
 from ..labels import LABEL_FIELDS
 from ..merging import merged, unmasked
 from ..tuner.groups import Groups, join_kinds
@@ -39,6 +39,7 @@ def expand(small: Any, whole: Any) -> PreTrainedModel:
         NotPrunedError: If `small` does not have exactly one active AdaPrune adapter, or `whole` has none.
         CompactionError: If the active masks of `whole` prune no neuron or head as a whole, or one of the models is not
             a transformers model or has an adapter of another method.
+        ConfigError: If `small` masks weights that were trained for `whole`, as part of `modules_to_save`.
         BaseMismatchError: If `small` is not `whole` compacted under its active masks.
 
     Example:
@@ -51,6 +52,12 @@ def expand(small: Any, whole: Any) -> PreTrainedModel:
     """
     small, whole = base_of(small), base_of(whole)
     name, base, blocks = _active_adapter(small), unmasked(whole), kept_groups(whole)
+    retrained = tuple(f"{module}." for module in _trained_whole(whole))
+    if any(module.startswith(retrained) for module, _ in adaprune_layers(small, name)):
+        raise ConfigError(
+            f"`small` has masks over weights that the adapter of `whole` trained, not the base's: {retrained}. Leave "
+            "these modules out of `modules_to_save` in the first run."
+        )
     left: dict[str, torch.Tensor] = {}
     for block, kept in blocks:
         left |= Groups(block, base).masks(kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -50,13 +51,18 @@ class InputMoments:
 
     @staticmethod
     def _watch(watched: AdaPruneLayer, total: torch.Tensor) -> Any:
+        lock = threading.Lock()
+
         def hook(layer: AdaPruneLayer, args: tuple[Any, ...]) -> None:
-            if layer is watched and torch.is_grad_enabled() and args:  # not a copy of it
+            # Not a copy of it, unless that is a replica in another thread, for one of several devices.
+            is_replica = getattr(layer, "_is_replica", False)
+            if (layer is watched or is_replica) and torch.is_grad_enabled() and args:
                 inputs = args[0].detach().reshape(-1, len(total)).float()
                 # Autocast would multiply in half precision.
                 with torch.autocast(inputs.device.type, enabled=False):
                     seen = inputs.square().sum(0) if total.dim() == 1 else inputs.T @ inputs
-                total.add_(seen.to(total.device))
+                with lock:
+                    total.add_(seen.to(total.device))
 
         return hook
 

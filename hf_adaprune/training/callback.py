@@ -6,6 +6,7 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
@@ -137,10 +138,8 @@ class AdaPruneCallback(TrainerCallback):
     ) -> None:
         """Create the `Pruner`, at the step of the schedule where training starts or resumes."""
         model.create_or_update_model_card = self._complete_card  # type: ignore[assignment]  # or a `model_init`'s
-        scores = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", SAFE_WEIGHTS_NAME)
-        if state.global_step and hasattr(model, "transformers_model") and scores.is_file():
-            # sentence-transformers restores only the adapter, without scores.
-            model.load_state_dict(load_file(scores), strict=False)
+        if state.global_step and hasattr(model, "transformers_model"):
+            _load_scores(model, args, state)
         if not has_masks(model):
             raise NotPrunedError(
                 "The Trainer's model has no masks: `AdaPruneCallback` adds them when the Trainer is created. Pass it "
@@ -160,8 +159,8 @@ class AdaPruneCallback(TrainerCallback):
         if not pruner.trains_scores:
             if self.pruner_cls is Pruner:
                 logger.warning(
-                    f"The scores of adapter {self.adapter_name!r} are frozen: only the head learns, and the initial "
-                    "scores determine the masks. Do not change `requires_grad` of the model's parameters after the "
+                    f"The scores of adapter {self.adapter_name!r} are frozen: the initial scores determine the masks, "
+                    "and they do not learn. Do not change `requires_grad` of the model's parameters after the "
                     "adapter was added."
                 )
             return
@@ -271,6 +270,22 @@ class AdaPruneCallback(TrainerCallback):
         # `load_best_model_at_end` must not choose a model that is not fully pruned.
         if not self._running.at_target:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+
+def _load_scores(model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
+    """Load the scores of the checkpoint that a sentence-transformers model resumes from: only its adapter was loaded.
+
+    No callback is told which checkpoint that is, so it is recognized by its masks.
+    """
+    current = model.state_dict()
+    of_output_dir = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+    for folder in filter(None, (args.resume_from_checkpoint, of_output_dir)):
+        path = Path(folder, SAFE_WEIGHTS_NAME)
+        stored = load_file(path) if path.is_file() else {}
+        masks = [name for name in stored if ".adaprune_mask." in name]
+        if masks and all(name in current and torch.equal(stored[name], current[name].cpu()) for name in masks):
+            model.load_state_dict(stored, strict=False)
+            return
 
 
 def _check_resumed(pruner: Pruner, num_steps: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.constants import RNG_STATE_NAME as ACCELERATE_RNG_STATE
 from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
@@ -198,6 +199,8 @@ def _is_saved_by_hand(folder: Path) -> bool:
     file of another kind does, or an adapter whose configuration has no record of a Trainer.
     """
     names = [path.name for path in folder.iterdir() if path.is_file()]
+    if any(name.startswith(ACCELERATE_RNG_STATE) for name in names):
+        return True  # by `Accelerator.save_state`
     if any(name.startswith(_TRAINER_FILES) for name in names):
         return False
     try:

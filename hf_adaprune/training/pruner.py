@@ -98,6 +98,7 @@ class Pruner:
         self._head = HeadLearningRate(model, adapter_name, self.config.head_lr_ratio)
         self._reference: dict[str, torch.Tensor] = {}
         self._remember()
+        self.config.training = None  # of an earlier run
         if self.trains_scores:
             # Training changes the masks, so the description of how they were made no longer holds.
             self.config.combination = self.config.whole_groups = None
@@ -281,13 +282,13 @@ class Pruner:
 
         No `step` may follow.
         """
-        if self.config.in_memory.pruner_token is self._token:
-            self.config.in_memory.pruner_token = None
         self._close_inputs()
         self._head.close()
-        restore_dropout(self.model)
-        for layer in self.layers.values():
-            layer.pack(self.adapter_name)
+        if self.config.in_memory.pruner_token is self._token:  # no other has replaced this one
+            self.config.in_memory.pruner_token = None
+            restore_dropout(self.model)
+            for layer in self.layers.values():
+                layer.pack(self.adapter_name)
 
     def _prune_to_target(self) -> None:
         before, sparsity, target = self._selector.masks(), self.sparsity, self.config.final_sparsity

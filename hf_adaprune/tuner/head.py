@@ -16,7 +16,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError, BaseMismatchError, ConfigError
-from ..labels import stored_labels
+from ..labels import LABEL_FIELDS, plain_labels, stored_labels
 from .layer_average import LayerAverageHead, make_layer_average_head
 
 
@@ -149,6 +149,8 @@ def _record(model: PreTrainedModel, config: AdaPruneConfig) -> None:
         "architectures": [name],
         "model_type": model.config.model_type,
     }
+    stored = {field: value for field, value in config.model_config.items() if field in LABEL_FIELDS}
+    config.model_config |= plain_labels(stored)
     if has_outdated_problem_type(model):
         config.model_config.pop("problem_type")
     if config.task_type is None:

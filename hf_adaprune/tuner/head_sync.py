@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import AdaPruneConfig
-from ..labels import LABEL_FIELDS, default_labels, stored_labels
+from ..labels import LABEL_FIELDS, default_labels, plain_labels, stored_labels
 from ..overrides import override
 from .head import head_wrappers
 from .hooks import PreHook, pre_hooks
@@ -69,7 +69,10 @@ class HeadSync(PreHook):
         """Copy the labels in the model's configuration to the configuration of the adapter that they belong to."""
         stored = getattr(self.shown, "model_config", None)
         if stored is not None and self._describes_head(model.config.num_labels):
-            current = {field: getattr(model.config, field, None) for field in LABEL_FIELDS}
+            current = plain_labels({field: getattr(model.config, field, None) for field in LABEL_FIELDS})
+            former = stored_labels(stored)
+            if current["id2label"] != former["id2label"] and current["label2id"] == former["label2id"]:
+                current["label2id"] = {name: number for number, name in (current["id2label"] or {}).items()}
             stored |= {field: value for field, value in current.items() if value is not None}
 
     def _describes_head(self, num_labels: int) -> bool:

@@ -57,12 +57,13 @@ def chosen_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
             "The model has no masks: add them by `peft.get_peft_model(model, AdaPruneConfig())`, or open an adapter "
             "on it by `PeftModel.from_pretrained`."
         )
-    active = [name for name in names if name in next(adaprune_layers(model))[1].active_adapters] or names
-    if adapter_name is None and len(active) > 1:
-        raise NotPrunedError(f"Several adapters are active, {active}: name one of them by `adapter_name=`.")
+    active = [name for name in names if name in next(adaprune_layers(model))[1].active_adapters]
+    if adapter_name is None and len(active or names) > 1:
+        which = f"Several adapters are active, {active}" if active else f"None of the adapters {names} is active"
+        raise NotPrunedError(f"{which}: name one by `adapter_name=`.")
     if adapter_name not in (None, *names):
         raise NotPrunedError(f"The model has no masks under the adapter name {adapter_name!r}: it has {names}.")
-    return adapter_name or active[0]
+    return adapter_name or (active or names)[0]
 
 
 def put_masks(model: nn.Module, adapter_name: str, masks: Mapping[str, torch.Tensor]) -> None:

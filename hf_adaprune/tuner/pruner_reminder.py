@@ -44,4 +44,5 @@ class PrunerReminder(PreHook):
 
 def _is_trained_alone(layer: AdaPruneLayer, adapter_name: str) -> bool:
     is_active = adapter_name in layer.active_adapters and not layer.disable_adapters
-    return is_active and layer.config(adapter_name).in_memory.pruner_token is None
+    has_pruner = layer.config(adapter_name).in_memory.pruner_token is not None
+    return is_active and layer.is_trained(adapter_name) and not has_pruner
