@@ -357,6 +357,11 @@ def train(trainer: Trainer, callback: TrainerCallback | None, whole: Any = None)
         compact(trainer.model).save_pretrained(folder / SMALL)
         trainer.processing_class.save_pretrained(folder / SMALL)
     is_adapter, masked = hasattr(trainer.model, "peft_config"), trainer.model
+    if trainer.args.should_save:
+        # A folder holds either a model or an adapter; an earlier run may have left the other.
+        former = ("config.json", "model") if is_adapter else ("adapter_config.json", "adapter_model")
+        for name in (former[0], f"{former[1]}.safetensors"):
+            (folder / name).unlink(missing_ok=True)
     metrics |= {"train_samples": len(trainer.train_dataset), "trainable_params": trainable}
     metrics["checkpoint_bytes"] = count_bytes(folder, "adapter_model" if is_adapter else "model")
     if isinstance(callback, TrainedWeightsCallback):
@@ -446,7 +451,7 @@ def check_combination(model_args: ModelArguments, args: TrainingArguments, callb
 
 def write_card(folder: str, task: Task, evaluated: dict[str, float]) -> None:
     unscored = ("loss", "runtime", "samples", "per_second", "epoch")
-    scores = {name[5:]: value for name, value in evaluated.items() if not name.endswith(unscored)}
+    scores = {name[5:]: value for name, value in evaluated.items() if not name.removesuffix("_mm").endswith(unscored)}
     of: dict[str, Any] = {"dataset": "nyu-mll/glue", "dataset_config": task.name, "dataset_split": "validation"}
     write_model_card(folder, metrics=scores, **(of if task.name in GLUE_COLUMNS else {}))
 

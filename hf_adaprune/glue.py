@@ -79,7 +79,8 @@ def load_glue_split(task: str, split: str = "validation", data: str | Path | Non
 
 def _read(path: Path, task: str, split: str) -> Dataset:
     if path.is_dir():
-        found = [it for it in (path / f"{split}.parquet", path / task / f"{split}.parquet") if it.is_file()]
+        names = (f"{split}.parquet", f"{split}_matched.parquet")
+        found = [it / name for name in names for it in (path, path / task) if (it / name).is_file()]
         if not found:
             raise TaskError(f"There is neither {split}.parquet nor {task}/{split}.parquet in '{path}'.")
         path = found[0]
@@ -137,6 +138,8 @@ def score_on_glue(
     order = np.argsort(length, kind="stable")
     logits = np.empty((len(order), model.config.num_labels), dtype=np.float32)
     longest = min(max_length, longest_input(model))
+    if longest <= tokenizer.num_special_tokens_to_add(pair=len(columns) > 1):
+        raise TaskError(f"`max_length` must leave room for text beside the special tokens, got {max_length}.")
     model.eval()
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers.utils.hub
+from datasets import Dataset
 from doors import DOORS, TEXTS, load_base, logits_of, save_base, train
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
@@ -455,6 +456,14 @@ def test_eval_cuts_texts_to_what_the_model_has_positions_for(adapter: Path, tmp_
     path.write_text(json.dumps({"premise": "w7 " * 100, "hypothesis": "w7", "label": 1}) + "\n")
     told = answer("eval", adapter, "--task", "mnli", "--data", path, "--max-length", 200)
     assert told["examples"] == 1
+
+
+def test_eval_finds_the_matched_split_in_a_folder(adapter: Path, tmp_path: Path) -> None:
+    row = {"premise": ["w7 w8"], "hypothesis": ["w7"], "label": [1]}
+    Dataset.from_dict(row).to_parquet(tmp_path / "validation_matched.parquet")
+    assert answer("eval", adapter, "--task", "mnli", "--data", tmp_path)["examples"] == 1
+    message = refusal(3, "TaskError", "eval", adapter, "--task", "mnli", "--data", tmp_path, "--max-length", 3)
+    assert "must leave room for text beside the special tokens, got 3" in message
 
 
 def test_a_base_of_another_kind_is_another_base(adapter: Path, tmp_path: Path) -> None:

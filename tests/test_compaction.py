@@ -384,3 +384,11 @@ def test_a_model_with_an_adapter_of_another_method_is_not_made_smaller(tmp_path:
     model.set_adapter("default")
     with pytest.raises(CompactionError, match="adapter of another method too"):
         compact(model)
+
+
+def test_a_width_that_the_configuration_leaves_open_is_written_into_it() -> None:
+    model = trained("gpt2", "neuron")
+    assert model.config.n_inner is None
+    dense = compact(model)
+    assert dense.config.model_type == "gpt2"
+    assert dense.config.n_inner == dense.transformer.h[0].mlp.c_fc.weight.shape[1] < 128

@@ -13,7 +13,8 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_adaprune import AdaPruneConfig, sparsity_report
 from hf_adaprune.errors import CardError, NotPrunedError
-from hf_adaprune.hub.model_card import describe_base, write_model_card
+from hf_adaprune.hub.model_card import BEGIN, END, describe_base, write_model_card
+from hf_adaprune.training.trainer_card import _TRAINER_BEGIN as TRAINER
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,13 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tenso
     train_masks(tuned)
     tuned.save_pretrained(str(root / "adapter"))
     return root / "adapter", logits_of(tuned)
+
+
+def save_adapter(folder: Path, final_sparsity: float = 0.5, **options: Any) -> Any:
+    model: Any = get_peft_model(make_model(), AdaPruneConfig(final_sparsity=final_sparsity))
+    train_masks(model)
+    model.save_pretrained(str(folder))
+    return write_model_card(folder, picture=False, **options)
 
 
 def test_a_card_says_what_was_pruned_and_is_valid(adapter: tuple[Path, torch.Tensor]) -> None:
@@ -216,3 +224,37 @@ def test_scores_of_another_adapter_do_not_stay_on_a_card(tmp_path: Path) -> None
         model.save_pretrained(str(tmp_path))  # once more
         kept: Any = ModelCard.load(tmp_path / "README.md")
         assert [it.metric_value for it in kept.data.eval_results] == [sparsity]
+
+
+def test_metadata_without_a_text_are_kept(adapter: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    shutil.copytree(adapter[0], tmp_path / "adapter")
+    (tmp_path / "adapter" / "README.md").write_text("---\nlicense: mit\ntags: [1, mine]\n---\n")
+    card: Any = write_model_card(tmp_path / "adapter", picture=False)
+    assert card.data.license == "mit"
+    assert {"1", "mine", "adaprune"} <= {*card.data.tags}
+
+
+def test_what_is_said_of_one_adapter_is_not_said_of_another(tmp_path: Path) -> None:
+    for dataset in ("x/first", "x/second"):
+        card: Any = save_adapter(tmp_path, metrics={"accuracy": 0.5}, dataset=dataset)
+        assert card.data.datasets == [dataset]
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    told = f"{TRAINER}\n## Training procedure\n\n- Accuracy: 0.99\n{END}\n\nMy notes."
+    (tmp_path / "README.md").write_text(f"{text}\n{told}\n", encoding="utf-8")
+    same: Any = save_adapter(tmp_path)
+    assert same.data.datasets == ["x/second"]
+    assert "Accuracy: 0.99" in same.text
+    other: Any = save_adapter(tmp_path, final_sparsity=0.9)
+    assert other.data.datasets is None
+    assert "Accuracy: 0.99" not in other.text
+    assert "My notes." in other.text
+
+
+def test_a_lost_comment_line_costs_no_text(adapter: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    shutil.copytree(adapter[0], tmp_path / "adapter")
+    path = tmp_path / "adapter" / "README.md"
+    path.write_text(path.read_text(encoding="utf-8").replace(END, "My notes."), encoding="utf-8")
+    for _ in range(3):
+        card: Any = write_model_card(tmp_path / "adapter", picture=False)
+        assert "My notes." in card.text
+        assert card.text.count(BEGIN) == card.text.count(END) == 1

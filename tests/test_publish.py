@@ -17,7 +17,7 @@ from tiny import train_masks
 from transformers import AutoModelForSequenceClassification
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, write_model_card
-from hf_adaprune.errors import PushError
+from hf_adaprune.errors import CardError, PushError
 from hf_adaprune.hub.model_card import BEGIN, END
 from hf_adaprune.hub.publish import push_adapter
 
@@ -122,6 +122,31 @@ def test_scores_on_a_card_are_those_of_the_adapter_that_is_pushed(
     write_model_card(tmp_path / "other", metrics={"accuracy": 0.25})
     push_adapter(tmp_path / "other", NAME)
     assert scores_of(online) == [0.25]
+
+
+def test_the_latest_metadata_are_pushed(adapter_path: Path, tmp_path: Path, online: HubServer) -> None:
+    shutil.copytree(adapter_path, tmp_path / "adapter")
+    for license_name in ("mit", "apache-2.0"):
+        card: Any = write_model_card(tmp_path / "adapter")
+        card.data.license = license_name
+        card.save(tmp_path / "adapter" / "README.md")
+        push_adapter(tmp_path / "adapter", NAME)
+        pushed: Any = ModelCard(card_of(online))
+        assert pushed.data.license == license_name
+
+
+def test_a_card_on_the_hub_that_cannot_be_read_is_left_there(
+    adapter_path: Path, tmp_path: Path, online: HubServer
+) -> None:
+    shutil.copytree(adapter_path, tmp_path / "adapter")
+    HfApi().create_repo(NAME)
+    broken = b"---\ntags: [a, b\n---\nMine\n"
+    HfApi().upload_file(repo_id=NAME, path_in_repo="README.md", path_or_fileobj=broken)
+    before = (tmp_path / "adapter" / "README.md").read_bytes()
+    with pytest.raises(CardError, match=f"card of '{NAME}' on the Hub must be valid YAML"):
+        push_adapter(tmp_path / "adapter", NAME)
+    assert (tmp_path / "adapter" / "README.md").read_bytes() == before
+    assert online.files(NAME)["README.md"] == broken
 
 
 @pytest.mark.parametrize("push", [by_saving, by_function])

@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -621,3 +622,21 @@ def test_the_flags_that_users_know_are_there(script: Any) -> None:
     }
     kinds = (script.ModelArguments, script.DataArguments, TrainingArguments)
     assert known <= {name for kind in kinds for name in kind.__dataclass_fields__}
+
+
+def test_only_scores_are_put_on_the_card(script: Any, adapter_path: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(adapter_path, tmp_path / "adapter")
+    measured = {"accuracy": 0.5, "loss": 1.1, "runtime": 0.1, "samples": 30.0, "samples_per_second": 9.0}
+    evaluated = {f"eval_{name}{ending}": value for name, value in measured.items() for ending in ("", "_mm")}
+    task = SimpleNamespace(name="mnli")
+    script.write_card(folder, task, evaluated | {"epoch": 1.0, "epoch_mm": 1.0})
+    card: Any = ModelCard.load(folder / "README.md")
+    assert [result.metric_type for result in card.data.eval_results] == ["accuracy", "accuracy_mm"]
+
+
+def test_a_folder_holds_what_the_last_run_has_saved(run: Any, tmp_path: Path) -> None:
+    files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
+    for method in ("adaprune", "finetune", "adaprune"):
+        out, _ = run("--method", method, "--do_train", "--max_steps", 2, *files)
+        model = AutoModelForSequenceClassification.from_pretrained(out)
+        assert hasattr(model, "peft_config") == (method == "adaprune")

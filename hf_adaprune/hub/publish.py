@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from peft.utils import CONFIG_NAME
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME, PushToHubMixin, logging
 
-from ..errors import PushError
+from ..errors import CardError, PushError
 from ..overrides import override
 from ..storage.stored_adapter import read_adapter
-from .model_card import BEGIN, CARD, describe_base, put_card, read_card, write_model_card, written_by_hand
+from .model_card import BEGIN, CARD, describe_base, read_card, update_card, write_model_card, written_by_hand
 
 
 logger = logging.get_logger(__name__)
@@ -132,15 +131,25 @@ def fetch_card(card: Path, name: str, **hub: Any) -> None:
     """Take over what people wrote in the card on the Hub, if they wrote nothing in this one and that can be fetched.
 
     Args:
-        card (`Path`): The card's file, existing or not; its scores, and what it says of its adapter, stay.
+        card (`Path`): The card's file, existing or not; its metadata, and what it says of its adapter, stay.
         name (`str`): The repository's name.
         hub: Further arguments of `huggingface_hub.hf_hub_download`: `subfolder`, `revision`, `token`.
+
+    Raises:
+        CardError: If the metadata of one of the cards is not valid YAML.
     """
     if card.is_file() and written_by_hand(card.read_text(encoding="utf-8")):
         return
-    # The push that follows will report any problem.
-    with suppress(Exception):
-        fetched, local = hf_hub_download(name, CARD, **hub), read_card(card)
-        shutil.copyfile(fetched, card)
-        if local is not None and BEGIN in local.text:
-            put_card(card, local)
+    try:
+        fetched = Path(hf_hub_download(name, CARD, **hub))
+    except Exception:
+        return  # the push that follows will report any problem
+    try:
+        remote = read_card(fetched)
+    except CardError as error:
+        raise CardError(f"The metadata of the card of {name!r} on the Hub must be valid YAML: {error}") from None
+    local = read_card(card)
+    made = remote if local is None or BEGIN not in local.text else update_card(remote, local)
+    aside = card.with_suffix(".tmp")
+    made.save(aside)
+    aside.replace(card)

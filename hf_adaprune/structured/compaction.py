@@ -168,8 +168,10 @@ def _try_stock_config(dense: Any, shapes: dict[str, tuple[int, int]], widths: di
         return False
     wanted = {name: tensor.shape for name, tensor in dense.state_dict().items()}
     for old, new in changes:
-        for field, value in dense.config.to_dict().items():
-            if value != old or isinstance(value, bool):
+        fields = {field: value for field, value in dense.config.to_dict().items() if not isinstance(value, bool)}
+        # A field that is not set has a default that depends on others.
+        for field in sorted(fields, key=lambda field: fields[field] is None):
+            if fields[field] not in (old, None):
                 continue
             config = copy.deepcopy(dense.config)
             try:
