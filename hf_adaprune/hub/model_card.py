@@ -151,10 +151,15 @@ def put_card(path: Path, made: Any) -> ModelCard:
     if written is not None:
         made = update_card(written, made)
     made.data.eval_results = made.data.eval_results or None
+    return save_card(path, made)
+
+
+def save_card(path: Path, card: ModelCard) -> ModelCard:
+    """Write a card aside, and put it in the place of the former; return it."""
     aside = path.with_suffix(".tmp")
-    made.save(aside)
+    card.save(aside)
     aside.replace(path)
-    return made
+    return card
 
 
 def written_by_hand(text: str) -> str:

@@ -16,7 +16,16 @@ from transformers.utils import SAFE_WEIGHTS_NAME, PushToHubMixin, logging
 from ..errors import CardError, PushError
 from ..overrides import override
 from ..storage.stored_adapter import read_adapter
-from .model_card import BEGIN, CARD, describe_base, read_card, update_card, write_model_card, written_by_hand
+from .model_card import (
+    BEGIN,
+    CARD,
+    describe_base,
+    read_card,
+    save_card,
+    update_card,
+    write_model_card,
+    written_by_hand,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -149,7 +158,4 @@ def fetch_card(card: Path, name: str, **hub: Any) -> None:
     except CardError as error:
         raise CardError(f"The metadata of the card of {name!r} on the Hub must be valid YAML: {error}") from None
     local = read_card(card)
-    made = remote if local is None or BEGIN not in local.text else update_card(remote, local)
-    aside = card.with_suffix(".tmp")
-    made.save(aside)
-    aside.replace(card)
+    save_card(card, remote if local is None or BEGIN not in local.text else update_card(remote, local))
