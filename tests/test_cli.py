@@ -126,6 +126,12 @@ def test_what_succeeds_says_nothing_on_stderr(adapter: Path) -> None:
     assert "True" in verified.stdout
 
 
+def test_a_connection_that_breaks_is_told_as_such(adapter: Path, online: HubServer) -> None:
+    answer("push", adapter, "me/sst2")
+    online.fail_next(WEIGHTS, times=20)
+    assert "could not be fetched" in refusal(3, "AdapterNotFoundError", "inspect", "me/sst2")
+
+
 def test_inspect_reads_headers_only(adapter: Path, online: HubServer) -> None:
     assert answer("push", adapter, "me/sst2")["url"].startswith(online.url)
     online.requests.clear()

@@ -235,4 +235,6 @@ def _read_remote_header(
         size = get_hf_file_metadata(hf_hub_url(name, filename, revision=revision), token=token).size
     except (EntryNotFoundError, SafetensorsParsingError) as error:
         raise AdapterFileError(f"The weights of {name!r} cannot be read: {error}. Fetch it again.") from None
+    except Exception as error:  # a broken connection raises errors of the HTTP library
+        raise AdapterNotFoundError(f"The weights of {name!r} could not be fetched; try again: {error}") from None
     return {key: tuple(tensor.shape) for key, tensor in header.tensors.items()}, size or 0
