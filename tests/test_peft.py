@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -355,17 +354,9 @@ def test_merging_and_unmerging_change_no_bit(saved: Saved) -> None:
     assert torch.equal(logits_of(model), saved.logits)
 
 
-def test_replicas_of_data_parallel_compute_what_the_model_does(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Copies in the place of those on other GPUs; all else is as `DataParallel` does it.
-    replicate = importlib.import_module("torch.nn.parallel.replicate")
-    monkeypatch.setattr(replicate, "_get_device_index", lambda device, *_: device)
-    monkeypatch.setattr(
-        replicate,
-        "_broadcast_coalesced_reshape",
-        lambda tensors, devices, detach=False: [[tensor.clone() for tensor in tensors] for _ in devices],
-    )
+def test_replicas_of_data_parallel_compute_what_the_model_does(saved: Saved, replicate: Any) -> None:
     with torch.no_grad():
-        for replica in replicate.replicate(saved.open().eval(), [0, 1]):
+        for replica in replicate(saved.open().eval(), [0, 1]):
             assert torch.equal(logits_of(replica), saved.logits)
 
 

@@ -1,5 +1,4 @@
 import copy
-import importlib
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -552,20 +551,12 @@ def test_parameters_that_no_adapter_stores_are_not_trained_in_silence() -> None:
         Pruner(model, total_steps=5)
 
 
-def test_scores_start_from_the_inputs_of_all_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
-    # `DataParallel` with copies in the place of those on other GPUs.
-    replicate = importlib.import_module("torch.nn.parallel.replicate")
-    monkeypatch.setattr(replicate, "_get_device_index", lambda device, *_: device)
-    monkeypatch.setattr(
-        replicate,
-        "_broadcast_coalesced_reshape",
-        lambda tensors, devices, detach=False: [[tensor.clone() for tensor in tensors] for _ in devices],
-    )
+def test_scores_start_from_the_inputs_of_all_replicas(replicate: Any) -> None:
     x, scores = torch.randn(8, 7, generator=torch.Generator().manual_seed(0)), []
     for num_replicas in (1, 2):
         model = make()
         pruner = Pruner(model, total_steps=5)
-        replicas = replicate.replicate(model, range(num_replicas)) if num_replicas > 1 else [model]
+        replicas = replicate(model, range(num_replicas)) if num_replicas > 1 else [model]
         for replica, rows in zip(replicas, x.chunk(num_replicas), strict=True):
             replica(rows)
         pruner.step()
