@@ -220,8 +220,8 @@ def auto_class(architecture: str | None) -> str | None:
     return max(fitting, key=len, default=None)
 
 
-def read_card(path: Path) -> Any:
-    """Return a card, or `None` if there is none.
+def read_card(path: Path, where: str = "") -> Any:
+    """Return a card, or `None` if there is none; `where` says in an error where it is, by default its path.
 
     Raises:
         CardError: If its metadata is not valid YAML.
@@ -232,7 +232,7 @@ def read_card(path: Path) -> Any:
         return ModelCard.load(path, ignore_metadata_errors=True)
     except Exception as error:  # whatever the YAML parser raises
         raise CardError(
-            f"The metadata at the beginning of '{path}' must be valid YAML: correct it, or delete the file. {error}"
+            f"The metadata at the beginning of {where or repr(str(path))} must be valid YAML: correct it, or delete the file. {error}"
         ) from None
 
 

@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME, PushToHubMixin, logging
 
-from ..errors import CardError, PushError
+from ..errors import PushError
 from ..overrides import override
 from ..storage.stored_adapter import read_adapter
 from .model_card import (
@@ -153,9 +153,5 @@ def fetch_card(card: Path, name: str, **hub: Any) -> None:
         fetched = Path(hf_hub_download(name, CARD, **hub))
     except Exception:
         return  # the push that follows will report any problem
-    try:
-        remote = read_card(fetched)
-    except CardError as error:
-        raise CardError(f"The metadata of the card of {name!r} on the Hub must be valid YAML: {error}") from None
-    local = read_card(card)
+    remote, local = read_card(fetched, f"the card of {name!r} on the Hub"), read_card(card)
     save_card(card, remote if local is None or BEGIN not in local.text else update_card(remote, local))
