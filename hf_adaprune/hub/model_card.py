@@ -232,8 +232,8 @@ def read_card(path: Path, where: str = "") -> Any:
         return ModelCard.load(path, ignore_metadata_errors=True)
     except Exception as error:  # whatever the YAML parser raises
         raise CardError(
-            f"The metadata at the beginning of {where or repr(str(path))} must be valid YAML: correct it, or delete the "
-            f"file. {error}"
+            f"The metadata at the beginning of {where or repr(str(path))} must be valid YAML: correct it, or delete "
+            f"the file. {error}"
         ) from None
 
 
