@@ -55,7 +55,7 @@ from hf_adaprune import AdaPruneCallback, AdaPruneConfig, compact, expand, spars
 from hf_adaprune.analysis import RecoveryCallback
 from hf_adaprune.baselines import METHODS, TrainedWeightsCallback, ablate, make_callback
 from hf_adaprune.errors import AdaPruneError
-from hf_adaprune.glue import GLUE_COLUMNS, read_data_file
+from hf_adaprune.glue import GLUE_COLUMNS, check_columns, read_data_file
 from hf_adaprune.metrics import glue_metric
 from hf_adaprune.tuner.dropout import change_dropout
 
@@ -179,17 +179,6 @@ def find_text_columns(dataset: datasets.Dataset) -> list[str]:
     return texts
 
 
-def check_columns(dataset: datasets.Dataset, split: str, columns: Sequence[str]) -> None:
-    missing = [column for column in columns if column not in dataset.column_names]
-    if missing:
-        have = dataset.column_names
-        raise InputError(f"The {split} data must have the columns {columns}, got {have}: add or rename {missing}.")
-    for column in columns:
-        empty = dataset.data.column(column).null_count
-        if empty:
-            raise InputError(f"{empty} of {len(dataset)} rows of the {split} data have no `{column}`: remove them.")
-
-
 def number_labels(splits: dict[str, datasets.Dataset], known: list[str] | None) -> list[str] | None:
     """Number the labels in all splits, and return their names; for a regression, return `None`.
 
@@ -236,7 +225,7 @@ def load_task(args: DataArguments, asked: list[str], cache_dir: str | None, know
         )
     columns = GLUE_COLUMNS.get(args.task_name or "") or find_text_columns(next(iter(splits.values())))
     for split, dataset in splits.items():
-        check_columns(dataset, split, [*columns, "label"] if split in labelled else columns)
+        check_columns(dataset, [*columns, "label"] if split in labelled else columns, f"the {split} data")
     names = number_labels(labelled, known)
     return Task(args.task_name or "custom", splits | labelled, columns, names)
 

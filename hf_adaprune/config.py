@@ -349,5 +349,5 @@ class AdaPruneConfig(PeftConfig):
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         hub, _, _ = cls._split_kwargs(kwargs)
-        check_weights_file(str(pretrained_model_name_or_path), config, subfolder, **hub)
+        check_weights_file(str(pretrained_model_name_or_path), config, subfolder=subfolder, **hub)
         return config

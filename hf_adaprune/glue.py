@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,9 @@ def load_glue_split(task: str, split: str = "validation", data: str | Path | Non
             ) from None
     else:
         dataset = _read(Path(data), task, split)
-    missing = [column for column in (*GLUE_COLUMNS[task], "label") if column not in dataset.column_names]
-    if missing:
-        raise TaskError(f"The data of {task} must have the columns {missing} too, got {dataset.column_names}.")
-    for column in (*GLUE_COLUMNS[task], "label"):
-        empty = dataset.data.column(column).null_count
-        if empty:
-            raise TaskError(f"{empty} of {len(dataset)} rows of the data of {task} have no `{column}`: remove them.")
-    kinds = {column: getattr(dataset.features[column], "dtype", "list") for column in (*GLUE_COLUMNS[task], "label")}
+    columns = (*GLUE_COLUMNS[task], "label")
+    check_columns(dataset, columns, f"the data of {task}")
+    kinds = {column: getattr(dataset.features[column], "dtype", "list") for column in columns}
     label = kinds.pop("label")
     if not all("string" in kind for kind in kinds.values()):
         raise TaskError(f"The columns {[*kinds]} of the data of {task} must be texts, got {[*kinds.values()]}.")
@@ -75,6 +71,29 @@ def load_glue_split(task: str, split: str = "validation", data: str | Path | Non
         wanted = "a number" if task == "stsb" else "a name or a number"
         raise TaskError(f"`label` in the data of {task} must be {wanted} per row, got {label}.")
     return dataset
+
+
+def check_columns(dataset: Dataset, columns: Sequence[str], what: str) -> None:
+    """Check that data have all columns, and a value of each in every row.
+
+    Args:
+        dataset (`datasets.Dataset`): The data.
+        columns (`Sequence[str]`): The names of the columns.
+        what (`str`): What the data are, for the message.
+
+    Raises:
+        TaskError: If a column or a value is missing.
+    """
+    missing = [column for column in columns if column not in dataset.column_names]
+    if missing:
+        raise TaskError(
+            f"{missing} are missing from {what}, which must have the columns {[*columns]}, got "
+            f"{dataset.column_names}: add or rename some."
+        )
+    for column in columns:
+        empty = dataset.data.column(column).null_count
+        if empty:
+            raise TaskError(f"{empty} of {len(dataset)} rows of {what} have no `{column}`: remove them.")
 
 
 def _read(path: Path, task: str, split: str) -> Dataset:

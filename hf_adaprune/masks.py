@@ -10,8 +10,6 @@ import torch
 # The name under which `adapter_config.json` records how masks are stored. Entry `i` of the flattened mask is bit
 # `i % 8`, counted from the least significant, of byte `i // 8`; the unused bits of the last byte are zero.
 PACKED_BITS: Final = "packed-bits-lsb"
-# What `codec.encode_mask` returns: the coded mask, or packed bits if these are no longer.
-SHORTEST: Final = "auto"
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,7 @@ def _tuner_of_copy(model: Any) -> AdaPruneModel:
     model = getattr(model, "_orig_mod", model)  # of a compiled model
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not has_masks(base):
-        raise NotPrunedError(f"There is no AdaPrune adapter on this {type(base).__name__}.")
+        raise NotPrunedError(f"This {type(base).__name__} has no masks: open or train an adapter on it first.")
     return AdaPruneModel.around(copy.deepcopy(base))
 
 

@@ -33,14 +33,6 @@ GLUE_METRICS: dict[str, tuple[str, ...]] = {
 }
 """The metrics of each task."""
 
-_INPUTS = """
-Args:
-    predictions (`list` of `int`, or of `float` for stsb): The predictions of the model, one per example.
-    references (`list` of `int`, or of `float` for stsb): The labels, in the same order.
-Returns:
-    `dict[str, float]`: The scores of the task.
-"""
-
 
 class GlueMetric(evaluate.Metric):
     """Score predictions on a GLUE task (Wang et al., ICLR 2019) as the Hub's `glue` metric does, without a download.
@@ -65,10 +57,7 @@ class GlueMetric(evaluate.Metric):
         return evaluate.MetricInfo(
             description=f"Scores of GLUE's {self.config_name}: {', '.join(GLUE_METRICS[self.config_name])}.",
             citation="Wang et al., GLUE: A Multi-Task Benchmark and Analysis Platform, ICLR 2019",
-            inputs_description=_INPUTS,
             features=datasets.Features({"predictions": value, "references": value}),
-            homepage="https://gluebenchmark.com/",
-            format="numpy",
         )
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:

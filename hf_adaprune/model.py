@@ -6,7 +6,6 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -51,7 +50,6 @@ from .tuner.targets import (
     linear_endings,
     no_match,
     resolve_targets,
-    unmaskable,
 )
 
 
@@ -170,11 +168,11 @@ class AdaPruneModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, groups, mask_bytes)
             return
         layer = wrap(target, adapter_name, peft_config, groups, mask_bytes)
-        if layer is None:
-            raise unmaskable(current_key, target)
+        assert layer is not None  # `check_targets` has refused other types
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
-        layer._disable_adapters = any(other.disable_adapters for _, other in islice(adaprune_layers(self.model), 1))
+        _, first = next(adaprune_layers(self.model), (None, layer))
+        layer._disable_adapters = first.disable_adapters
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -214,6 +212,13 @@ class AdaPruneModel(BaseTuner):
         if names := still_active(active, self.peft_config):
             self.set_adapter(names, all(self.peft_config[name].inference_mode for name in names))
         self._follow()
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge the masks of the active adapters, or of the given ones, which are activated with head and labels."""
+        run_checks(self.model)
+        if adapter_names:
+            self.set_adapter(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         self._check_alone()

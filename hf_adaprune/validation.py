@@ -174,7 +174,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "str": lambda value: isinstance(value, str),
     "set[str]": lambda value: isinstance(value, set) and _is_list_of(str, [*value]),
     "list[str]": lambda value: _is_list_of(str, value),
-    "list[int]": lambda value: _is_list_of(int, [*value] if isinstance(value, range) else value),
+    "list[int]": lambda value: _is_list_of(int, value),
     "dict[str, Any]": lambda value: isinstance(value, dict),
     "dict[str, list[int]]": lambda value: isinstance(value, dict),
     "dict[str, int]": lambda value: isinstance(value, dict) and _is_list_of(int, [*value.values()]),

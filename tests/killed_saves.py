@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from doors import DOORS
+from doors import DOORS, logits_of
 from peft import PeftConfig
 
 
@@ -40,6 +40,7 @@ def main(adapter: Path, folder: Path) -> None:
     for door in ("PeftModel.from_pretrained", "model.load_adapter"):
         name = door.split(".")[0]
         model = DOORS[door](base, str(adapter), is_trainable=True)
+        logits_of(model)  # this checks what was loaded, before it changes
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.01 * parameter.requires_grad

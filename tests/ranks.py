@@ -144,7 +144,7 @@ def run_divergence(base: str, folder: Path) -> None:
     """Change a score in one process only; write down what is said of it."""
     model = get_peft_model(make_model(**NO_DROPOUT), AdaPruneConfig()).train()
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-    pruner = Pruner(wrapped, total_steps=1)
+    pruner = Pruner(wrapped, total_steps=2)
     wrapped(**make_batch()).loss.backward()
     pruner.step()
     pruner.check_masks()

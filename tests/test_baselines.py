@@ -621,3 +621,76 @@ def test_rounds_begin_anew_for_another_trainer(tmp_path: Path) -> None:
         _, _, trainer = train(callback, tmp_path, max_steps=2)
         zeros.append(sum(int((weight == 0).sum()) for weight in trainer.model.parameters() if weight.dim() == 2))
     assert zeros[0] == zeros[1] > 0
+
+
+@pytest.mark.parametrize("method", ["lora", "feature_extraction", "magnitude"])
+def test_a_baseline_trains_no_other_model_than_the_one_that_it_has_prepared(method: str, tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, max_steps=1)
+    callback = make_callback(method, AdaPruneConfig())
+    data = make_trainer(make_model(), tmp_path).train_dataset
+    with pytest.raises(ConfigError, match="not `model_init=`, and create one callback for each Trainer"):
+        Trainer(model_init=lambda: make_model(), args=args, train_dataset=data, callbacks=[callback]).train()
+    callback = make_callback(method, AdaPruneConfig())
+    first, _ = (make_trainer(make_model(), tmp_path, callback, max_steps=1) for _ in range(2))
+    with pytest.raises(ConfigError, match="create one callback for each Trainer"):
+        first.train()
+
+
+def test_a_second_run_over_trained_weights_needs_a_new_trainer(tmp_path: Path) -> None:
+    _, _, trainer = train("magnitude", tmp_path)
+    with pytest.raises(ConfigError, match="The run has ended, and the model is a plain one"):
+        trainer.train()
+
+
+def test_where_nothing_can_be_trained_that_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="The BertForMaskedLM has no head"):
+        make_trainer(make_model(head="masked_lm"), tmp_path, make_callback("feature_extraction", AdaPruneConfig()))
+    trainer = make_trainer(make_model(head="masked_lm"), tmp_path, RandomMaskCallback(0.5), max_steps=1)
+    with pytest.raises(ConfigError, match="Nothing of the BertForMaskedLM can be trained"):
+        trainer.train()
+
+
+def test_each_round_has_the_whole_schedule_even_if_that_was_passed_in(tmp_path: Path) -> None:
+    model = make_model()
+    rates: list[float] = []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=3)
+    watch = Watch("on_step_begin", lambda model: rates.append(optimizer.param_groups[0]["lr"]))
+    callback = IterativeMagnitudeCallback(0.36)
+    args = TrainingArguments(str(tmp_path), max_steps=3, save_strategy="no", report_to=[], use_cpu=True)
+    data = make_trainer(model, tmp_path).train_dataset
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[callback, watch], optimizers=(optimizer, schedule))
+    for _ in range(callback.num_rounds):
+        trainer.train()
+    assert rates == pytest.approx(3 * [1e-3, 2e-3 / 3, 1e-3 / 3])
+
+
+def test_the_penalty_of_a_run_that_raised_is_not_in_the_loss_of_the_next(tmp_path: Path) -> None:
+    model = make_model()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(model, tmp_path, SMPCallback(0.5, max_penalty=1e6), Kill(2), max_steps=4).train()
+    assert make_trainer(model, tmp_path, AdaPruneCallback, max_steps=4).train().training_loss < 10
+
+
+def test_ablations_train_and_score_the_head_as_the_trainer_does(tmp_path: Path) -> None:
+    losses: list[int] = []
+
+    def loss_func(outputs: Any, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        losses.append(len(labels))
+        return nn.functional.cross_entropy(outputs.logits, labels)
+
+    trainer = make_trainer(make_model(), tmp_path, AdaPruneCallback, max_steps=2)
+    trainer = Trainer(
+        trainer.model,
+        trainer.args,
+        train_dataset=trainer.train_dataset,
+        eval_dataset=trainer.train_dataset,
+        compute_loss_func=loss_func,
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        compute_metrics=lambda output: {"accuracy": float((output.predictions == output.label_ids).mean())},
+        callbacks=[AdaPruneCallback],
+    )
+    trainer.train()
+    trained = len(losses)
+    assert all(f"eval_{name}_retrained_accuracy" in ablate(trainer) for name in ABLATIONS)
+    assert len(losses) - trained > 2 * len(ABLATIONS) * len(ABLATIONS)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import IterableDatasetShard
+from doors import make_trainer
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import logits_of, make_batch, make_model, train_masks
 from torch import nn
@@ -23,8 +24,8 @@ from transformers import (
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, merged, sparsity_report
 from hf_adaprune.baselines import LoraCallback, RandomMaskCallback
-from hf_adaprune.errors import ConfigError, NotPrunedError
-from hf_adaprune.training.trainer_card import training_settings
+from hf_adaprune.errors import ConfigError, NonFiniteError, NotPrunedError
+from hf_adaprune.training.callback import training_settings
 from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
@@ -580,3 +581,16 @@ def test_no_pruner_is_missed_where_masks_are_not_trained(tmp_path: Path, monkeyp
     model.set_adapter(["default", "lora"])
     trainer(model, tmp_path / "lora", max_steps=12).train()
     assert not said
+
+
+def test_a_nan_in_half_precision_on_a_cpu_stops_training_before_it_reaches_the_model(tmp_path: Path) -> None:
+    class Broken(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            return loss * float("nan") if self.state.global_step == 1 else loss
+
+    trainer = make_trainer(make_model(), tmp_path, max_steps=3, fp16=True)
+    broken = Broken(trainer.model, trainer.args, train_dataset=trainer.train_dataset, callbacks=[AdaPruneCallback])
+    with pytest.raises(NonFiniteError):
+        broken.train()
+    assert all(parameter.isfinite().all() for parameter in broken.model.parameters())

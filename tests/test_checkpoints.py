@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from doors import make_trainer
 from peft import LoraConfig, get_peft_model
 from test_callback import STEPS, Kill, fresh, trainer
-from tiny import logits_of
+from tiny import logits_of, make_model
+from torch import nn
 from transformers import TrainerCallback
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, sparsity_report
@@ -263,3 +265,43 @@ def test_a_checkpoint_of_accelerate_is_none_of_a_trainer(tmp_path: Path) -> None
     before = sorted((tmp_path / "checkpoint-5").iterdir())
     trainer(fresh(), tmp_path, AdaPruneCallback)
     assert sorted((tmp_path / "checkpoint-5").iterdir()) == before
+
+
+def with_statistics() -> Any:
+    model = make_model()
+    torch.manual_seed(0)
+    model.classifier = nn.Sequential(nn.Linear(32, 16), nn.BatchNorm1d(16), nn.Linear(16, 3))
+    return model
+
+
+def partly_frozen() -> Any:
+    model = get_peft_model(make_model(), AdaPruneConfig())
+    for name, parameter in model.named_parameters():
+        if "layer.0." in name or "classifier" in name:
+            parameter.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("make", [with_statistics, partly_frozen])
+def test_what_is_not_trained_of_head_and_scores_is_resumed_too(make: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(make(), tmp_path / "whole", AdaPruneCallback, **options)
+    whole.train()
+    resumed = make_trainer(make(), tmp_path / "resumed", AdaPruneCallback, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    expected, found = whole.model.state_dict(), resumed.model.state_dict()
+    assert expected.keys() == found.keys()
+    assert not [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
+
+
+def test_a_run_that_is_resumed_at_its_end_stays_as_it_is(tmp_path: Path) -> None:
+    config = AdaPruneConfig(settle=False)
+    options: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    options["lr_scheduler_type"] = "constant"
+    trainers = [make_trainer(make_model(), tmp_path, AdaPruneCallback(config), **options) for _ in range(2)]
+    trainers[0].train()
+    trainers[1].train(resume_from_checkpoint=True)
+    models: list[Any] = [trainer.model for trainer in trainers]
+    expected, found = (model.state_dict() for model in models)
+    assert not [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
+    assert models[1].peft_config["default"].training["num_steps"] == 6

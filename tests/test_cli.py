@@ -216,6 +216,31 @@ def test_merge_overwrites_nothing_and_leaves_nothing_half_done(adapter: Path, tm
     assert not (tmp_path / "out.tmp").exists()
 
 
+def test_merge_fills_an_empty_folder_that_is_the_current_one_or_a_link(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "target"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    monkeypatch.chdir(tmp_path / "here")
+    for folder, output in (("here", "."), ("target", tmp_path / "link")):
+        answer("merge", adapter, output)
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / folder)
+        assert not [path for path in (tmp_path / folder).iterdir() if path.is_dir()]
+    assert Path.cwd() == tmp_path / "here"
+
+
+def test_a_tokenizer_is_not_invented(tmp_path: Path) -> None:
+    model = get_peft_model(load_base(save_model(tmp_path / "base", head="none")), AdaPruneConfig())
+    model.save_pretrained(str(tmp_path / "adapter"))
+    answer("merge", tmp_path / "adapter", tmp_path / "merged")
+    assert not list((tmp_path / "merged").glob("tokenizer*"))
+    data = tmp_path / "data.csv"
+    data.write_text("sentence,label\nw7 w8,0\nw9,1\n")
+    arguments = "eval", tmp_path / "adapter", "--task", "sst2", "--data", data
+    assert "has a tokenizer" in refusal(3, "AdapterNotFoundError", *arguments)
+
+
 def test_merge_refuses_a_head_that_plain_transformers_lacks(base_path: Path, tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(base_path)
     get_peft_model(model, AdaPruneConfig(head="layer_average")).save_pretrained(str(tmp_path / "adapter"))
@@ -397,7 +422,7 @@ def test_eval_scores_as_a_plain_loop_does(adapter: Path, base_path: Path, tmp_pa
     ("task", "row", "said"),
     [
         ("sst3", {}, "must be one of .*got 'sst3'"),
-        ("sst2", {"text": "w7", "label": 1}, r"must have the columns \['sentence'\]"),
+        ("sst2", {"text": "w7", "label": 1}, r"\['sentence'\] are missing from the data of sst2"),
         ("sst2", {"sentence": "w7", "label": 5}, r"labels of sst2 are \[5\]"),
         (
             "sst2",

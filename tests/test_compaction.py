@@ -249,7 +249,7 @@ def test_another_field_of_the_same_value_as_the_width_is_passed_over() -> None:
 def test_what_cannot_be_made_smaller_is_refused() -> None:
     with pytest.raises(NotPrunedError, match="no active AdaPrune adapter"):
         compact(make_model())
-    with pytest.raises(NotPrunedError, match="no AdaPrune adapter"):
+    with pytest.raises(NotPrunedError, match="has no masks: open or train an adapter"):
         merged(make_model())
     with pytest.raises(CompactionError, match="got a Linear"):
         compact(torch.nn.Linear(2, 2))

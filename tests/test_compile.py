@@ -112,3 +112,9 @@ def test_a_compiled_model_is_merged_like_the_model_in_it() -> None:
     plain = merged(torch.compile(model, backend="eager"))
     assert type(plain) is type(model.get_base_model())
     assert torch.equal(logits_of(plain), logits_of(model))
+
+
+def test_the_head_of_the_paper_is_compiled_whole() -> None:
+    model = get_peft_model(make_model(**SETTLED), AdaPruneConfig(head="layer_average", score_init="magnitude"))
+    compiled: Any = torch.compile(model.eval(), backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits_of(compiled), logits_of(model))

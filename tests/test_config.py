@@ -34,6 +34,7 @@ from hf_adaprune.errors import AdaPruneError, ConfigError
         ("forward_temperature", 10.0, "`forward_temperature` needs `estimator='sigmoid'` and `selection='threshold'`"),
         ("format_version", 2, "upgrade hf_adaprune"),
         ("layers_to_transform", 0, "`layers_to_transform` needs `target_modules` as a list"),
+        ("layers_to_transform", range(2), r"must be of type .*list\[int\].*, got range\(0, 2\)"),
         ("layers_pattern", "layer", "`layers_pattern` needs `layers_to_transform`"),
     ],
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from doors import load_base, logits_of, train
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tiny import make_model
 from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -142,3 +144,33 @@ def test_a_damaged_head_is_found_in_every_precision(dtype: torch.dtype, base_pat
         model.base_model.model.classifier.modules_to_save["default"].weight[0, 0] += 0.25
     with pytest.raises(AdapterFileError, match="not those that were saved"):
         logits_of(model)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_damaged_adapter_is_not_saved_as_if_it_were_intact(
+    wrapped: bool, base_path: Path, adapter_path: Path, tmp_path: Path
+) -> None:
+    damaged = Path(shutil.copytree(adapter_path, tmp_path / "damaged"))
+    weights = load_file(damaged / "adapter_model.safetensors")
+    weights["base_model.model.classifier.weight"] *= -1
+    save_file(weights, damaged / "adapter_model.safetensors", metadata={"format": "pt"})
+    model: Any = (
+        open_on(base_path, damaged) if wrapped else AutoModelForSequenceClassification.from_pretrained(damaged)
+    )
+    with pytest.raises(AdapterFileError, match="not those that were saved"):
+        model.save_pretrained(tmp_path / "again")
+    if wrapped:
+        with pytest.raises(AdapterFileError, match="not those that were saved"):
+            model.merge_adapter()
+
+
+def test_the_revision_of_the_base_is_named_where_another_was_opened(
+    base_path: Path, adapter_path: Path, tmp_path: Path
+) -> None:
+    config = AdaPruneConfig.from_pretrained(str(adapter_path))
+    config.revision = "v2"
+    shutil.copytree(adapter_path, tmp_path / "adapter")
+    config.save_pretrained(str(tmp_path / "adapter"))
+    make_model("bert", "none", seed=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(BaseMismatchError, match="revision 'v2', according to its configuration"):
+        open_on(tmp_path / "other", tmp_path / "adapter")

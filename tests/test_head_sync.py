@@ -186,6 +186,16 @@ def test_a_label_that_is_renamed_is_that_of_the_active_adapter(base: Path, tasks
     assert model.config.id2label == {0: "no", 1: "yes"}
 
 
+@pytest.mark.parametrize("door", [open_plain, open_wrapped])
+def test_labels_that_do_not_fit_the_head_are_not_dropped_in_silence(
+    door: Callable[..., Any], base: Path, tasks: dict[str, Task], tmp_path: Path
+) -> None:
+    model = door(base, tasks, "two")
+    model.config.id2label = {0: "no", 1: "yes", 2: "perhaps"}
+    with pytest.warns(UserWarning, match="has 3 labels, but the head of adapter 'two' has 2"):
+        model.save_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_fresh_adapter_has_the_labels_that_the_model_is_given_for_it(
     plain: bool, base: Path, tasks: dict[str, Task], tmp_path: Path
@@ -520,3 +530,26 @@ def test_masks_that_were_just_trained_stay_as_they_are_under_a_lora_and_each_is_
     torch.testing.assert_close(logits_of(opened), both)
     model.set_adapter("default")
     assert torch.equal(logits_of(model), before)
+
+
+@pytest.mark.parametrize("excluded", [None, r".*(pooler|classifier).*"])
+def test_a_lora_inside_of_a_head_is_refused_where_that_would_be_saved(
+    excluded: str | None, base: Path, tasks: dict[str, Task], tmp_path: Path
+) -> None:
+    model = open_plain(base, tasks, "two")
+    model.add_adapter(LoraConfig(target_modules="all-linear", exclude_modules=excluded), "lora")
+    model.set_adapter("two")
+    if excluded:
+        model.save_pretrained(tmp_path)
+        again = open_plain(base, {"two": Task(str(tmp_path), 2, tasks["two"].logits)}, "two")
+        assert torch.equal(logits_of(again), tasks["two"].logits)
+    else:
+        with pytest.raises(ConfigError, match=r"exclude_modules=r'\.\*\(bert\.pooler\|classifier\)"):
+            model.save_pretrained(tmp_path)
+
+
+def test_merging_an_adapter_by_name_brings_its_head_and_labels(base: Path, tasks: dict[str, Task]) -> None:
+    model = open_wrapped(base, tasks, "two", "three")
+    model.merge_adapter(["three"])
+    torch.testing.assert_close(logits_of(model), tasks["three"].logits)
+    assert model.config.id2label == label_names(3)

@@ -12,7 +12,7 @@ from tiny import logits_of, make_model, save_model, train_masks
 from transformers import AutoModelForSequenceClassification
 
 from hf_adaprune import AdaPruneConfig, sparsity_report
-from hf_adaprune.errors import CardError, NotPrunedError
+from hf_adaprune.errors import AdapterFileError, CardError
 from hf_adaprune.hub.model_card import BEGIN, END, describe_base, write_model_card
 from hf_adaprune.training.trainer_card import _TRAINER_BEGIN as TRAINER
 
@@ -161,13 +161,13 @@ def test_a_folder_is_no_name_on_the_hub_and_lora_has_no_masks(tmp_path: Path) ->
         "bert",
     ]
     LoraConfig(target_modules=["query"]).save_pretrained(str(tmp_path))
-    with pytest.raises(NotPrunedError, match="one of another method"):
+    with pytest.raises(AdapterFileError, match="of another method, LORA: open it with peft alone"):
         write_model_card(tmp_path)
 
 
 def test_a_fresh_model_has_no_card_to_write(tmp_path: Path) -> None:
     AdaPruneConfig().save_pretrained(str(tmp_path))
-    with pytest.raises(RuntimeError, match="no masks to count"):
+    with pytest.raises(AdapterFileError, match="an adapter that was never saved: it has no masks"):
         write_model_card(tmp_path)
 
 
@@ -189,9 +189,10 @@ def test_a_card_of_an_adapter_that_names_no_base_says_how_to_open_it(tmp_path: P
 
 
 def test_a_metric_that_is_no_number_is_refused(adapter: tuple[Path, torch.Tensor]) -> None:
-    metrics: Any = {"accuracy": None, "f1": 0.5}
-    with pytest.raises(CardError, match=r"`metrics` must be numbers, got \{'accuracy': None\}"):
-        write_model_card(adapter[0], metrics=metrics)
+    for value in (None, float("nan"), float("inf")):
+        metrics: Any = {"accuracy": value, "f1": 0.5}
+        with pytest.raises(CardError, match=rf"`metrics` must be finite numbers, got \{{'accuracy': {value}\}}"):
+            write_model_card(adapter[0], metrics=metrics)
 
 
 def test_a_metric_may_be_a_scalar_of_numpy(adapter: tuple[Path, torch.Tensor], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_adaprune.tuner import binarize, trained_weight
+from hf_adaprune.tuner import binarize, layer
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -74,7 +74,7 @@ def test_swapped_temperatures_would_be_seen(convex: Any, problems: Any, monkeypa
             *args, backward_temperature=forward_temperature, forward_temperature=backward_temperature, **options
         )
 
-    monkeypatch.setattr(trained_weight, "sigmoid_relaxation", swapped)
+    monkeypatch.setattr(layer, "sigmoid_relaxation", swapped)
     assert median_gap(convex, problems) > 0.5
 
 

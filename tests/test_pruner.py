@@ -571,3 +571,11 @@ def test_closing_a_pruner_leaves_the_run_of_a_later_one_as_it_is() -> None:
     Pruner(model, total_steps=5)
     first.close()
     assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.0}
+
+
+@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+@pytest.mark.parametrize("sparsity", [-0.1, 1.5])
+def test_a_sparsity_that_is_no_fraction_is_refused(granularity: str, sparsity: float) -> None:
+    pruner = Pruner(get_peft_model(make_model(), AdaPruneConfig(granularity=granularity)), 1)
+    with pytest.raises(ValueError, match=rf"`sparsity` must be in \[0, 1\], got {sparsity}"):
+        pruner.prune_to(sparsity)

@@ -14,10 +14,10 @@ from hub_server import Account, HubServer
 from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from tiny import train_masks
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, write_model_card
-from hf_adaprune.errors import CardError, PushError
+from hf_adaprune.errors import AdapterNotFoundError, CardError, PushError
 from hf_adaprune.hub.model_card import BEGIN, END
 from hf_adaprune.hub.publish import push_adapter
 
@@ -189,6 +189,7 @@ def test_a_push_that_is_refused_or_interrupted_changes_nothing(
     push(adapter)
     before = online.repos[NAME].at("main").oid
     model = plain(adapter)
+    logits_of(model)  # an adapter that was changed before it was checked could not be saved
     with torch.no_grad():
         model.classifier.modules_to_save["default"].weight.add_(1)
     model.save_pretrained(adapter)
@@ -236,6 +237,14 @@ def test_several_adapters_are_pushed_each_with_its_card(adapter_path: Path, onli
     scope: dict[str, Any] = {}
     exec(card_of(online, path="second/README.md").split("```python")[1].split("```")[0], scope)
     assert torch.equal(logits_of(scope["model"]), logits_of(model))
+
+
+def test_no_empty_card_is_pushed_beside_adapters_in_subfolders(
+    adapter_path: Path, base_path: Path, online: HubServer
+) -> None:
+    model = PeftModel.from_pretrained(load_base(base_path), adapter_path, adapter_name="sst2")
+    model.push_to_hub(NAME)
+    assert online.files(NAME).keys() == {".gitattributes", *(f"sst2/{path}" for path in ADAPTER - {".gitattributes"})}
 
 
 # Opening
@@ -374,3 +383,30 @@ def test_what_people_have_written_survives_the_trainer(base_path: Path, tmp_path
     HfApi().upload_file(repo_id=NAME, path_in_repo="README.md", path_or_fileobj=noted.encode())
     train_and_push(base_path, tmp_path / "fresh").push_to_hub()
     assert card_of(online).rstrip().endswith("And this at the very last.")
+
+
+@pytest.mark.parametrize("name", ["me/other", "nowhere"])
+def test_only_a_folder_is_pushed(name: str, adapter_path: Path, online: HubServer) -> None:
+    push_adapter(adapter_path, "me/other")
+    with pytest.raises(AdapterNotFoundError, match=f"There is no folder '{name}'"):
+        push_adapter(name, NAME)
+    assert NAME not in online.repos
+
+
+@pytest.mark.parametrize("where", ["on the Hub", "in the folder"])
+def test_a_card_that_cannot_be_read_does_not_stop_training(
+    where: str, base_path: Path, tmp_path: Path, online: HubServer
+) -> None:
+    class Break(TrainerCallback):
+        def on_step_begin(self, args: Any, *others: Any, **kwargs: Any) -> None:
+            if where == "on the Hub":
+                broken = b"---\nlicense: [mit\n---\n"
+                HfApi().upload_file(repo_id=NAME, path_in_repo="README.md", path_or_fileobj=broken)
+            else:
+                Path(args.output_dir, "README.md").write_bytes(b"\xff\xfe")
+
+    HfApi().create_repo(NAME)
+    pushing: dict[str, Any] = {"push_to_hub": True, "hub_model_id": NAME, "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(load_base(base_path), tmp_path, Break(), AdaPruneCallback, **pushing)
+    trainer.train()
+    assert trainer.state.global_step == 4

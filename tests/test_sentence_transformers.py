@@ -9,16 +9,21 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hub_server import HubServer
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from hf_adaprune import AdaPruneCallback, AdaPruneConfig, sparsity_report
+from hf_adaprune import AdaPruneCallback, AdaPruneConfig, push_adapter, read_adapter, sparsity_report
 from hf_adaprune.choices import MaskCodec
+from hf_adaprune.deploy.plain_models import save_merged
+from hf_adaprune.errors import MergeError
 from hf_adaprune.tuner.masked_layers import adaprune_layers
 
 
 st = pytest.importorskip("sentence_transformers", minversion="5")
+modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
 
 TEXTS = ["w7 w8 w9", "w40 w41", "w10 w20 w30 w40 w50"]
 
@@ -104,3 +109,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base_path: Path, tmp_path: Pa
         assert torch.equal(layer.adaprune_scores["default"], other.adaprune_scores["default"]), name
         assert torch.equal(layer.mask("default"), other.mask("default")), name
     assert np.array_equal(resumed.encode(TEXTS), whole.encode(TEXTS))
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_all_modules_are_pushed(base_path: Path, tmp_path: Path, online: HubServer) -> None:
+    transformer = st.SentenceTransformer(str(base_path))[0]
+    pooling = modules.Pooling(transformer.get_embedding_dimension(), "cls")
+    model = st.SentenceTransformer(modules=[transformer, pooling])
+    train(model, tmp_path / "run")
+    model.save_pretrained(str(tmp_path / "saved"))
+    push_adapter(tmp_path / "saved", "me/sentences")
+    assert np.array_equal(st.SentenceTransformer("me/sentences").encode(TEXTS), model.encode(TEXTS))
+    card: Any = ModelCard(online.files("me/sentences")["README.md"].decode())
+    assert card.data.library_name == "sentence-transformers"
+    assert "import hf_adaprune" in card.text
+    with pytest.raises(MergeError, match="is a SentenceTransformer, of which only the transformer would be written"):
+        save_merged(read_adapter(tmp_path / "saved"), tmp_path / "merged")

@@ -114,6 +114,18 @@ def test_the_table_leaves_shares_of_fine_tuning_out_where_that_has_not_run(study
     assert "| masks | 0.500 |" in table
 
 
+def test_averages_are_over_the_methods_that_were_run_on_all_five_tasks(study: Any, cells: Any) -> None:
+    assert study("report").averages(cells).count("\n") == 1
+    for method, sparsity, score in (("finetune", 0.0, 0.5), ("adaprune", 0.5, 0.55), ("smp", 0.5, 0.6)):
+        cells[method, sparsity] = {task: [{"score": score}] * 3 for task in ("stsb", "mrpc", "cola", "rte", "sst2")}
+    cells["adaprune", 0.5]["mrpc"] = [{"score": 0.3}]
+    del cells["smp", 0.5]["cola"]
+    assert study("report").averages(cells).splitlines()[2:] == [
+        "| whole | fine-tuning | 0 | 0.500 | 1.000 | 3 or more |",
+        "| whole | masks | 0.5 | 0.500 | 1.000 | 1 or more |",
+    ]
+
+
 def test_a_repetition_of_the_masks_own_runs_is_not_compared_with_them(study: Any, cells: Any) -> None:
     cells["ablations", 0.5] = cells["adaprune", 0.5]
     assert "ablations" not in {one.other for one in study("significance").compare(cells)}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from doors import load_base, make_trainer
-from peft import PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from sklearn.metrics import cohen_kappa_score, jaccard_score
 from tiny import logits_of, make_model, train_masks
 from transformers import T5Config
@@ -385,3 +385,42 @@ def test_layers_of_a_stored_adapter_come_in_the_order_of_the_model() -> None:
     assert isinstance(report, SparsityReport)
     assert list(report.by_layer()) == ["embeddings", *map(str, range(12))]
     assert [label.get_text() for label in plot_sparsity(report).axes[0].get_xticklabels()] == list(report.by_layer())
+
+
+def test_pictures_of_layers_of_several_sizes_show_each_as_it_is() -> None:
+    masks = {
+        f"bert.encoder.layer.{layer}.attention.self.{part}": torch.ones(8 * heads, 32, dtype=torch.bool)
+        for layer, heads in enumerate((4, 2))
+        for part in ("query", "key", "value")
+    }
+    config = make_model(num_attention_heads=4).config
+    config.compact_heads = {"encoder.layer.1.attention": {"num_heads": 4, "kept": [0, 1]}}
+    assert texts(plot_heads(attention_heads(masks, config))) == ["100"] * 6
+    masks = {name: mask & (torch.arange(32) % 2 == 0) for name, mask in masks.items()}
+    figure = plot_degrees(neuron_degrees(masks))
+    titles = [axes.get_ylabel() for axes in figure.axes[::2]]
+    assert titles[:2] == ["attention.\nself.\nquery\n32 x 32", "attention.\nself.\nquery\n16 x 32"]
+    for axes in figure.axes:
+        bars: list[Any] = list(axes.patches)
+        assert sum(bar.get_height() for bar in bars) == pytest.approx(1)
+
+
+def test_heads_of_cross_attention_are_not_counted_as_those_beside_it() -> None:
+    masks = {
+        f"decoder.layer.0.{attention}.self.{part}": torch.ones(8 * heads, 32, dtype=torch.bool)
+        for attention, heads in (("attention", 2), ("crossattention", 4))
+        for part in ("query", "key", "value")
+    }
+    config = make_model(num_attention_heads=4).config
+    config.compact_heads = {"decoder.layer.0.attention": {"num_heads": 4, "kept": [0, 1]}}
+    assert [len(layer.share_kept) for layer in attention_heads(masks, config)] == [2, 4]
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+def test_the_masks_of_transposed_layers_are_turned_beneath_a_lora_too() -> None:
+    model: Any = make_model("gpt2")
+    model.add_adapter(AdaPruneConfig(), "masks")
+    shapes = {name: mask.shape for name, mask in model_masks(model).items()}
+    model.add_adapter(LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True), "lora")
+    model.set_adapter(["masks", "lora"])
+    assert {name: mask.shape for name, mask in model_masks(model, "masks").items()} == shapes

@@ -117,6 +117,26 @@ def summary(cells: Cells) -> str:
     return "\n".join(lines)
 
 
+def averages(cells: Cells) -> str:
+    """Return the averages over five tasks, with SST-2 whole or sampled, of the methods that ran on all of them."""
+    header = ["SST-2", "method", "pruned share of masked weights", "average", "relative to fine-tuning", "seeds"]
+    lines = [f"| {' | '.join(header)} |", "| --- " * len(header) + "|"]
+    for sst2, title in (("sst2", "whole"), ("sst2-8k", "8,000 sentences")):
+        tasks = [sst2, *(task for task in TASKS if not task.startswith("sst2"))]
+        complete = {cell: by_task for cell, by_task in cells.items() if all(by_task.get(task) for task in tasks)}
+        runs = {cell: [by_task[task] for task in tasks] for cell, by_task in complete.items()}
+        means = {
+            cell: statistics.fmean(statistics.fmean(row["score"] for row in rows) for rows in by_task)
+            for cell, by_task in runs.items()
+        }
+        tuned = ("finetune", 0.0)
+        for cell in sorted(means if tuned in means else (), key=lambda cell: (ORDER.index(cell[0]), cell[1])):
+            seeds = min(len(rows) for rows in runs[cell])
+            columns = [title, (NAMES | REWOUND)[cell[0]], f"{cell[1]:g}", f"{means[cell]:.3f}"]
+            lines.append(f"| {' | '.join(columns)} | {means[cell] / means[tuned]:.3f} | {seeds} or more |")
+    return "\n".join(lines)
+
+
 def tuning_table(tuning: Path) -> str:
     """Return the scores on held-out data, one row per method and learning rate; the best of each task is in bold."""
     scores: dict[tuple[str, float], dict[str, float]] = defaultdict(dict)
@@ -140,6 +160,7 @@ def main(results: Path, page: Path, figures: Path) -> None:
     tasks = tasks_of(cells)
     sections = {
         "Scores with half and nine tenths pruned: mean ± standard deviation (seeds)": summary(cells),
+        "Averages over STS-B, SST-2, MRPC, CoLA and RTE": averages(cells),
         "All scores": table(results),
         "Masks minus another method; *: p < .01, two-tailed Welch t-test over seeds": significance_table(
             compare(cells), names, tasks

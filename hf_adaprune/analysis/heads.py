@@ -13,8 +13,7 @@ from transformers import PreTrainedConfig
 from ..config import AdaPruneConfig
 from .heat_map import draw_heat_map
 from .names import component_of, layer_of
-from .neurons import check_matrices
-from .sources import Masks, transformers_config
+from .sources import Masks, check_matrices, transformers_config
 
 
 if TYPE_CHECKING:
@@ -86,13 +85,13 @@ def attention_heads(masks: Masks, config: PreTrainedConfig | AdaPruneConfig) -> 
         getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     )
     compacted = getattr(config, "compact_heads", None) or {}
-    left = {layer_of(f".{name}"): len(head["kept"]) for name, head in compacted.items()}
+    left = {(layer_of(f".{name}"), _is_cross(name)): len(head["kept"]) for name, head in compacted.items()}
     layers: dict[str, dict[str, NDArray[np.float64]]] = defaultdict(dict)
     for name, mask in masks.items():
         part = _part(component_of(name))
         if part is None:
             continue
-        num_heads = left.get(layer_of(name), config.num_attention_heads)
+        num_heads = left.get((layer_of(name), _is_cross(name)), config.num_attention_heads)
         rows = mask.T if part == "output" else mask
         groups = num_heads // sharing if part in ("key", "value") else num_heads
         if rows.shape[0] % groups:
@@ -131,14 +130,15 @@ def plot_heads(found: list[Heads]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    grid = np.stack([layer.share_kept for layer in found])
+    most = max(layer.share_kept.size for layer in found)  # a compacted model's layers have different numbers of heads
+    grid = np.stack([np.pad(it.share_kept, (0, most - it.share_kept.size), constant_values=np.nan) for it in found])
     figure = Figure(figsize=(2.2 + 0.4 * grid.shape[1], 1.3 + 0.32 * len(found)), layout="constrained")
     axes = figure.add_subplot()
     texts = [
         ["x" if head in layer.dead else f"{100 * share:.0f}" for head, share in enumerate(layer.share_kept)]
         for layer in found
     ]
-    image = draw_heat_map(axes, grid, texts, highest=float(grid.max()))
+    image = draw_heat_map(axes, grid, texts, highest=float(np.nanmax(grid)))
     axes.set_xticks(range(grid.shape[1]))
     axes.set_yticks(range(len(found)), [layer.layer for layer in found])
     axes.set_xlabel("head")

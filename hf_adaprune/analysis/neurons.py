@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from .names import component_of, grouped
-from .sources import Masks
+from .sources import Masks, check_matrices
 
 
 if TYPE_CHECKING:
@@ -95,21 +96,6 @@ def neuron_degrees(masks: Masks) -> dict[str, Degrees]:
     }
 
 
-def check_matrices(masks: Masks) -> None:
-    """Raise if there are no masks, or some of them are not matrices.
-
-    Raises:
-        ValueError: If `masks` is empty, or a mask does not have two dimensions.
-    """
-    flat = [name for name, mask in masks.items() if mask.dim() != 2]
-    if flat or not masks:
-        raise ValueError(
-            f"Masks must be matrices; got {len(masks)}, of which these are not: {flat}. An adapter whose model "
-            "transformers does not know is stored without shapes: reshape its masks, or use `model_masks` of the "
-            "model."
-        )
-
-
 def plot_degrees(found: Mapping[str, Degrees] | Iterable[Degrees]) -> Figure:
     """Draw the degree distributions of each component over all layers, with those of random masks.
 
@@ -121,10 +107,10 @@ def plot_degrees(found: Mapping[str, Degrees] | Iterable[Degrees]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    components = grouped(found.values() if isinstance(found, Mapping) else found, component_of)
-    figure = Figure(figsize=(7.2, 0.6 + 1.25 * len(components)), layout="constrained")
-    grid = figure.subplots(len(components), 2, squeeze=False)
-    for row, (component, modules) in zip(grid, components.items(), strict=True):
+    pools = _same_shapes(found.values() if isinstance(found, Mapping) else found)
+    figure = Figure(figsize=(7.2, 0.6 + 1.25 * len(pools)), layout="constrained")
+    grid = figure.subplots(len(pools), 2, squeeze=False)
+    for row, (title, modules) in zip(grid, pools.items(), strict=True):
         fans = [modules[0].out_degrees.size, modules[0].in_degrees.size]
         pooled = [
             np.concatenate([module.in_degrees for module in modules]),
@@ -132,17 +118,28 @@ def plot_degrees(found: Mapping[str, Degrees] | Iterable[Degrees]) -> Figure:
         ]
         for axes, values, fan in zip(row, pooled, fans, strict=True):
             _draw_degrees(axes, values, fan)
-        row[0].set_ylabel(component.replace(".", ".\n"), rotation=0, ha="right", va="center", fontsize=9)
+        row[0].set_ylabel(title.replace(".", ".\n"), rotation=0, ha="right", va="center", fontsize=9)
     for axes, title in zip(grid[0], ("inputs kept by a neuron", "outputs kept by an input"), strict=True):
         axes.set_title(title, fontsize=10)
-    shares = [axes.dataLim for axes in grid.flat]
+    boxes = [axes.dataLim for axes in grid.flat]
     for axes in grid.flat:
-        axes.set_xlim(min(box.x0 for box in shares) - 0.02, max(box.x1 for box in shares) + 0.02)
+        axes.set_xlim(min(box.x0 for box in boxes) - 0.02, max(box.x1 for box in boxes) + 0.02)
     for axes in grid[-1]:
         axes.set_xlabel("share kept")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower right", ncols=2, frameon=False, fontsize=9)
     return figure
+
+
+def _same_shapes(found: Iterable[Degrees]) -> dict[str, list[Degrees]]:
+    """Group modules by component, and by shape where the layers differ in it, as those of a compacted model do."""
+    pools: dict[str, list[Degrees]] = {}
+    for component, modules in grouped(found, component_of).items():
+        shapes: dict[str, list[Degrees]] = defaultdict(list)
+        for module in modules:
+            shapes[f"{module.in_degrees.size} x {module.out_degrees.size}"].append(module)
+        pools |= {f"{component}\n{shape}" if len(shapes) > 1 else component: same for shape, same in shapes.items()}
+    return pools
 
 
 def _draw_degrees(axes: Any, values: NDArray[np.int64], fan: int) -> None:

@@ -19,7 +19,7 @@ from ..files.weights_file import read_masks
 from ..masks import unpack_mask
 from ..storage.stored_adapter import read_adapter, read_config
 from ..tensor_names import plain_name
-from ..tuner.groups import Groups
+from ..tuner.groups import Groups, innermost
 from ..tuner.masked_layers import adaprune_layers, chosen_adapter
 from ..tuner.structure import stored_blocks
 from .names import in_order
@@ -33,15 +33,14 @@ _MAX_LAYERS = 1000
 Masks = Mapping[str, torch.Tensor]
 
 
-def load_masks(name_or_path: str | Path, *, subfolder: str | None = None, **hub: Any) -> dict[str, torch.Tensor]:
+def load_masks(name_or_path: str | Path, **hub: Any) -> dict[str, torch.Tensor]:
     """Read the masks of a stored adapter.
 
     The base is neither needed nor loaded, unless the masks are entropy-coded with its weights.
 
     Args:
         name_or_path (`str` or `Path`): The adapter's folder, or its name on the Hub.
-        subfolder (`str`, *optional*): The subfolder that holds the adapter.
-        hub: Further arguments of `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir`, ...
+        hub: Further arguments of `huggingface_hub.hf_hub_download`: `subfolder`, `revision`, `token`, `cache_dir`, ...
 
     Returns:
         `dict[str, torch.Tensor]`:
@@ -53,15 +52,16 @@ def load_masks(name_or_path: str | Path, *, subfolder: str | None = None, **hub:
     Raises:
         AdapterFileError: If the adapter is of another method, was never saved, or is damaged.
         AdapterNotFoundError: If there is no adapter of that name, or no base to decode entropy-coded masks with.
+        BaseMismatchError: If that base is not the one that they were coded with.
 
     Example:
 
         >>> masks = load_masks("me/sst2-adaprune", revision="v2")
     """
-    config = read_config(str(name_or_path), subfolder=subfolder, **hub)
+    config = read_config(str(name_or_path), **hub)
     if config.mask_bytes:
-        return model_masks(read_adapter(name_or_path, subfolder=subfolder, **hub).open())
-    packed = read_masks(str(name_or_path), config, subfolder, **hub)
+        return model_masks(read_adapter(name_or_path, **hub).open())
+    packed = read_masks(str(name_or_path), config, **hub)
     skeleton: Any = _skeleton(config)
     blocks = {} if skeleton is None else stored_blocks(skeleton, config)
     masks: dict[str, torch.Tensor] = {}
@@ -167,8 +167,23 @@ def transformers_config(config: AdaPruneConfig | PreTrainedConfig) -> PreTrained
 def _no_model(reason: object) -> AdapterFileError:
     return AdapterFileError(
         f"The `model_config` in the adapter's configuration must describe the model under the masks: {reason}. "
-        "Download the adapter again."
+        "Fetch the adapter again."
     )
+
+
+def check_matrices(masks: Masks) -> None:
+    """Raise if there are no masks, or some of them are not matrices.
+
+    Raises:
+        ValueError: If `masks` is empty, or a mask does not have two dimensions.
+    """
+    flat = [name for name, mask in masks.items() if mask.dim() != 2]
+    if flat or not masks:
+        raise ValueError(
+            f"Masks must be matrices; got {len(masks)}, of which these are not: {flat}. An adapter whose model "
+            "transformers does not know is stored without shapes: reshape its masks, or use `model_masks` of the "
+            "model."
+        )
 
 
 def _skeleton(config: AdaPruneConfig) -> nn.Module | None:
@@ -201,4 +216,4 @@ def _outputs_first(masks: Masks, model: nn.Module | None) -> dict[str, torch.Ten
 
 
 def _turned(tensor: torch.Tensor, module: Any) -> torch.Tensor:
-    return tensor.T if isinstance(getattr(module, "base_layer", module), Conv1D) else tensor
+    return tensor.T if isinstance(innermost(module), Conv1D) else tensor

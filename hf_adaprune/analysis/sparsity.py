@@ -85,7 +85,10 @@ class SparsityReport:
             ValueError: If `num_parameters` is 0, as the counted configuration does not store it.
         """
         if not self.num_parameters:
-            raise ValueError("The size of the whole model is not known: the configuration lacks `num_parameters`.")
+            raise ValueError(
+                "The size of the whole model is not known: the configuration lacks `num_parameters`. Use `sparsity`, "
+                "or open the adapter and save it again."
+            )
         return self.num_pruned / self.num_parameters
 
     @property

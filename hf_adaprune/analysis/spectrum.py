@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .neurons import check_matrices
-from .sources import Masks
+from .sources import Masks, check_matrices
 
 
 if TYPE_CHECKING:

@@ -99,7 +99,9 @@ def _head_trainer(trainer: Trainer, learning_rate: float, adapter_name: str) -> 
         train_dataset=trainer.train_dataset,
         eval_dataset=trainer.eval_dataset,
         processing_class=trainer.processing_class,
+        compute_loss_func=trainer.compute_loss_func,
         compute_metrics=trainer.compute_metrics,
+        preprocess_logits_for_metrics=trainer.preprocess_logits_for_metrics,
         callbacks=[FixedMaskCallback(adapter_name=adapter_name)],
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -91,12 +92,13 @@ class IterativeMagnitudeCallback(TrainedWeightsCallback):
             following = round(1 - (1 - rate) ** len(self._sparsities), 9)
             self._sparsities.append(min(following, final_sparsity))
         self._round = 0
+        self._schedule: tuple[dict[str, Any], list[float]] | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Begin with the first round: the callback may have served another Trainer before."""
-        self._round, self.pruner = 0, None
+        self._round, self.pruner, self._schedule = 0, None, None
         super().on_init_end(args, state, control, model, **kwargs)
 
     @property
@@ -122,7 +124,18 @@ class IterativeMagnitudeCallback(TrainedWeightsCallback):
                 for name, parameter in self._parameters.items():
                     parameter.copy_(self._initial[name])
             kwargs["optimizer"].state.clear()
+        self._restart_schedule(kwargs["optimizer"], kwargs["lr_scheduler"])
         super().on_train_begin(args, state, control, model=model, **kwargs)
+
+    def _restart_schedule(self, optimizer: Any, schedule: Any) -> None:
+        """Begin each round with the learning rates of the first: the Trainer recreates only schedules of its own."""
+        if self._schedule is None:
+            rates = [group["lr"] for group in optimizer.param_groups]
+            self._schedule = copy.deepcopy(schedule.state_dict()), rates
+        state, rates = self._schedule
+        schedule.load_state_dict(copy.deepcopy(state))
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -74,7 +74,8 @@ class SMPCallback(ScoreStepsCallback):
         return scores + ((self.config.score_lr_ratio - 1) * scores).detach()
 
     def _penalize(self, model: nn.Module, args: Any, output: Any) -> None:
-        if not (model.training and torch.is_grad_enabled()):
+        # A run that raised leaves the hook behind.
+        if not (model.training and torch.is_grad_enabled() and self._running.is_current):
             return
         if getattr(output, "loss", None) is None:
             raise ConfigError(

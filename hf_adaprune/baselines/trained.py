@@ -11,12 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import AdaPruneConfig
-from ..errors import NotPrunedError
+from ..errors import ConfigError, NotPrunedError
 from ..training.callback import AdaPruneCallback
 from ..tuner.head import head_modules
 from ..tuner.layer_types import wrap
 from ..tuner.masked_layers import adaprune_layers, has_masks
 from ..tuner.targets import resolve_targets
+from .unpruned import check_is_prepared
 
 
 class TrainedWeightsCallback(AdaPruneCallback):
@@ -28,6 +29,10 @@ class TrainedWeightsCallback(AdaPruneCallback):
 
     Args:
         config (`AdaPruneConfig`): The pruning configuration.
+
+    Raises:
+        ConfigError: If the model is not the one that the Trainer was created with, or the run has ended.
+        NotPrunedError: If the model is not a plain transformers model.
     """
 
     config: AdaPruneConfig
@@ -38,6 +43,7 @@ class TrainedWeightsCallback(AdaPruneCallback):
         self.masks: dict[str, torch.Tensor] = {}
         self._initial: dict[str, torch.Tensor] = {}
         self._parameters: dict[str, nn.Parameter] = {}
+        self._model: nn.Module | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -49,6 +55,7 @@ class TrainedWeightsCallback(AdaPruneCallback):
                 f"`{type(self).__name__}` trains the weights of a plain transformers model, got a "
                 f"{type(model).__name__}{adapted}. Give the Trainer the model as `from_pretrained` loads it."
             )
+        self._model, self.masks = model, {}
         self._initial = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         self._parameters = dict(model.named_parameters())
         self.config = copy.deepcopy(self.config)  # this run writes into it
@@ -60,6 +67,18 @@ class TrainedWeightsCallback(AdaPruneCallback):
             if layer is not None:
                 layer.adaprune_scores[self.adapter_name].requires_grad_(self.trains_scores)
                 model.set_submodule(name, layer)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Create the `Pruner`, if the model is the one with the masks."""
+        check_is_prepared(self, self._model, model)
+        if self.masks:
+            raise ConfigError(
+                "The run has ended, and the model is a plain one without masks again: for another run, create a "
+                "Trainer with the model as `from_pretrained` loads it, and a new callback."
+            )
+        super().on_train_begin(args, state, control, model, **kwargs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave the checkpoint as it is: it contains the whole model, with masks and scores."""

@@ -135,7 +135,7 @@ def export(
     return _write(save, read_adapter(name, revision=revision, subfolder=subfolder), output, base)
 
 
-def _put(model: PeftModel, device: str | None) -> PeftModel:
+def _move_to_device(model: PeftModel, device: str | None) -> PeftModel:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return model.to(device)
@@ -175,7 +175,7 @@ def speed(
 ) -> Answer:
     """Measure the base, the merged and the smaller model on this machine, and say what to expect."""
     adapter = read_adapter(name, revision=revision, subfolder=subfolder)
-    model = _put(adapter.open(base), device or ("cpu" if onnx else None))
+    model = _move_to_device(adapter.open(base), device or ("cpu" if onnx else None))
     if bf16:
         model = model.bfloat16()
     reports = measure_speed(
@@ -273,7 +273,7 @@ def evaluate(
     """Score an adapter on a GLUE task."""
     adapter = read_adapter(name, revision=revision, subfolder=subfolder)
     dataset = load_glue_split(task, split, data)
-    model = _put(adapter.open(base), device)
+    model = _move_to_device(adapter.open(base), device)
     scores = score_on_glue(model, adapter.tokenizer(base), task, dataset, batch_size=batch_size, max_length=max_length)
     facts = {"name": name, "task": task, "split": split, "examples": len(dataset)}
     shown = {metric: f"{score:.4f}" for metric, score in scores.items()}

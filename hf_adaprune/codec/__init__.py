@@ -148,10 +148,9 @@ def _encode_scales(values: Array) -> tuple[bytes, int]:
     ends = np.cumsum((folded >> parameter) + 1) - 1
     unary = np.zeros(int(ends[-1]) + 1, bool)
     unary[ends] = True
-    low = (folded[:, None] >> np.arange(parameter)) & 1
-    return struct.pack("<L", len(unary)) + np.packbits(unary).tobytes() + np.packbits(
-        low.astype(bool)
-    ).tobytes(), parameter
+    low = ((folded[:, None] >> np.arange(parameter)) & 1).astype(bool)
+    parts = struct.pack("<L", len(unary)), np.packbits(unary).tobytes(), np.packbits(low).tobytes()
+    return b"".join(parts), parameter
 
 
 def _decode_scales(rest: _Reader, count: int, parameter: int) -> Array:

@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from ..files.fingerprint import is_rounded
 from .rans import Array
 
 
@@ -34,17 +35,10 @@ class Magnitudes:
 
     def __init__(self, weight: torch.Tensor, from_float16: bool | None = None) -> None:
         self._weight = weight.detach().cpu().float()
-        is_float16 = self._is_float16()
+        is_float16 = is_rounded(self._weight, torch.float16) and not is_rounded(self._weight, torch.bfloat16)
         self.from_float16 = is_float16 if from_float16 is None else from_float16
         self.is_undecided = is_float16 and not self.from_float16
         self._codes = _bits((self._weight.half() if self.from_float16 else self._weight).bfloat16())
-
-    def _is_float16(self) -> bool:
-        # The first weights usually decide.
-        for part in (self._weight.reshape(-1)[:256], self._weight):
-            if not torch.equal(part.half().float(), part):
-                return False
-        return not torch.equal(self._weight.bfloat16().float(), self._weight)
 
     def levels(self) -> Array:
         """Return the levels: int16, of the weight's shape."""
@@ -59,9 +53,9 @@ class Magnitudes:
         Returns:
             `tuple[numpy.ndarray, numpy.ndarray]`: Flat positions in order, and for each whether it rounds up.
         """
-        halves, codes = _bits(self._weight.half()).reshape(-1), self._codes.reshape(-1)
         if self.from_float16:
             return np.empty(0, np.intp), np.empty(0, bool)
+        halves, codes = _bits(self._weight.half()).reshape(-1), self._codes.reshape(-1)
         where = np.flatnonzero((halves & 7) == 4)
         lower = _lower_code(halves[where])
         matters = contexts(where, _levels()[lower]) != contexts(where, _levels()[lower + 1])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,23 +55,19 @@ def keep_heads(attention: nn.Module, num_heads: int, kept: Sequence[int]) -> Non
         if isinstance(values.get(name), int):
             values[name] = values[name] // num_heads * len(kept)
 
-    attention.register_forward_pre_hook(_HeadsOfInputs(num_heads, list(kept)), with_kwargs=True)
+    attention.register_forward_pre_hook(functools.partial(_cut_inputs, num_heads, list(kept)), with_kwargs=True)
 
 
-@dataclass(frozen=True)
-class _HeadsOfInputs:
-    """Hook that cuts per-head inputs; a class, because a model that holds a local function cannot be pickled."""
+def _cut_inputs(
+    num_heads: int, kept: list[int], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Any]:
+    """Cut the inputs of an attention module that have one slice per head, to the remaining heads."""
 
-    num_heads: int
-    kept: list[int]
+    def cut(value: Any) -> Any:
+        per_head = isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[1] == num_heads
+        return value[:, kept] if per_head else value
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return tuple(map(self._cut, args)), {name: self._cut(value) for name, value in kwargs.items()}
-
-    def _cut(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[1] == self.num_heads:
-            return value[:, self.kept]
-        return value
+    return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
 
 
 def compose_heads(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

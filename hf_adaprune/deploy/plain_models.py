@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
-from ..errors import AdapterNotFoundError
+from ..errors import AdapterNotFoundError, MergeError
 from ..hub.model_card import CARD
 from ..merging import merged
 from ..storage.stored_adapter import StoredAdapter
@@ -22,7 +22,7 @@ from .export import export_onnx
 def save_merged(adapter: StoredAdapter, folder: str | Path, base: str | None = None) -> PreTrainedModel:
     """Write a merged checkpoint that plain transformers opens, with the tokenizer if there is one.
 
-    The folder is put in place only once it is complete.
+    The files are put in place only once they are complete.
 
     Args:
         adapter (`StoredAdapter`): The adapter to merge.
@@ -36,7 +36,7 @@ def save_merged(adapter: StoredAdapter, folder: str | Path, base: str | None = N
         FileExistsError: If the folder is not new or empty.
         MergeError: If a plain checkpoint would not compute what the adapter does.
     """
-    with _whole(adapter, folder, base) as aside:
+    with _replacing(adapter, folder, base) as aside:
         model = adapter.open(base).merge_and_unload(safe_merge=True)
         model.save_pretrained(aside)
     return model
@@ -52,7 +52,7 @@ def save_compacted(adapter: StoredAdapter, folder: str | Path, base: str | None 
         FileExistsError: If the folder is not new or empty.
         CompactionError: If the model cannot be compacted; see `compact`.
     """
-    with _whole(adapter, folder, base) as aside:
+    with _replacing(adapter, folder, base) as aside:
         model = compact(adapter.open(base))
         model.save_pretrained(aside)
         if results := adapter.results():
@@ -73,7 +73,7 @@ def save_onnx(adapter: StoredAdapter, folder: str | Path, base: str | None = Non
         CompactionError: If neurons or heads are masked and the model cannot be compacted.
         ExportError: If the model cannot be exported.
     """
-    with _whole(adapter, folder, base) as aside:
+    with _replacing(adapter, folder, base) as aside:
         opened = adapter.open(base)
         model = compact(opened) if adapter.config.is_structured else merged(opened)
         export_onnx(model, aside)
@@ -81,15 +81,26 @@ def save_onnx(adapter: StoredAdapter, folder: str | Path, base: str | None = Non
 
 
 @contextmanager
-def _whole(adapter: StoredAdapter, folder: str | Path, base: str | None) -> Iterator[Path]:
-    """Yield a temporary folder of the same name that takes the place of `folder` at the end, with the tokenizer."""
+def _replacing(adapter: StoredAdapter, folder: str | Path, base: str | None) -> Iterator[Path]:
+    """Yield a temporary folder of the same name whose files are those of `folder` at the end, with the tokenizer."""
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"'{folder}' must be a new or empty folder: choose another.")
+    if adapter.is_sentence_transformer:
+        raise MergeError(
+            f"{adapter.name!r} is a SentenceTransformer, of which only the transformer would be written: open it as "
+            "`SentenceTransformer`, and save `hf_adaprune.merged(model)`, which keeps the other modules."
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f"{folder.name}.tmp-", dir=folder.parent) as temporary:
+    is_new = not folder.exists()
+    with TemporaryDirectory(prefix=f"{folder.name}.tmp-", dir=folder.parent if is_new else folder) as temporary:
         aside = Path(temporary, folder.name)
         yield aside
         with suppress(AdapterNotFoundError):  # The tokenizer is optional.
             adapter.tokenizer(base).save_pretrained(aside)
-        os.replace(aside, folder)
+        if is_new:
+            os.replace(aside, folder)
+        else:
+            # It may be the current folder, a link or a mount point. Without its weights, a checkpoint does not open.
+            for path in sorted(aside.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+                os.replace(path, folder / path.name)

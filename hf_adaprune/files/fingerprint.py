@@ -78,13 +78,14 @@ def _precision(tensors: list[torch.Tensor]) -> str:
     floating = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
     for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
         # Rounded values are recognized in float32 too.
-        rounded = (tensor.dtype == dtype or _is_rounded(tensor, dtype) for tensor in floating)
+        rounded = (tensor.dtype == dtype or is_rounded(tensor, dtype) for tensor in floating)
         if any(tensor.dtype == dtype for tensor in floating) or (floating and all(rounded)):
             return name
     return "float32"
 
 
-def _is_rounded(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+def is_rounded(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Return whether all values of a tensor can be represented in another dtype."""
     # The last few values usually suffice. The first ones may be those of a padding token, all zero.
     parts = (tensor.reshape(-1)[-256:], tensor)
     return all(torch.equal(part, part.to(dtype).to(part.dtype)) for part in parts)

@@ -20,14 +20,13 @@ if TYPE_CHECKING:
     from ..config import AdaPruneConfig
 
 
-def read_masks(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: Any) -> dict[str, torch.Tensor]:
+def read_masks(name: str, config: AdaPruneConfig, **hub: Any) -> dict[str, torch.Tensor]:
     """Read only the masks of a stored adapter, in their stored form.
 
     Args:
         name (`str`): The adapter's folder, or its name on the Hub.
         config (`AdaPruneConfig`): Its configuration.
-        subfolder (`str`, *optional*): The subfolder that holds the adapter.
-        hub: Further arguments of `huggingface_hub.hf_hub_download`.
+        hub: Further arguments of `huggingface_hub.hf_hub_download`, `subfolder` among them.
 
     Returns:
         `dict[str, torch.Tensor]`: A `uint8` tensor per mask, of shape `(ceil(entries / 8),)` or shorter.
@@ -35,7 +34,7 @@ def read_masks(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: 
     Raises:
         AdapterFileError: If the weights are pickled or missing, or do not match the configuration.
     """
-    path = _find_weights(name, subfolder, **hub) or Path(name, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+    path = _find_weights(name, **hub) or Path(name, hub.get("subfolder") or "", SAFETENSORS_WEIGHTS_NAME)
     check_shapes(path, read_shapes(path), config)
     with safe_open(path, framework="pt") as file:
         masks = {module: file.get_tensor(f"{PREFIX}{module}.adaprune_mask") for module in config.mask_entries}
@@ -45,24 +44,23 @@ def read_masks(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: 
     return masks
 
 
-def check_weights_file(name: str, config: AdaPruneConfig, subfolder: str | None, **hub: Any) -> None:
+def check_weights_file(name: str, config: AdaPruneConfig, **hub: Any) -> None:
     """Raise if a stored adapter's weights are pickled or do not match its configuration.
 
     Args:
         name (`str`): The adapter's folder, or its name on the Hub.
         config (`AdaPruneConfig`): Its configuration.
-        subfolder (`str`, *optional*): The subfolder that holds the adapter.
-        hub: Further arguments of `huggingface_hub.hf_hub_download`.
+        hub: Further arguments of `huggingface_hub.hf_hub_download`, `subfolder` among them.
 
     Raises:
         AdapterFileError: If the weights are pickled, unreadable, or do not match the configuration.
     """
-    path = _find_weights(name, subfolder, **hub)
+    path = _find_weights(name, **hub)
     if path is not None and path.exists():
         check_shapes(path, read_shapes(path), config)
 
 
-def _find_weights(name: str, subfolder: str | None, **hub: Any) -> Path | None:
+def _find_weights(name: str, *, subfolder: str | None = None, **hub: Any) -> Path | None:
     """Return the path of an adapter's weights, existing or not; `None` if the Hub cannot be reached."""
     folder = Path(name, subfolder or "")
     if folder.is_dir():

@@ -57,9 +57,8 @@ class CompactCard:
             end=END,
             name=name,
             base=description,
-            adapter_fingerprint=self.config.adapter_fingerprint,
             auto_class=auto_class(self.architecture) or "AutoModel",
-            **{field: getattr(self, field) for field in ("stock", "before", "after", "blocks")},
+            card=self,
         )
 
     def attach(self, model: Any) -> None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from math import isfinite
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import peft
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.constants import ENDPOINT
-from peft import PeftConfig
 from transformers.models.auto import modeling_auto
 
 from ..analysis import plot_sparsity, sparsity_report
 from ..config import AdaPruneConfig
-from ..errors import CardError, NotPrunedError
-from ..storage.stored_adapter import is_name_on_hub
+from ..errors import CardError
+from ..storage.stored_adapter import is_name_on_hub, read_config
 from .advice import speed_advice
 
 
@@ -96,8 +97,9 @@ def write_model_card(
         `huggingface_hub.ModelCard`: The card that was written.
 
     Raises:
-        NotPrunedError: If the folder's adapter has no masks.
-        ValueError: If the folder has no adapter, or its configuration lacks `num_parameters`.
+        AdapterNotFoundError: If the folder has no adapter.
+        AdapterFileError: If the adapter is of another method, or damaged.
+        ValueError: If its configuration lacks `num_parameters`.
         CardError: If a metric is not a number, or the metadata of the existing card is not valid YAML.
 
     Example:
@@ -106,15 +108,11 @@ def write_model_card(
         >>> write_model_card("sst2-adaprune", metrics={"accuracy": 0.87}, **data)
     """
     given: Mapping[str, Any] = metrics or {}
-    not_numbers = {key: value for key, value in given.items() if not isinstance(value, Real)}
+    not_numbers = {key: value for key, value in given.items() if not (isinstance(value, Real) and isfinite(value))}
     if not_numbers:
-        raise CardError(f"`metrics` must be numbers, got {not_numbers}: leave out what has not been measured.")
+        raise CardError(f"`metrics` must be finite numbers, got {not_numbers}: leave out what has not been measured.")
     folder = Path(folder)
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, AdaPruneConfig):
-        raise NotPrunedError(
-            f"The adapter in '{folder}' is one of another method, {config.peft_type}: it has no masks."
-        )
+    config = read_config(str(folder))
     if picture:
         plot_sparsity(sparsity_report(config)).savefig(folder / PICTURE, dpi=150)
     drawn = PICTURE if (folder / PICTURE).is_file() else None
@@ -138,14 +136,15 @@ def write_model_card(
         drawn,
     )
     made.data.pipeline_tag = pipeline or made.data.pipeline_tag  # people may know a better one
-    made.data.eval_results = kept or made.data.eval_results or []  # kept ones with their data sets and splits
+    # Kept ones have their data sets and splits. Without any, `[]` tells `put_card` to keep no former ones.
+    made.data.eval_results = kept or made.data.eval_results or []
     return put_card(path, made)
 
 
 def put_card(path: Path, made: Any) -> ModelCard:
     """Write a card; keep the text and metadata that people wrote in an existing one.
 
-    Scores of the same adapter are kept too, if those of the new card are `None`.
+    Scores of the same adapter are kept too if those of the new card are `None`, but not if they are an empty list.
     """
     written = read_card(path)
     if written is not None:
@@ -245,7 +244,9 @@ def update_card(written: Any, card: Any) -> Any:
     text = replace_block(_TRAINER_BLOCK.sub(r"\1\n\2", text) if is_foreign else text, BEGIN, END, block)
     card.text = f"{text.rstrip()}\n"
     for field, value in vars(written.data).items():
-        if field == "tags":
+        if field == "library_name" and value not in (None, "transformers"):
+            card.data.library_name = value  # such as sentence-transformers
+        elif field == "tags":
             # PEFT writes local paths into tags, and into `base_model`.
             kept = [str(tag) for tag in value or [] if not str(tag).startswith("base_model:adapter:")]
             card.data.tags = sorted({*kept, *(card.data.tags or ())})
@@ -298,6 +299,9 @@ def _render(
         tags=["adaprune", "pruning", "sparse", "transformers"],
     )
     opener = auto_class(config.architecture) or ("AutoModel" if pipeline == "feature-extraction" else None)
+    if opener and config.revision:
+        # transformers opens the base at its main branch. PEFT has such a class for most tasks.
+        opener = opener.replace("Auto", "AutoPeft") if hasattr(peft, opener.replace("Auto", "AutoPeft")) else None
     return ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
@@ -306,19 +310,13 @@ def _render(
         name=name,
         subfolder=subfolder,
         base=description,
-        has_head=bool(config.head_tensors),
-        has_base=bool(config.base_model_name_or_path),
+        config=config,
         on_hub=base is not None,
-        base_fingerprint=config.base_fingerprint,
-        adapter_fingerprint=config.adapter_fingerprint,
-        module="transformers" if opener else "peft",
+        module="transformers" if opener and not config.revision else "peft",
         auto_class=opener or "AutoPeftModel",
         advice=speed_advice(config),
-        grouped=bool(config.group_kinds),
-        coded=bool(config.mask_bytes),
         report=sparsity_report(config),
         metrics=metrics,
         picture=picture,
-        combination=config.combination,
         options={option: getattr(config, option) for option in _OPTIONS} | (config.training or {}),
     )

@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME, PushToHubMixin, logging
 
-from ..errors import PushError
+from ..errors import AdapterNotFoundError, PushError
 from ..overrides import override
 from ..storage.stored_adapter import read_adapter
 from .model_card import (
@@ -35,7 +35,7 @@ PUSH_OPTIONS = ("commit_message", "create_pr", "private", "repo_id", "revision")
 
 # Files of a Trainer beside an adapter: pickles, results, and the state that it resumes from.
 _PICKLES = ("*.bin", "*.pt", "*.pth")
-_LEFT_OUT = (*_PICKLES, "*/*", ".*", "*.tmp", "*_results.json", TRAINER_STATE_NAME, SAFE_WEIGHTS_NAME, "training_*")
+_LEFT_OUT = (*_PICKLES, ".*", "*.tmp", "*_results.json", TRAINER_STATE_NAME, SAFE_WEIGHTS_NAME, "training_*")
 
 
 def push_adapter(
@@ -66,12 +66,14 @@ def push_adapter(
         `huggingface_hub.CommitInfo`: The commit.
 
     Raises:
-        AdapterNotFoundError: If the folder has no adapter.
+        AdapterNotFoundError: If there is no such folder, or no adapter in it.
         AdapterFileError: If the adapter is of another method, or damaged.
         CardError: If the metadata of the card in the folder cannot be read.
         PushError: If the Hub refuses, or the connection breaks.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise AdapterNotFoundError(f"There is no folder '{folder}': save the adapter first, and name its folder.")
     read_adapter(folder)
     read_card(folder / CARD)  # before anything is created on the Hub
     api = HfApi(token=token)
@@ -88,7 +90,8 @@ def push_adapter(
             revision=revision,
             create_pr=create_pr,
             commit_message=commit_message or "Upload adapter",
-            ignore_patterns=list(_LEFT_OUT),
+            # A sentence-transformers model has a subfolder for each of its further modules, such as the pooling.
+            ignore_patterns=[*_LEFT_OUT, "checkpoint-*/*" if (folder / "modules.json").is_file() else "*/*"],
         )
 
 
@@ -121,6 +124,13 @@ def _upload(model: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: An
             # It was fetched from the main branch.
             (config.parent / CARD).unlink(missing_ok=True)
         _complete_card(config.parent, repo_id, None if subfolder == "." else subfolder, revision, token)
+    card = Path(working_dir, CARD)
+    if (
+        not Path(working_dir, CONFIG_NAME).is_file()
+        and card.is_file()
+        and not written_by_hand(card.read_text("utf-8"))
+    ):
+        card.unlink()  # a blank one: all adapters are in subfolders
     return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
 
 
@@ -129,8 +139,8 @@ def _complete_card(folder: Path, name: str, subfolder: str | None, revision: str
     if describe_base(base)[0] is None:
         logger.warning(
             f"{name!r} is an adapter for the base {base!r}, which is not a name on the Hub: only those who have a "
-            "copy of it can open the adapter. If the base is on the Hub too, enter its name as "
-            f"`base_model_name_or_path` in '{folder / CONFIG_NAME}', and push again with `hf-adaprune push`."
+            "copy of it can open the adapter. If the base is on the Hub too, save the adapter to a folder, enter the "
+            f"base's name as `base_model_name_or_path` in its {CONFIG_NAME}, and use `hf-adaprune push`."
         )
     fetch_card(folder / CARD, name, subfolder=subfolder, revision=revision, token=token)
     write_model_card(folder, name=name, subfolder=subfolder)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers.utils import logging
 
+from ..choices import AUTO
 from ..config import AdaPruneConfig
 from ..errors import AdapterFileError
 from ..files.fingerprint import fingerprint
 from ..files.weights_file import check_head
-from ..masks import SHORTEST
 from ..tensor_names import PREFIX, plain_name, stored_name, unwrapped_name
 from ..tuner.head_sync import head_sync_of
 from ..tuner.layer import AdaPruneLayer
 from ..tuner.masked_layers import adaprune_layers, module_counts
-from .checks import head_keys
+from .checks import head_keys, run_checks
 
 
 logger = logging.get_logger(__name__)
@@ -37,11 +39,23 @@ def masks_to_store(
 
     Returns:
         `dict[str, torch.Tensor]`: `uint8`, by their names in the model: one bit per entry, or less.
+
+    Raises:
+        AdapterFileError: If the adapter was loaded, and is not the one that was saved.
+        ConfigError: If an adapter of another method has layers in its head.
     """
-    base = model.base_model.model if isinstance(model, PeftModel) else model
+    run_checks(model)  # saving a damaged adapter would give it a valid fingerprint
+    base: Any = model.base_model.model if isinstance(model, PeftModel) else model
     head_sync = head_sync_of(base)
     if head_sync is not None and head_sync.shown is config:
         head_sync.record(base)
+        if base.config.num_labels != head_sync.num_labels(config):
+            warnings.warn(
+                f"The model's configuration has {base.config.num_labels} labels, but the head of adapter "
+                f"{adapter_name!r} has {head_sync.num_labels(config)}: it is saved with the labels that it had. To "
+                "rename them, set `model.config.id2label` to as many names.",
+                stacklevel=2,
+            )
     layers = dict(adaprune_layers(model, adapter_name))
     keys = {name: f"{name}.adaprune_mask.{adapter_name}" for name in layers}
     masks = {name: layer.decode(adapter_name, state_dict[keys[name]]) for name, layer in layers.items()}
@@ -131,7 +145,7 @@ def _shortest(
 ) -> dict[str, torch.Tensor]:
     """Return masks as `mask_codec` stores them, and record the sizes of coded ones in the configuration."""
     stored = packed
-    if config.mask_codec == SHORTEST:
+    if config.mask_codec == AUTO:
         stored = {name: layer.encode(adapter_name, packed[name]) for name, layer in layers.items()}
     coded = {name: mask.numel() for name, mask in stored.items() if mask.numel() < packed[name].numel()}
     config.mask_bytes = {plain_name(name): size for name, size in coded.items()} or None

@@ -12,12 +12,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import AdaPruneConfig
-from ..errors import AdapterFileError, BaseMismatchError, NotPrunedError
+from ..errors import AdapterFileError, BaseMismatchError, ConfigError, NotPrunedError
 from ..files.fingerprint import fingerprint, fingerprints_are_checked, matches
 from ..masks import packed_size
 from ..tuner.head import PEFT_HEADS, body_name, head_modules, head_wrappers
 from ..tuner.hooks import PreHook, pre_hooks
-from ..tuner.masked_layers import adaprune_layers, added_parameters, module_counts
+from ..tuner.masked_layers import adaprune_layers, added_parameters, has_foreign_layers, module_counts
 from ..tuner.sharding import is_sharded
 
 
@@ -63,7 +63,8 @@ def check_base(model: nn.Module, adapter_name: str, config: AdaPruneConfig) -> N
         raise BaseMismatchError(
             f"The masks of adapter {adapter_name!r} were made for other weights: their fingerprint is "
             f"{config.base_fingerprint}, that of the model's weights is {fingerprint(weights)}. Load the adapter's "
-            f"own base, in any precision: {config.base_model_name_or_path!r} according to its configuration or, if "
+            f"own base, in any precision: {config.base_model_name_or_path!r}"
+            f"{f', revision {config.revision!r},' if config.revision else ''} according to its configuration or, if "
             "that was resized, merged or compacted before masks were added, the model that was saved after that. "
             "(Weights that transformers reports as MISSING in the base are random at each load: save the model "
             "before adding masks, and use the saved model as the base.) To open the adapter on this model anyway, "
@@ -174,13 +175,21 @@ def run_checks(model: nn.Module) -> None:
 
 
 def head_keys(model: nn.Module, adapter_name: str) -> list[str]:
-    """Return the keys of an adapter's head in the model's state dict."""
-    return [
-        f"{name}.modules_to_save.{adapter_name}.{key}"
-        for name, wrapper in head_wrappers(model).items()
-        if adapter_name in wrapper.modules_to_save
-        for key in wrapper.modules_to_save[adapter_name].state_dict()
-    ]
+    """Return the keys of an adapter's head in the model's state dict.
+
+    Raises:
+        ConfigError: If an adapter of another method has layers in that head: PEFT cannot save one within the other.
+    """
+    wrappers = {name: it for name, it in head_wrappers(model).items() if adapter_name in it.modules_to_save}
+    heads = {name: wrapper.modules_to_save[adapter_name] for name, wrapper in wrappers.items()}
+    adapted = [name for name, head in heads.items() if has_foreign_layers(head)]
+    if adapted:
+        raise ConfigError(
+            f"{adapted} belong to the head of adapter {adapter_name!r}, and cannot be saved with the layers that "
+            f"another adapter has added to them. Add that one with `exclude_modules=r'.*({'|'.join(adapted)}).*'`."
+        )
+    keys = {name: head.state_dict() for name, head in heads.items()}
+    return [f"{name}.modules_to_save.{adapter_name}.{key}" for name in keys for key in keys[name]]
 
 
 def _body_weights(model: nn.Module, config: AdaPruneConfig) -> list[torch.Tensor]:

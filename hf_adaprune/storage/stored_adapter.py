@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,11 +105,19 @@ class StoredAdapter:
         """
         name, hub_of_base = self._base(base)
         for place, hub in ((self.name, self.hub), (name, hub_of_base)):
-            try:
-                return AutoTokenizer.from_pretrained(place, **hub)
-            except (OSError, ValueError):
-                continue
+            with suppress(OSError, ValueError):
+                tokenizer = AutoTokenizer.from_pretrained(place, **hub)
+                # Where there is none, transformers makes one that knows only its special tokens.
+                if len(tokenizer) > len(tokenizer.all_special_tokens):
+                    return tokenizer
         raise AdapterNotFoundError(f"Neither {self.name!r} nor its base {name!r} has a tokenizer.")
+
+    @property
+    def is_sentence_transformer(self) -> bool:
+        """Whether it was saved by a `SentenceTransformer`, with further modules beside the transformer."""
+        with suppress(OSError, ValueError):
+            return cached_file(self.name, "modules.json", **self.hub) is not None
+        return False
 
     def results(self) -> list[EvalResult]:
         """Return the scores on the adapter's card; none if the card is missing or cannot be read."""
@@ -193,7 +202,9 @@ def read_config(name: str, **hub: Any) -> AdaPruneConfig:
         if isinstance(error, ValueError) and error.__cause__ is not None:
             # PEFT's message says where it looked, its cause why it found nothing.
             raise AdapterNotFoundError(f"The adapter {name!r} was not found: {error.__cause__}") from None
-        raise AdapterFileError(f"{CONFIG_NAME} of {name!r} is not a valid adapter configuration: {error!r}.") from None
+        raise AdapterFileError(
+            f"{CONFIG_NAME} of {name!r} is not a valid adapter configuration ({error!r}): fetch the adapter again."
+        ) from None
     if not isinstance(config, AdaPruneConfig):
         method = getattr(config.peft_type, "value", config.peft_type)
         raise AdapterFileError(f"{name!r} is an adapter of another method, {method}: open it with peft alone.")

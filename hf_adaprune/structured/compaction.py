@@ -214,7 +214,7 @@ def hidden_states(model: Any) -> torch.Tensor:
     return tensor_sharing_copy(model).base_model(**dummy_inputs(model))[0].float()
 
 
-def differ(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> str:
+def difference(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> str:
     """Describe by how much hidden states differ beyond the rounding of a dtype; return `""` if they do not."""
     error = float((found - expected).abs().max() / expected.abs().max())
     allowed = 1e-4 if dtype == torch.float32 else 5e-2
@@ -224,7 +224,7 @@ def differ(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> s
 def _check_outputs_match(dense: Any, expected: torch.Tensor) -> None:
     """Raise a `CompactionError` if the smaller model does not compute the expected hidden states."""
     try:
-        problem = differ(hidden_states(dense), expected, dense.dtype)
+        problem = difference(hidden_states(dense), expected, dense.dtype)
     except (RuntimeError, ValueError, IndexError) as cause:
         problem = f"it cannot run ({cause})"
     if problem:

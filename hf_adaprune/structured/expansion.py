@@ -15,7 +15,7 @@ from ..tuner.groups import Groups, join_kinds
 from ..tuner.head import head_wrappers
 from ..tuner.layer import AdaPruneLayer
 from ..tuner.masked_layers import adaprune_layers, put_masks
-from .compaction import active_config, base_of, differ, hidden_states, kept_groups
+from .compaction import active_config, base_of, difference, hidden_states, kept_groups
 
 
 def expand(small: Any, whole: Any) -> PreTrainedModel:
@@ -75,7 +75,7 @@ def expand(small: Any, whole: Any) -> PreTrainedModel:
         trained.modules_to_save["default"].load_state_dict(state)
     # Allow for half-precision rounding if either model is in half precision.
     dtype = base.dtype if base.dtype == small.dtype else torch.bfloat16
-    problem = differ(hidden_states(merged(base)), hidden_states(merged(small)), dtype)
+    problem = difference(hidden_states(merged(base)), hidden_states(merged(small)), dtype)
     if problem:
         raise _mismatch(problem)
     return base

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim import SGD
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..config import AdaPruneConfig
-from ..errors import ConfigError, NotPrunedError
+from ..errors import CardError, ConfigError, NotPrunedError
 from ..hub.model_card import CARD, write_model_card
 from ..hub.publish import fetch_card
 from ..storage.checks import run_checks
@@ -32,7 +32,7 @@ from .checkpoints import (
     stop_saving_state,
 )
 from .pruner import Pruner
-from .trainer_card import complete_trainer_card, initial_learning_rate, training_settings
+from .trainer_card import complete_trainer_card
 
 
 logger = logging.get_logger(__name__)
@@ -170,7 +170,8 @@ class AdaPruneCallback(TrainerCallback):
             logger.warning(
                 "The optimizer has no scores: only the head learns, and the initial scores determine the masks."
             )
-        learning_rate = max(map(initial_learning_rate, groups), default=0.0)
+            return
+        learning_rate = max(map(_initial_learning_rate, groups))
         score_step = pruner.config.score_lr_ratio * learning_rate
         if score_step > _MAX_SCORE_STEP:
             logger.warning(
@@ -187,9 +188,9 @@ class AdaPruneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Raise before an optimizer step with NaN or infinite gradients; skip the updates of a finished run."""
-        if self._running.finished:
-            kwargs["optimizer"].zero_grad()  # a run resumed at its end changes nothing
-        if args.fp16:
+        if self._running.finished or state.global_step >= state.max_steps:
+            kwargs["optimizer"].zero_grad()  # a run resumed at its end makes one more step, which changes nothing
+        if getattr(kwargs["optimizer"], "scaler", None) is not None:
             # A gradient scaler expects overflows, and skips such steps by itself.
             self._running.remember_head()
         else:
@@ -236,7 +237,11 @@ class AdaPruneCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         card, name = Path(args.output_dir, CARD), _name_on_hub(args)
-        fetch_card(card, name, revision=args.hub_revision, token=args.hub_token)
+        try:
+            fetch_card(card, name, revision=args.hub_revision, token=args.hub_token)
+        except (CardError, UnicodeDecodeError) as error:
+            logger.warning(f"The model card is left as it is while training goes on: {error}")
+            return
         self._card = (card.read_text(encoding="utf-8") if card.is_file() else None), name
         for folder in folders_of_step(args, state):
             if (folder / CONFIG_NAME).is_file():
@@ -299,8 +304,12 @@ def _check_resumed(pruner: Pruner, num_steps: int) -> None:
 
 
 def _check_optimizer(model: nn.Module, optimizer: Any) -> None:
-    """Raise if an optimizer has no trainable parameter: it was created before the masks."""
+    """Raise if an optimizer has no trainable parameter: there is none, or it was created before the masks."""
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    if not trained:
+        raise ConfigError(
+            f"Nothing of the {type(model).__name__} can be trained: its masks are fixed, and it has no head to train."
+        )
     if not trained & {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}:
         raise ConfigError(
             "The Trainer's optimizer was created before the masks, and would train nothing. Let the Trainer create "
@@ -318,3 +327,26 @@ def _name_on_hub(args: TrainingArguments) -> str:
         return f"{HfApi(token=args.hub_token).whoami()['name']}/{name}"
     except Exception:  # The push itself will report it.
         return name
+
+
+def training_settings(args: TrainingArguments, state: TrainerState, data: Any, optimizer: Any) -> dict[str, Any]:
+    """Return the settings of a Trainer, with its data loader and optimizer, for `AdaPruneConfig.training`."""
+    dataset: Any = getattr(data, "dataset", None)
+    name = str(getattr(args.optim, "value", args.optim))
+    own = type(getattr(optimizer, "optimizer", optimizer)).__name__  # not that of `args` if it was passed in
+    return {
+        "num_steps": min(state.global_step, state.max_steps),
+        "batch_size": (state.train_batch_size or args.train_batch_size)
+        * args.gradient_accumulation_steps
+        * args.world_size,
+        "num_examples": len(dataset) if has_length(dataset) else None,
+        "learning_rate": _initial_learning_rate(optimizer.param_groups[0]),
+        "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "optim": name if own.lower() in name.replace("_", "") else own,
+        "seed": args.seed,
+    }
+
+
+def _initial_learning_rate(group: dict[str, Any]) -> float:
+    """Return the learning rate of an optimizer's parameter group before any schedule."""
+    return float(group.get("initial_lr", group["lr"]))

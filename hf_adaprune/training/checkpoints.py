@@ -110,20 +110,24 @@ def _load_own(
 
 
 def _save_state(model: nn.Module, path: Path, args: TrainingArguments) -> None:
-    """Save the trainable parameters and the masks by the model's own names."""
+    """Save the trainable parameters, the masks, and heads and scores even if frozen, by the model's own names."""
     state, resumable, num_processes = model.state_dict(), not args.save_only_model, args.world_size
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # A head may also have buffers, such as the statistics of a BatchNorm.
+    names |= {name for name in state if ".modules_to_save." in name or ".adaprune_scores." in name}
     for name, layer in adaprune_layers(model):
         names |= {f"{name}.adaprune_mask.{adapter}" for adapter in layer.adaprune_mask}
         if resumable:
             names |= {f"{name}.adaprune_score_scale.{adapter}" for adapter in layer.adaprune_score_scale}
         else:
             names -= {f"{name}.adaprune_scores.{adapter}" for adapter in layer.adaprune_scores}
-    files = [OPTIMIZER_NAME, SCHEDULER_NAME] if resumable else []
+    files = []
     if resumable:
+        files = [OPTIMIZER_NAME, SCHEDULER_NAME]
         files += [f"rng_state_{rank}.pth" for rank in range(num_processes)] if num_processes > 1 else ["rng_state.pth"]
     metadata = {"format": "pt", "files": json.dumps(files)}
-    save_file({name: state[name].contiguous() for name in sorted(names)}, path, metadata=metadata)
+    # Copied, as several names may share their memory.
+    save_file({name: state[name].clone() for name in sorted(names)}, path, metadata=metadata)
 
 
 def folders_of_step(args: TrainingArguments, state: TrainerState) -> list[Path]:

@@ -155,6 +155,11 @@ class Pruner:
         return max(scheduled, self._start_sparsity)
 
     @property
+    def is_current(self) -> bool:
+        """Whether this is the latest `Pruner` of its adapter, and has not been closed."""
+        return self.config.in_memory.pruner_token is self._token
+
+    @property
     def finished(self) -> bool:
         """Whether training should end now: Algorithm 1 stops as soon as its target is exceeded."""
         return self.config.selection == "threshold" and self.sparsity > self.config.final_sparsity
@@ -202,7 +207,7 @@ class Pruner:
             NonFiniteError: If a score is NaN or infinite; the masks of the previous step are kept.
             DivergenceError: If the processes have different masks (checked every 100 steps).
         """
-        if self.config.in_memory.pruner_token is not self._token:
+        if not self.is_current:
             raise ConfigError(
                 f"Adapter {self.adapter_name!r} must be trained by one `Pruner`, but this one was finalized or "
                 "closed, or another was created since: remove the second `AdaPruneCallback`, or the `Pruner` beside a "
@@ -223,6 +228,7 @@ class Pruner:
                 "`Pruner.step` once after each step of the optimizer; with gradient accumulation that is not once per "
                 "batch.)"
             )
+            return
         self.num_steps += 1
         self._has_stepped = True
         self.config.in_memory.was_pruned = True
@@ -284,7 +290,7 @@ class Pruner:
         """
         self._close_inputs()
         self._head.close()
-        if self.config.in_memory.pruner_token is self._token:  # no other has replaced this one
+        if self.is_current:
             self.config.in_memory.pruner_token = None
             restore_dropout(self.model)
             for layer in self.layers.values():
@@ -308,7 +314,12 @@ class Pruner:
         """Prune the lowest scores: exactly a fraction `sparsity`, in [0, 1], of all masked weights.
 
         Whole groups are pruned to the nearest number possible.
+
+        Raises:
+            ValueError: If `sparsity` is not in [0, 1].
         """
+        if not 0 <= sparsity <= 1:
+            raise ValueError(f"`sparsity` must be in [0, 1], got {sparsity}.")
         self.config.in_memory.was_pruned = True
         self._set(self._selector.at_sparsity(sparsity))
 

@@ -57,8 +57,8 @@ class Groups:
 
     def __init__(self, block: Block, model: nn.Module) -> None:
         self.block = block
-        self.producers = {name: _innermost(model.get_submodule(name)) for name in block.producers}
-        self.consumer = _innermost(model.get_submodule(block.consumer))
+        self.producers = {name: innermost(model.get_submodule(name)) for name in block.producers}
+        self.consumer = innermost(model.get_submodule(block.consumer))
 
     @property
     def shape(self) -> torch.Size:
@@ -138,7 +138,8 @@ def input_dim(layer: nn.Module) -> int:
     return 0 if isinstance(layer, Conv1D) else 1
 
 
-def _innermost(module: Any) -> Any:
+def innermost(module: Any) -> Any:
+    """Return the layer beneath any adapter layers."""
     while hasattr(module, "base_layer"):
         module = module.base_layer
     return module

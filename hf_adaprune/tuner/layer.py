@@ -10,16 +10,17 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from ..choices import AUTO
 from ..codec import decode_mask, encode_mask, is_coded
 from ..config import AdaPruneConfig
 from ..errors import ConfigError, MergeError
-from ..masks import SHORTEST, apply_mask, pack_mask, packed_ones, packed_size, unpack_mask
+from ..masks import apply_mask, pack_mask, packed_ones, packed_size, unpack_mask
+from .binarize import sigmoid_relaxation, straight_through
 from .cached_weight import CachedWeight
 from .groups import Groups
 from .score_state import remake_scores
 from .scores import initial_scores
 from .sharding import full_tensor, is_sharded
-from .trained_weight import trained_weight
 
 
 class AdaPruneLayer(nn.Module, BaseTunerLayer):
@@ -162,7 +163,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
     def accepts(self, adapter_name: str, stored: torch.Tensor) -> bool:
         """Return whether a tensor has the dtype and a shape that the adapter's mask may be stored in."""
         size = packed_size(self._mask_shape(adapter_name).numel())
-        shorter = self._configs[adapter_name].mask_codec == SHORTEST and stored.numel() < size
+        shorter = self._configs[adapter_name].mask_codec == AUTO and stored.numel() < size
         return stored.dtype == torch.uint8 and stored.dim() == 1 and (stored.numel() == size or shorter)
 
     def _unmerged_weight(self) -> torch.Tensor:
@@ -251,7 +252,7 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         names = self.active_masks
         if torch.is_grad_enabled() and (weight.requires_grad or any(self.is_trained(name) for name in names)):
             self._cached = None
-            return trained_weight(self, weight, names)
+            return self._masked(weight, names)
         if not names:
             return weight
         # A compiled model cannot check whether a cached product is valid: it unpacks its masks in each pass.
@@ -282,8 +283,24 @@ class AdaPruneLayer(nn.Module, BaseTunerLayer):
         return [name for name in names if name in self.adaprune_mask]
 
     def _masked(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
+        """Multiply a weight by masks; the result passes the gradient on to the scores that are trained."""
         for name in names:
-            weight = apply_mask(weight, self.mask(name))
+            mask, config = self.mask(name), self._configs[name]
+            if not (torch.is_grad_enabled() and self.is_trained(name)):
+                weight = apply_mask(weight, mask)
+                continue
+            scores = self.broadcast(name, self.adaprune_scores[name])
+            if config.estimator == "straight_through":
+                weight = straight_through(weight, scores, mask)
+            else:
+                weight = sigmoid_relaxation(
+                    weight,
+                    scores,
+                    mask,
+                    backward_temperature=config.backward_temperature,
+                    forward_temperature=config.forward_temperature if self.training else None,
+                    score_scale=config.score_lr_ratio,
+                )
         return weight
 
     def _cached_product(self, weight: torch.Tensor, names: list[str]) -> CachedWeight:

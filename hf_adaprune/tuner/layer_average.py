@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..errors import MergeError
 
@@ -86,6 +87,8 @@ def _courier(body: nn.Module) -> _FirstVectors:
         if isinstance(courier := getattr(hook, "__self__", None), _FirstVectors):
             return courier
     courier = _FirstVectors()
+    # By default transformers installs these in the first forward pass, which cannot be compiled then.
+    maybe_install_capturing_hooks(body)
     body.register_forward_pre_hook(courier.ask, with_kwargs=True)
     body.register_forward_hook(courier.take)
     return courier

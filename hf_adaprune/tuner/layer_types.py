@@ -49,8 +49,8 @@ class Conv1DLinear(AdaPruneLayer):
         trained = self.straight_through_inputs()
         if trained is not None:
             scores, mask = trained
-            x, bias = self._cast_input_dtype(x, self.base_weight.dtype), self.get_base_layer().bias
-            return masked_linear(x, self.base_weight.t(), scores.t(), mask.t(), bias)
+            x = self._cast_input_dtype(x, self.base_weight.dtype)
+            return masked_linear(x, self.base_weight.t(), scores.t(), mask.t(), self.bias)
         weight = self.effective_weight()
         x = self._cast_input_dtype(x, weight.dtype)
         output = torch.addmm(self.get_base_layer().bias, x.reshape(-1, self.in_features), weight)

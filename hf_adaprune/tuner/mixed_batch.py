@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
 
 from ..errors import MixedBatchError
 from ..overrides import override, restore
@@ -31,7 +31,8 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
 
     A loss is the mean over all labels of the batch. Only the model's own forward pass knows the names: in the context,
     its parts and other methods refuse to compute, and so does `generate`, as there is no cache. The names are those of
-    the rows that the model gets (`SentenceTransformer.encode` sorts texts by their length first).
+    the rows that the model gets (`SentenceTransformer.encode` sorts texts by their length first). While one thread is
+    in the context, no other may use the model: both would switch its adapters.
 
     Args:
         model (`torch.nn.Module`): A transformers model with AdaPrune adapters, in evaluation mode.
@@ -143,14 +144,7 @@ def _batch_size(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 def _take(value: Any, rows: torch.Tensor, size: int) -> Any:
     """Return the given rows of every tensor that has one row per sample."""
-    if isinstance(value, torch.Tensor):
-        return value[rows.to(value.device)] if value.dim() and len(value) == size else value
-    if isinstance(value, dict):
-        taken = {key: _take(item, rows, size) for key, item in value.items()}
-        return type(value)(**taken) if isinstance(value, ModelOutput) else taken
-    if isinstance(value, (list, tuple)):
-        return type(value)(_take(item, rows, size) for item in value)
-    return value
+    return recursively_apply(lambda it: it[rows.to(it.device)] if it.dim() and len(it) == size else it, value)
 
 
 def _put_together(parts: list[Any], weights: list[int], order: torch.Tensor) -> Any:

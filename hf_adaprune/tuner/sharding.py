@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ..errors import UnsupportedShardingError
 
@@ -68,10 +68,7 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def copy_to_shards(target: torch.Tensor, values: torch.Tensor) -> None:
     """Copy values, whole in every process, into a tensor that may be sharded."""
     if isinstance(target, DTensor):
-        replicas = [Replicate()] * target.device_mesh.ndim
-        values = DTensor.from_local(values, target.device_mesh, replicas, run_check=False).redistribute(
-            placements=target.placements
-        )
+        values = distribute_tensor(values, target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(values)
 
 

@@ -111,7 +111,7 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     if taken or hasattr(nn.ModuleDict, adapter_name) or hasattr(nn.ParameterDict, adapter_name):
         raise ConfigError(
             f"An adapter named {adapter_name!r} could not be opened again: "
-            + (f"{taken[0]!r} of the model contains that name." if taken else "PyTorch reserves that name.")
+            + (f"{taken[0]!r} of the model contains that name." if taken else "that name is reserved.")
             + " Choose another."
         )
 
@@ -153,16 +153,11 @@ def check_targets(model: nn.Module, config: AdaPruneConfig) -> None:
     for name, module in model.named_modules():
         can_be = isinstance(module, BaseTunerLayer) or masked_class(module)
         if not can_be and check_target_module_exists(config, name):
-            raise unmaskable(name, module)
-
-
-def unmaskable(name: str, module: nn.Module) -> NoMatchingModuleError:
-    """Return the error for a targeted module that cannot be masked."""
-    return NoMatchingModuleError(
-        f"`target_modules` matched {name!r}, a {type(module).__name__}. Only `torch.nn.Embedding`, and "
-        "`torch.nn.Linear` and transformers' `Conv1D` without a forward pass of their own can be masked: list it in "
-        "`exclude_modules`."
-    )
+            raise NoMatchingModuleError(
+                f"`target_modules` matched {name!r}, a {type(module).__name__}. Only `torch.nn.Embedding`, and "
+                "`torch.nn.Linear` and transformers' `Conv1D` without a forward pass of their own can be masked: list "
+                "it in `exclude_modules`."
+            )
 
 
 def no_match(names: object, endings: list[str]) -> str:
