@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -36,11 +37,14 @@ def adapter_path(base_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """Have this process talk to a Hub of its own, with an empty cache and the token of `"me"` to write."""
     import huggingface_hub.hf_api
+    import huggingface_hub.utils._http
     import transformers.utils.hub
     from hub_server import HubServer
     from huggingface_hub import constants
 
     with HubServer() as hub:
+        # The client waits for longer and longer before it tries again.
+        monkeypatch.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(sleep=lambda seconds: None))
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"

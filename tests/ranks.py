@@ -25,7 +25,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
@@ -197,6 +197,12 @@ def _train_by_hand(model: Any, wrapped: nn.Module, path: Path) -> None:
 
 def run_selection(base: str, folder: Path) -> None:
     """Choose from scores of every kind, sharded; write down the first choice that is not `topk_masks`'s."""
+    gather, gathered = DTensor.full_tensor, set[torch.dtype]()
+
+    def note(tensor: DTensor, **options: Any) -> torch.Tensor:
+        gathered.add(tensor.dtype)
+        return gather(tensor, **options)
+
     mesh = init_device_mesh("cpu", (world()[1],))
     shapes = {"a": (7, 5), "b": (1, 4), "c": (3, 8)}
     wrong = ""
@@ -212,9 +218,13 @@ def run_selection(base: str, folder: Path) -> None:
         sizes = [sum(made[0][name].numel() for name in group) for group in groups]
         kept = [int(torch.randint(size + 1, (), generator=generator)) for size in sizes]
         sharded = [{name: distribute_tensor(values[name], mesh, [Shard(0)]) for name in values} for values in made]
-        found, wanted = topk_masks(sharded[0], sharded[1], groups, kept), topk_masks(made[0], made[1], groups, kept)
+        with mock.patch.object(DTensor, "full_tensor", note):
+            found = topk_masks(sharded[0], sharded[1], groups, kept)
+        wanted = topk_masks(made[0], made[1], groups, kept)
         if any(not torch.equal(found[name], wanted[name]) for name in shapes) and not wrong:
             wrong = f"trial {trial}: {groups}, {kept}"
+    if gathered != {torch.uint8}:
+        wrong = f"not only masks are gathered, but tensors of {gathered}"
     (folder / f"selection-rank{world()[0]}.json").write_text(json.dumps(wrong))
 
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from hf_adaprune import AdaPruneCallback, AdaPruneConfig, Pruner, sparsity_report
-from hf_adaprune.analysis import RecoveryCallback
+from hf_adaprune.analysis import Recovery, RecoveryCallback
 from hf_adaprune.baselines import (
     ABLATIONS,
     METHODS,
@@ -304,10 +304,13 @@ def test_each_round_prunes_a_share_of_the_rest_and_the_last_one_what_is_missing(
 
 @pytest.mark.parametrize("method", ["magnitude", "movement"])
 def test_recovery_is_counted_where_weights_are_trained(method: str, tmp_path: Path) -> None:
-    watch = RecoveryCallback()
-    callback = make_callback(method, AdaPruneConfig(final_sparsity=0.6))
-    make_trainer(make_model(), tmp_path, callback, watch, max_steps=10).train()
-    assert 0 <= watch.recovery.share_of_kept < 1
+    recovery, masks = RecoveryCallback(), Watch("on_step_end", masks_of)
+    callback: Any = make_callback(method, AdaPruneConfig(final_sparsity=0.6))
+    options: dict[str, Any] = {"max_steps": 10, "learning_rate": 1e-2}
+    make_trainer(make_model(), tmp_path, callback, recovery, masks, **options).train()
+    expected = Recovery.of(masks.seen)
+    assert 0 < recovery.recovery.share_of_kept == expected.share_of_kept < 1
+    assert recovery.recovery.recovered().keys() == expected.recovered().keys() == callback.masks.keys()
 
 
 def test_a_round_that_was_interrupted_is_repeated(tmp_path: Path) -> None:

@@ -594,3 +594,11 @@ def test_a_nan_in_half_precision_on_a_cpu_stops_training_before_it_reaches_the_m
     with pytest.raises(NonFiniteError):
         broken.train()
     assert all(parameter.isfinite().all() for parameter in broken.model.parameters())
+
+
+def test_masks_of_all_processes_are_compared_at_each_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[int] = []
+    monkeypatch.setattr("hf_adaprune.training.pruner.check_same_masks", lambda masks, step: compared.append(step))
+    options: dict[str, Any] = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(make_model(), tmp_path, AdaPruneCallback, **options).train()
+    assert compared == [2, 4, 5, 5]

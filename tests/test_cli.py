@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from tiny import HEADS, make_model, save_model, train_masks
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from hf_adaprune import Pruner, compact, sparsity_report
+from hf_adaprune import Pruner, compact, measure_speed, sparsity_report
 from hf_adaprune.analysis import load_masks
 from hf_adaprune.cli import app
+from hf_adaprune.cli.answer import Answer, answering
 from hf_adaprune.config import AdaPruneConfig
 from hf_adaprune.deploy import plain_models
 from hf_adaprune.hub.advice import speed_advice
@@ -555,3 +558,40 @@ def test_exit_codes_are_told() -> None:
     assert "5 wrong base" in " ".join(shown.stdout.split())
     assert run("inspect").exit_code == 2
     assert run("inspect", "x", "--jsn").exit_code == 2
+
+
+def test_only_the_answer_is_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    @answering
+    def talkative(as_json: bool) -> Answer:
+        sys.stdout.write("a library says something\n")
+        return Answer({"a": float("nan")}, [])
+
+    talkative(as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"a": None}
+
+
+def test_options_reach_what_they_are_for(
+    adapter: Path, base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((adapter / CONFIG_NAME).read_text())
+    (adapter / CONFIG_NAME).write_text(json.dumps(config | {"base_model_name_or_path": "nowhere/base"}))
+    folder = Path(shutil.move(adapter, tmp_path / "all" / "sub")).parent
+    where = [folder, "--subfolder", "sub", "--base", base_path]
+    Dataset.from_dict({"premise": TEXTS, "hypothesis": TEXTS, "label": [0] * len(TEXTS)}).to_parquet(
+        tmp_path / "train.parquet"
+    )
+    told = answer("eval", *where, "--task", "mnli", "--split", "train", "--data", tmp_path)
+    assert (told["split"], told["examples"]) == ("train", len(TEXTS))
+    asked: dict[str, Any] = {}
+
+    def measure(model: Any, **options: Any) -> list[Any]:
+        asked.update(options, dtype=model.dtype)
+        return measure_speed(model, lengths=[4], repeats=2)
+
+    monkeypatch.setattr(import_module("hf_adaprune.cli.app"), "measure_speed", measure)
+    sizes = ["--batch-size", 2, "--batch-size", 3, "--length", 9, "--repeats", 4, "--threads", 1]
+    answer("speed", *where, *sizes, "--bf16", "--onnx")
+    assert asked == {
+        **{"batch_sizes": [2, 3], "lengths": [9], "repeats": 4, "num_threads": 1},
+        **{"onnx": True, "dtype": torch.bfloat16},
+    }

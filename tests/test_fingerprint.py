@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import shutil
+import warnings
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from tiny import make_model
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from hf_adaprune import AdaPruneConfig
-from hf_adaprune.errors import AdapterFileError, BaseMismatchError
+from hf_adaprune.errors import AdaPruneError, AdapterFileError, BaseMismatchError
 from hf_adaprune.files.fingerprint import (
     fingerprint,
     fingerprints_are_checked,
@@ -174,3 +176,15 @@ def test_the_revision_of_the_base_is_named_where_another_was_opened(
     make_model("bert", "none", seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(BaseMismatchError, match="revision 'v2', according to its configuration"):
         open_on(tmp_path / "other", tmp_path / "adapter")
+
+
+def test_no_comparison_is_made_inside_the_context(base_path: Path, adapter_path: Path, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(adapter_path, tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["model_config"] |= {"id2label": {"0": "x", "1": "y", "2": "z"}, "hidden_act": "relu"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdaPruneError, match="not those that were saved"):
+        open_on(base_path, adapter)
+    with skip_fingerprint_check(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        open_on(base_path, adapter)

@@ -579,3 +579,22 @@ def test_a_sparsity_that_is_no_fraction_is_refused(granularity: str, sparsity: f
     pruner = Pruner(get_peft_model(make_model(), AdaPruneConfig(granularity=granularity)), 1)
     with pytest.raises(ValueError, match=rf"`sparsity` must be in \[0, 1\], got {sparsity}"):
         pruner.prune_to(sparsity)
+
+
+def test_masks_of_all_processes_are_compared_every_hundred_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[int] = []
+    monkeypatch.setattr("hf_adaprune.training.pruner.check_same_masks", lambda masks, step: compared.append(step))
+    pruner = Pruner(make(), total_steps=250)
+    for _ in range(250):
+        pruner.step()
+    assert compared == [100, 200]
+    pruner.finalize()
+    assert compared == [100, 200, 250]
+
+
+def test_groups_whose_scores_would_be_sharded_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    monkeypatch.setattr("hf_adaprune.tuner.sharding.is_initialized", lambda: True)
+    monkeypatch.setattr("hf_adaprune.tuner.sharding.AcceleratorState", lambda: state)
+    with pytest.raises(UnsupportedShardingError, match='`granularity="neuron"` needs all scores of a layer in one'):
+        Pruner(get_peft_model(make_model(), AdaPruneConfig(granularity="neuron")), total_steps=5)

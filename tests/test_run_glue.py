@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from hub_server import HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import (
@@ -242,22 +243,14 @@ def test_what_comes_back_is_counted_beside_the_run(run: Any, tmp_path: Path) -> 
     assert kept / (1 + kept) == pytest.approx(pruned, abs=1e-3)
 
 
-def test_a_pushed_adapter_keeps_its_own_card(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pushed: list[dict[str, str]] = []
-
-    class Hub:
-        def create_repo(self, name: str, **options: Any) -> Any:
-            return SimpleNamespace(repo_id=name)
-
-        def upload_folder(self, folder_path: str, **options: Any) -> None:
-            pushed.append({path.name: path.read_text(errors="replace") for path in Path(folder_path).iterdir()})
-
-    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_pushed_adapter_keeps_its_own_card(run: Any, tmp_path: Path, online: HubServer) -> None:
     files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
     run("--do_train", "--do_eval", "--max_steps", 5, "--push_to_hub", "--hub_model_id", "me/adapter", *files)
-    assert {"README.md", "adapter_model.safetensors", "adapter_config.json", "all_results.json"} <= set(pushed[-1])
-    assert "## What was pruned" in pushed[-1]["README.md"]
-    assert "| accuracy |" in pushed[-1]["README.md"]
+    pushed = online.files("me/adapter")
+    assert {"README.md", "adapter_model.safetensors", "adapter_config.json", "all_results.json"} <= pushed.keys()
+    assert b"## What was pruned" in pushed["README.md"]
+    assert b"| accuracy |" in pushed["README.md"]
 
 
 def test_the_papers_preset_runs(run: Any, tmp_path: Path) -> None:
@@ -275,12 +268,15 @@ def test_whole_groups_are_pruned_if_asked(run: Any, tmp_path: Path, granularity:
     assert json.loads((out / "adapter_config.json").read_text())["granularity"] == granularity
 
 
-@pytest.mark.parametrize("length", [("--max_steps", 3), ("--max_steps", -1, "--num_train_epochs", 2)])
+@pytest.mark.parametrize(
+    ("length", "first_steps"), [(("--max_steps", 3), 2), (("--max_steps", -1, "--num_train_epochs", 2), 4)]
+)
 def test_what_a_run_before_has_taken_out_counts_as_pruned(
-    run: Any, tmp_path: Path, model_path: Path, length: tuple[Any, ...]
+    run: Any, tmp_path: Path, model_path: Path, length: tuple[Any, ...], first_steps: int
 ) -> None:
     files = own_files(tmp_path, {"text": TEXTS, "label": NAMES})
     out, results = run("--compact_first", 0.5, "--final_sparsity", 0.5, "--do_train", "--do_eval", *length, *files)
+    assert json.loads((out / "groups" / "adapter_config.json").read_text())["training"]["num_steps"] == first_steps
     shrunk = compact(AutoModelForSequenceClassification.from_pretrained(out / "groups"))
     matrices = [
         weight.numel() for name, weight in shrunk.named_parameters() if ".layer." in name and weight.dim() == 2

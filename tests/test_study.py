@@ -328,3 +328,5 @@ def test_adapters_that_were_kept_are_measured_once(
 def test_the_committed_results_make_a_report(study: Any, tmp_path: Path) -> None:
     study("report").main(STUDY / "results.jsonl", tmp_path / "results.md", tmp_path)
     assert (tmp_path / "scores.png").is_file()
+    assert (tmp_path / "results.md").read_text() == (STUDY / "results.md").read_text()
+    assert (tmp_path / "results.md").read_text() == (STUDY / "results.md").read_text()
