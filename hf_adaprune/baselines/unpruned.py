@@ -51,7 +51,10 @@ class FeatureExtractionCallback(TrainerCallback):
         """Freeze all but the head."""
         heads = head_modules(model)
         if not heads:
-            raise ConfigError(f"The {type(model).__name__} has no head that could be trained over a frozen body.")
+            raise ConfigError(
+                f"The {type(model).__name__} has no head that could be trained over a frozen body: use a model with a "
+                "task head, such as one for sequence classification."
+            )
         model.requires_grad_(False)
         for name in heads:
             model.get_submodule(name).requires_grad_(True)

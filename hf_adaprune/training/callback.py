@@ -308,7 +308,8 @@ def _check_optimizer(model: nn.Module, optimizer: Any) -> None:
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     if not trained:
         raise ConfigError(
-            f"Nothing of the {type(model).__name__} can be trained: its masks are fixed, and it has no head to train."
+            f"Nothing of the {type(model).__name__} can be trained: its masks are fixed, and it has no head to train. "
+            "Use a model with a task head, such as one for sequence classification."
         )
     if not trained & {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}:
         raise ConfigError(
